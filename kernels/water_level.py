@@ -1,0 +1,171 @@
+"""Soft top-k solved exactly: one water level a row, from one top-k and one logsumexp."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from xlroute.kernels.arguments import (
+    Backend,
+    budget_per_row,
+    check_eps,
+    check_mask,
+    check_scores,
+    compute_dtype,
+    resolve_backend,
+)
+from xlroute.kernels.exponential import exp_flushed_
+
+
+def soft_topk(
+    s: Tensor,
+    *,
+    k: float | Tensor,
+    eps: float = 0.1,
+    mask: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Soft top-k gates of each row of scores: the limit of coordinate descent, solved exactly.
+
+    The gates maximise <s, λ> + eps H(λ) subject to Σ λ = min(k, valid entries) and 0 <= λ <= 1. They are
+    min(1, exp((s + a) / eps)), with the one level a at which they sum to the budget: with the scores in
+    descending order and j of them saturated, a = eps (ln(k - j) - logsumexp of the rest / eps), for the one j
+    < k that is consistent. The gradient is in closed form; for the entries below saturation, whose gates sum
+    to S::
+
+        ds_i = λ_i / eps (g_i - Σ g λ / S),    dk = Σ g λ / S
+
+    and zero for all others, and for rows whose budget reaches all valid entries (every gate 1) or is not
+    positive (every gate 0). There is no second derivative.
+
+    A score of -inf counts as masked. A NaN or +inf makes the gates of its row NaN, of no other. A tensor
+    ``k`` on a GPU is read once by the host, since the size of the top-k depends on it; a number is not.
+
+    Args:
+        s: scores, [..., n]. Computed in float32, or float64 if given float64, under autocast too.
+        k: the budget of a row, a number or a tensor that broadcasts to [...]; it may be fractional.
+        eps: the temperature, in the units of the scores.
+        mask: bool, broadcasts to [..., n]; False entries get a gate of 0 and no gradient.
+        backend: "torch", or None to pick by device.
+
+    Returns:
+        The gates in [0, 1], of the shape and dtype of ``s``.
+
+    Raises:
+        TypeError: ``s`` is not floating point, ``mask`` not bool or ``k`` not real.
+        ValueError: a shape does not broadcast, a number is out of its range, or the backend cannot run here.
+    """
+    check_scores(s)
+    check_mask(mask, s)
+    check_eps(eps)
+    resolve_backend(backend, s)
+    budget = budget_per_row(k, s)
+    largest = None if isinstance(k, Tensor) else math.ceil(min(max(k, 0), 2**53))
+    gates, _ = _forward(s, budget, mask, float(eps), largest)
+    return gates
+
+
+def _offset(s: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """(s - shift) / eps with one shift a row: exact differences near it, where gates change."""
+    return (s - shift.to(s.dtype)[..., None]).div_(eps)
+
+
+def _masked_scores(s: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores in the compute dtype, with -inf where the mask says no."""
+    s = s.to(compute_dtype(s.dtype))
+    return s if mask is None else s.masked_fill(~mask, -math.inf)
+
+
+@torch.library.custom_op("xlroute::soft_topk", mutates_args=())
+def _forward(
+    s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int | None
+) -> tuple[Tensor, Tensor]:
+    """Gates [..., n], and float64 scalars [2, ...]: the shift and the level c, so that ln λ = z + c."""
+    with torch.autocast(s.device.type, enabled=False):
+        levels = s.new_zeros((2, *s.shape[:-1]), dtype=torch.float64)
+        if s.numel() == 0:
+            return s.new_zeros(s.shape), levels
+        n = s.shape[-1]
+        scores = _masked_scores(s, mask)
+        invalid = scores == -math.inf
+        valid = n - invalid.sum(-1)
+        if largest is None:
+            largest = int(k.nan_to_num(nan=0.0).amax().clamp(0, n).ceil())
+        top = scores.topk(min(max(largest, 1), n), dim=-1).values
+
+        # Scores are taken relative to the last one that the budget can reach in its row.
+        picks = torch.minimum(k.nan_to_num(nan=0.0).clamp(0, n).ceil().long(), valid)
+        shift = top.gather(-1, (picks - 1).clamp(min=0)[..., None])[..., 0]
+        shift = torch.where(shift.isfinite(), shift, 0.0)
+        z = _offset(scores, shift, eps)
+        below = z < 0
+        # Scores at the shift and beyond the top are ties with it: each adds exp(0).
+        tail = exp_flushed_(torch.where(below, z, -math.inf)).sum(-1, dtype=torch.float64)
+        tail = tail + (~below & ~invalid).sum(-1) - picks
+
+        # suffix[j]: logsumexp of all scores but the j largest. The top is summed from its small end; "total
+        # minus prefix" would cancel.
+        order = torch.arange(top.shape[-1], device=s.device)
+        z_top = _offset(top, shift, eps).to(torch.float64)
+        z_top = z_top.masked_fill(order >= picks[..., None], -math.inf)
+        suffix = z_top.flip(-1).logcumsumexp(-1).flip(-1)
+        suffix = torch.logaddexp(suffix, tail.clamp(min=0).log()[..., None])
+
+        # The j largest are saturated for the smallest j at which the next one is not.
+        log_left = (k[..., None] - order).clamp(min=0).log()
+        too_high = (log_left + z_top > suffix) & (order < picks[..., None] - 1)
+        j = too_high.sum(-1, keepdim=True)
+        level = (log_left.gather(-1, j) - suffix.gather(-1, j))[..., 0]
+        level = torch.where(k >= valid, math.inf, level)
+        level = torch.where(k <= 0, -math.inf, level)
+        # topk takes NaN for the largest of all, so a row that holds NaN or +inf shows it first.
+        level = torch.where(top[..., 0] < math.inf, level, math.nan)
+        level = torch.where(k.isnan(), math.nan, level)
+
+        gates = exp_flushed_(z.add_(level.to(z.dtype)[..., None]).clamp_(max=0)).masked_fill_(invalid, 0.0)
+        levels[0] = shift
+        levels[1] = level
+        return gates.to(s.dtype).contiguous(), levels
+
+
+@torch.library.custom_op("xlroute::soft_topk_backward", mutates_args=())
+def _backward(
+    grad: Tensor, s: Tensor, mask: Tensor | None, levels: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the scores [..., n] and of the budget [...], in the closed form of `soft_topk`."""
+    with torch.autocast(s.device.type, enabled=False):
+        shift, level = levels.unbind(0)
+        scores = _masked_scores(s, mask)
+        z = _offset(scores, shift, eps).add_(level.to(scores.dtype)[..., None])
+        # ~(z < 0) would drop NaN, which has to pass on into the gradient of its row.
+        free = ~((z >= 0) | (scores == -math.inf))
+        gates = exp_flushed_(torch.where(free, z, -math.inf))
+        weighted = gates * grad
+        left = gates.sum(-1, dtype=torch.float64)
+        dk = weighted.sum(-1, dtype=torch.float64) / torch.where(left == 0, 1.0, left)
+        ds = weighted.sub_(gates.mul_(dk.to(gates.dtype)[..., None])).div_(eps)
+        return ds.to(s.dtype).contiguous(), dk
+
+
+@_forward.register_fake
+def _(s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int | None) -> tuple[Tensor, Tensor]:
+    return s.new_empty(s.shape), s.new_empty((2, *s.shape[:-1]), dtype=torch.float64)
+
+
+@_backward.register_fake
+def _(grad: Tensor, s: Tensor, mask: Tensor | None, levels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return s.new_empty(s.shape), s.new_empty(s.shape[:-1], dtype=torch.float64)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    s, _, mask, ctx.eps, _ = inputs
+    ctx.save_for_backward(s, mask, output[1])
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    s, mask, levels = ctx.saved_tensors
+    ds, dk = _backward(grad, s, mask, levels, ctx.eps)
+    return ds, dk, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

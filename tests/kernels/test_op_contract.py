@@ -1,0 +1,193 @@
+"""What all ops share: registration, torch.compile, autocast, and the checks of their arguments."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import xlroute.kernels
+from torch import Tensor
+from xlroute.kernels import coordinate_descent, gather_rows, row_scores, soft_topk, top_indices
+
+
+def descend(s: Tensor, k: float | Tensor, mask: Tensor | None = None) -> Tensor:
+    return coordinate_descent(s, k=k, n_iters=4, eps=0.1, eps_init=1.0, eps_decay=0.7, mask=mask)
+
+
+def exact(s: Tensor, k: float | Tensor, mask: Tensor | None = None) -> Tensor:
+    return soft_topk(s, k=k, mask=mask)
+
+
+SOLVERS = [pytest.param(descend, id="coordinate_descent"), pytest.param(exact, id="soft_topk")]
+
+
+def test_public_names() -> None:
+    for name in xlroute.kernels.__all__:
+        assert callable(getattr(xlroute.kernels, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_opcheck_coordinate_descent(dtype: torch.dtype) -> None:
+    op = torch.ops.xlroute.coordinate_descent.default
+    s = torch.randn(2, 3, 9, dtype=dtype, requires_grad=True)
+    k = torch.rand(2, 3, dtype=torch.float64).add_(1.0).requires_grad_()
+    torch.library.opcheck(op, (s, k, torch.rand(9) < 0.7, 3, 0.1, 1.0, 0.5))
+    torch.library.opcheck(
+        op, (s.detach().transpose(0, 2), torch.ones(1, 1).double().expand(9, 3), None, 1, 0.1, 0.1, 1.0)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_opcheck_soft_topk(dtype: torch.dtype) -> None:
+    op = torch.ops.xlroute.soft_topk.default
+    s = torch.randn(2, 3, 9, dtype=dtype, requires_grad=True)
+    k = torch.rand(2, 3, dtype=torch.float64).add_(1.0).requires_grad_()
+    torch.library.opcheck(op, (s, k, torch.rand(9) < 0.7, 0.1, None))
+    torch.library.opcheck(
+        op, (s.detach().transpose(0, 2), torch.ones(1, 1).double().expand(9, 3), None, 0.1, 1)
+    )
+
+
+@pytest.mark.parametrize("normalize", ["rms", "l2", None])
+def test_opcheck_row_scores(normalize: str | None) -> None:
+    op = torch.ops.xlroute.row_scores.default
+    rows = torch.randn(2, 7, 5, requires_grad=True)
+    tokens = torch.randn(2, 3, 5, requires_grad=True)
+    torch.library.opcheck(op, (rows, tokens, normalize, 0.5))
+    torch.library.opcheck(op, (rows.detach().bfloat16()[:, ::2], tokens, normalize, 0.5))
+    torch.library.opcheck(op, (rows, tokens.detach(), normalize, 0.5))
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_no_second_derivative(solve: Callable[..., Tensor]) -> None:
+    s = torch.randn(2, 9, requires_grad=True)
+    (first,) = torch.autograd.grad(solve(s, 3).square().sum(), s, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        first.sum().backward()
+
+
+def route(rows: Tensor, tokens: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """All ops in a row, as a router uses them."""
+    scores = row_scores(rows, tokens, normalize="rms", scale=0.5)
+    gates = soft_topk(scores, k=k, mask=mask) + descend(scores, 3, mask)
+    indices = top_indices(scores, 4, mask)
+    chosen = gather_rows(rows, indices)
+    return chosen * gather_rows(gates.mT.contiguous(), indices).diagonal(dim1=1, dim2=-1).mT[..., None]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_as_one_graph(backend: str) -> None:
+    inputs = (
+        torch.randn(2, 11, 6, requires_grad=True),
+        torch.randn(2, 3, 6, requires_grad=True),
+        torch.full((2, 3), 2.5, requires_grad=True),
+        torch.rand(2, 1, 11) < 0.8,
+    )
+    expected = route(*inputs)
+    cotangent = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, inputs[:3], cotangent)
+    given = torch.compile(route, fullgraph=True, backend=backend)(*inputs)
+    torch.testing.assert_close(given, expected)
+    torch.testing.assert_close(torch.autograd.grad(given, inputs[:3], cotangent), wanted)
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_compiles_for_changing_sizes_and_budgets(solve: Callable[..., Tensor]) -> None:
+    compiled = torch.compile(solve, fullgraph=True, backend="aot_eager")
+    for n, k in ((9, 2), (12, 3), (15, 4), (15, 4.5), (15, 5.5)):
+        s = torch.randn(2, n)
+        assert torch.equal(compiled(s, k), solve(s, k))
+
+
+def test_compiled_rows_may_be_a_view_of_a_buffer() -> None:
+    buffer = torch.randn(2, 10, 4)
+    tokens = torch.randn(2, 4, requires_grad=True)
+
+    def score(rows: Tensor, tokens: Tensor) -> Tensor:
+        return row_scores(rows, tokens, normalize="l2")
+
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+    cotangent = torch.randn(2, 2, 7)
+    scores = compiled(buffer[:, :7], tokens)
+    expected = score(buffer[:, :7], tokens)
+    assert torch.equal(scores, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(scores, tokens, cotangent), torch.autograd.grad(expected, tokens, cotangent)
+    )
+
+
+def test_autocast_changes_nothing() -> None:
+    rows, tokens = torch.randn(2, 50, 16, requires_grad=True), torch.randn(2, 3, 16, requires_grad=True)
+
+    def run() -> tuple[Tensor, ...]:
+        scores = row_scores(rows, tokens, normalize="rms")
+        gates = soft_topk(scores, k=4) + descend(scores, 4)
+        return scores, gates, *torch.autograd.grad(gates.square().sum(), (rows, tokens))
+
+    plain = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = run()
+    for ours, expected in zip(cast, plain, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float32, torch.float64], ids=str)
+def test_budget_of_any_dtype(solve: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    s = torch.randn(3, 9)
+    k = torch.tensor([1, 2, 5], dtype=dtype, requires_grad=dtype.is_floating_point)
+    gates = solve(s, k)
+    torch.testing.assert_close(
+        gates, torch.stack([solve(row, int(budget)) for row, budget in zip(s, k, strict=True)])
+    )
+    if dtype.is_floating_point:
+        (dk,) = torch.autograd.grad(gates.sum(), k)
+        assert dk.dtype == dtype
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_argument_errors(solve: Callable[..., Tensor]) -> None:
+    s = torch.randn(2, 5)
+    with pytest.raises(TypeError, match="s must be a floating-point tensor, got dtype torch.int64"):
+        solve(s.long(), 2)
+    with pytest.raises(TypeError, match="s must be a floating-point tensor, got list"):
+        solve([1.0, 2.0], 2)
+    with pytest.raises(ValueError, match=r"s must have shape \[\.\.\., n\]"):
+        solve(torch.tensor(1.0), 1)
+    with pytest.raises(TypeError, match="mask must be a bool tensor, got torch.float32"):
+        solve(s, 2, torch.ones(2, 5))
+    with pytest.raises(
+        ValueError, match=r"mask must broadcast to the shape of s, \(2, 5\), got shape \(3, 5\)"
+    ):
+        solve(s, 2, torch.ones(3, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask must broadcast .* got shape \(1, 2, 5\)"):
+        solve(s, 2, torch.ones(1, 2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="mask must be on the device of s, cpu, got meta"):
+        solve(s, 2, torch.ones(2, 5, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match=r"k must broadcast to s.shape\[:-1\], \(2,\), got shape \(3,\)"):
+        solve(s, torch.ones(3))
+    with pytest.raises(ValueError, match="k must be on the device of s, cpu, got meta"):
+        solve(s, torch.ones(2, device="meta"))
+    with pytest.raises(TypeError, match="k must be a number or a real tensor, got str"):
+        solve(s, "2")
+    with pytest.raises(TypeError, match=r"k must be .* of dtype torch.bool"):
+        solve(s, torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="k must be finite, got nan"):
+        solve(s, math.nan)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [lambda s, **kw: coordinate_descent(s, k=1, n_iters=1, **kw), lambda s, **kw: soft_topk(s, k=1, **kw)],
+    ids=["coordinate_descent", "soft_topk"],
+)
+def test_backend_errors(op: Callable[..., Tensor]) -> None:
+    s = torch.randn(2, 5)
+    assert torch.equal(op(s, backend="torch"), op(s))
+    with pytest.raises(ValueError, match="backend='triton' needs a CUDA tensor, got a tensor on cpu"):
+        op(s, backend="triton")
+    with pytest.raises(ValueError, match="backend must be None, 'torch' or 'triton', got 'jax'"):
+        op(s, backend="jax")
+    with pytest.raises(ValueError, match="eps must be a positive finite number, got -1"):
+        op(s, eps=-1)

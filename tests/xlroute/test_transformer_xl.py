@@ -1,0 +1,437 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from xlroute import RoutedTransformerXL
+from xlroute.memory import FingerprintError, MemoryStore
+from xlroute.open_segment import OpenSegment
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 50,
+    "dim": 16,
+    "depth": 3,
+    "heads": 4,
+    "dim_head": 4,
+    "mem_len": 6,
+    "memory_layers": (2, 3),
+    "num_tokens_kv": 3,
+    "segment_len": 5,
+}
+
+
+def build(open_gates: bool = True, **options: Any) -> RoutedTransformerXL:
+    """A small model whose memory matters: gates open, weights large, ages told apart."""
+    model = RoutedTransformerXL(**{**SMALL, **options}).double().eval()
+    for name, parameter in model.named_parameters():
+        if open_gates and "memory_gate" in name:
+            torch.nn.init.constant_(parameter, 1.0)
+        elif "age_bias" in name or parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def read(
+    model: RoutedTransformerXL, tokens: Tensor, cuts: list[int], **options: Any
+) -> tuple[Tensor, MemoryStore]:
+    """Logits of tokens [b, n] read in segments of the given lengths, and the memory."""
+    memory = model.create_memory(streams=tokens.shape[0], **options)
+    state = model.initial_state(streams=tokens.shape[0], memory=memory)
+    logits = []
+    for piece in tokens.split(cuts, dim=1):
+        out, state = model(piece, state)
+        logits.append(out)
+    return torch.cat(logits, dim=1), memory
+
+
+def test_memory_layers_hold_the_states_that_enter_their_blocks() -> None:
+    model = build()
+    tokens = torch.randint(50, (2, 14))
+    _, memory = read(model, tokens, [14])
+    entering: list[Tensor] = []
+    for number in (2, 3):
+        model.blocks[number - 1].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    read(model, tokens, [14])
+    for layer in range(2):
+        rows, mask = memory.rows(layer)
+        assert mask.all()
+        assert torch.equal(rows, entering[layer][:, :8])
+
+
+def test_the_xl_window_is_what_a_longer_segment_would_show() -> None:
+    """Within the window, reading in segments is reading at once: for one layer, whose keys do not depend on cuts."""
+    model = build(depth=1, memory_layers=(), mem_len=20)
+    tokens = torch.randint(50, (2, 17))
+    state = model.initial_state(streams=2)
+    whole, _ = model(tokens, state.fork())
+    pieces = []
+    for piece in tokens.split([4, 1, 7, 5], dim=1):
+        logits, state = model(piece, state)
+        pieces.append(logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+
+
+def test_every_kind_of_memory_is_used() -> None:
+    model = build()
+    tokens = torch.randint(50, (1, 25))
+    with_memory, _ = read(model, tokens, [5] * 5)
+    state = model.initial_state(streams=1)
+    window_only = []
+    for piece in tokens.split(5, dim=1):
+        logits, state = model(piece, state)
+        window_only.append(logits)
+    without = torch.cat(window_only, 1)
+    # An empty memory still gives the learned null value, so compare from where rows exist.
+    assert (with_memory[:, 15:] - without[:, 15:]).abs().max() > 1e-3
+    alone, _ = model(tokens[:, 20:], model.initial_state(streams=1))
+    assert (without[:, 20:] - alone).abs().max() > 1e-3
+
+
+def test_cleared_memory_changes_what_is_read_and_keeps_the_window() -> None:
+    model = build()
+    memory = model.create_memory(streams=1)
+    state = model.initial_state(streams=1, memory=memory)
+    for _ in range(4):
+        _, state = model(torch.randint(50, (1, 5)), state)
+    emptied = state.fork()
+    emptied.clear_memory()
+    assert emptied.memory is not None
+    assert emptied.memory.lengths.tolist() == [0]
+    assert memory.lengths.tolist() == [14]
+    piece = torch.randint(50, (1, 5))
+    a, _ = model(piece, state)
+    b, _ = model(piece, emptied)
+    assert (a - b).abs().max() > 1e-3
+
+
+def test_training_reaches_every_parameter() -> None:
+    model = build(router_kwargs={"eps": 1.0}, num_tokens_kv=4).train()
+    memory = model.create_memory(streams=2)
+    state = model.initial_state(streams=2, memory=memory)
+    loss = torch.zeros(())
+    for i in range(6):  # one backward over several segments, with resets and growing memory in between
+        ends = torch.tensor([False, i == 2])
+        logits, state = model(torch.randint(50, (2, 9)), state, ends=ends)
+        loss = loss + (logits * torch.randn_like(logits)).sum()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_one_backward_over_several_segments_equals_one_for_each() -> None:
+    model = build(router_kwargs={"eps": 1.0})
+    tokens = torch.randint(50, (2, 24))
+    cotangents = torch.randn(4, 2, 6, 50, dtype=torch.float64)
+    gradients = []
+    for together in (True, False):
+        state = model.initial_state(streams=2, memory=model.create_memory(streams=2, capacity=9))
+        total = torch.zeros(())
+        model.zero_grad()
+        for piece, cotangent in zip(tokens.split(6, dim=1), cotangents, strict=True):
+            logits, state = model(piece, state, ends=torch.tensor([False, len(gradients) > 5]))
+            loss = (logits * cotangent).sum()
+            if together:
+                total = total + loss
+            else:
+                loss.backward()
+        if together:
+            total.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name])
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = build()
+    saving = build(gradient_checkpointing=True)
+    saving.load_state_dict(model.state_dict())
+    tokens = torch.randint(50, (2, 20))
+    results = []
+    for m in (model, saving):
+        logits, _ = read(m, tokens, [5] * 4)
+        logits.square().sum().backward()
+        results.append((logits, [p.grad for p in m.parameters()]))
+    assert torch.equal(results[0][0], results[1][0])
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_only_in_training() -> None:
+    model = build(dropout=0.5)
+    tokens = torch.randint(50, (1, 5))
+    a, b = (model(tokens, model.initial_state(streams=1))[0] for _ in range(2))
+    assert torch.equal(a, b)
+    model.train()
+    a, b = (model(tokens, model.initial_state(streams=1))[0] for _ in range(2))
+    assert not torch.equal(a, b)
+
+
+def test_tied_and_untied_embeddings() -> None:
+    assert build().to_logits.weight is not None
+    tied, untied = build(), build(tie_embeddings=False)
+    assert tied.to_logits.weight is tied.embedding.weight
+    assert untied.to_logits.weight is not untied.embedding.weight
+
+
+def test_autocast_runs_and_keeps_states_in_the_type_of_the_weights() -> None:
+    model = build().float()
+    state = model.initial_state(streams=2, memory=model.create_memory(streams=2, dtype=torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(4):
+            logits, state = model(torch.randint(50, (2, 5)), state)
+    assert logits.isfinite().all()
+    assert state.window.dtype == torch.float32
+    assert state.memory is not None
+    assert state.memory.rows(0)[0].dtype == torch.bfloat16
+
+
+# The compiler looks at .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_block_compiles_to_one_graph() -> None:
+    model = build()
+    plain, _ = read(model, tokens := torch.randint(50, (2, 20)), [5] * 4)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    compiled, _ = read(model, tokens, [5] * 4)
+    torch.testing.assert_close(plain, compiled)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mem_len": 0}, {"memory_layers": ()}, {"mem_len": 0, "memory_layers": ()}]
+)
+def test_without_window_or_without_memory(options: dict[str, Any]) -> None:
+    model = build(**options)
+    memory = model.create_memory(streams=2) if model.memory_layers else None
+    state = model.initial_state(streams=2, memory=memory)
+    for _ in range(3):
+        logits, state = model(torch.randint(50, (2, 5)), state, lengths=torch.tensor([5, 2]))
+    assert logits.isfinite().all()
+    if memory is not None:
+        assert memory.lengths.tolist() == [15, 6]
+
+
+# ---- Generation ----
+
+
+@pytest.mark.parametrize("segment_len", [1, 4, 5, 100])
+@pytest.mark.parametrize("before", [0, 3])
+def test_step_by_step_equals_the_parallel_forward_on_the_same_cuts(segment_len: int, before: int) -> None:
+    model = build()
+    tokens = torch.randint(50, (2, 23))
+    starts = [model.initial_state(streams=2, memory=model.create_memory(streams=2)) for _ in range(2)]
+    for _ in range(before):
+        piece = torch.randint(50, (2, 5))
+        starts = [model(piece, state)[1] for state in starts]
+    with torch.no_grad():
+        parallel, state = [], starts[0]
+        for piece in tokens.split(segment_len, dim=1):
+            logits, state = model(piece, state)
+            parallel.append(logits)
+        segment = OpenSegment(model, starts[1], segment_len)
+        steps = [segment.read(piece) for piece in tokens.split([7, 1, 1, 1, 6, 1, 1, 5], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, 1), torch.cat(parallel, 1))
+    segment.leave()
+    model.end_open_segment(starts[1])
+    torch.testing.assert_close(starts[1].window, state.window)
+    assert torch.equal(starts[1].positions, state.positions)
+    assert starts[1].memory is not None
+    assert state.memory is not None
+    for layer in range(2):
+        torch.testing.assert_close(starts[1].memory.rows(layer)[0], state.memory.rows(layer)[0])
+
+
+def test_generating_in_two_calls_is_generating_in_one() -> None:
+    model = build()
+    prompt = torch.randint(50, (2, 8))
+    one, _ = model.generate(
+        prompt, 14, model.initial_state(streams=2, memory=model.create_memory(streams=2)), temperature=0
+    )
+    state = model.initial_state(streams=2, memory=model.create_memory(streams=2))
+    first, state = model.generate(prompt, 6, state, temperature=0)
+    second, state = model.generate(first[:, -1:], 8, state, temperature=0)
+    assert torch.equal(torch.cat((first, second), 1), one)
+    assert state.positions.tolist() == [8 + 13] * 2
+
+
+def test_generate_takes_the_likeliest_token_of_the_forward() -> None:
+    model = build()
+    prompt = torch.randint(50, (1, 5))
+    state = model.initial_state(streams=1, memory=model.create_memory(streams=1))
+    logits, _ = model(prompt, state.fork())
+    new, _ = model.generate(prompt, 1, state, temperature=0)
+    assert new[0, 0] == logits[0, -1].argmax()
+
+
+def test_sampling_is_seeded_and_restricted() -> None:
+    model = build()
+    prompt = torch.randint(50, (3, 5))
+
+    def draw(**options: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        state = model.initial_state(streams=3, memory=model.create_memory(streams=3))
+        return model.generate(prompt, 9, state, generator=generator, **options)[0]
+
+    assert torch.equal(draw(), draw())
+    assert torch.equal(draw(top_k=1), draw(temperature=0))
+    assert torch.equal(draw(top_p=1e-9), draw(temperature=0))
+    assert not torch.equal(draw(temperature=5.0), draw(temperature=0))
+
+
+def test_a_segment_left_open_ends_before_the_next_call() -> None:
+    model = build()
+    prompt = torch.randint(50, (2, 7))
+    state = model.initial_state(streams=2, memory=model.create_memory(streams=2))
+    new, state = model.generate(prompt, 3, state, temperature=0)
+    assert state.open.shape[2] == 4
+    read_so_far = torch.cat((prompt, new[:, :-1]), 1)
+    piece = torch.randint(50, (2, 5))
+    after, state = model(piece, state)
+    assert state.open.shape[2] == 0
+    expected, _ = read(model, torch.cat((read_so_far, piece), 1), [5, 4, 5])
+    torch.testing.assert_close(after, expected[:, 9:])
+
+
+def test_generate_leaves_the_training_mode_as_it_was() -> None:
+    model = build().train()
+    model.generate(torch.zeros(1, 2, dtype=torch.int64), 2, model.initial_state(streams=1))
+    assert model.training
+
+
+# ---- Saving weights ----
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load_pretrained(tmp_path: Path, tied: bool) -> None:
+    model = build(tie_embeddings=tied, router_kwargs={"eps": 0.5})
+    model.save_pretrained(tmp_path / "model")
+    loaded = RoutedTransformerXL.from_pretrained(tmp_path / "model")
+    assert loaded.fingerprint() == model.fingerprint()
+    assert loaded.config == model.config
+    tokens = torch.randint(50, (1, 12))
+    assert torch.equal(read(loaded, tokens, [4] * 3)[0], read(model, tokens, [4] * 3)[0])
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_damaged_or_foreign_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config.json: there is no saved model"):
+        RoutedTransformerXL.from_pretrained(tmp_path)
+    build().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match="the files are damaged or not of one saving"):
+        RoutedTransformerXL.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model": "GPT", "config_version": 1}')
+    with pytest.raises(ValueError, match="expected model RoutedTransformerXL with config version 1, got GPT"):
+        RoutedTransformerXL.from_pretrained(tmp_path)
+
+
+def test_the_fingerprint_sees_every_weight() -> None:
+    model = build()
+    seen = {model.fingerprint()}
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1e-12
+        seen.add(model.fingerprint())
+    assert len(seen) == 1 + len(list(model.parameters()))
+
+
+# ---- Errors ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 0}, "depth: expected at least 1, got 0"),
+        ({"dim_head": 3}, "dim_head: expected an even number"),
+        (
+            {"memory_layers": (0, 1)},
+            r"memory_layers: expected increasing block numbers from 1 to 3, got \(0, 1\)",
+        ),
+        ({"memory_layers": (3, 2)}, r"memory_layers: expected increasing block numbers from 1 to 3"),
+        ({"num_tokens_q": 5}, "num_tokens_q: expected None, since choosing queries by a top-k"),
+        ({"dropout": 1.0}, "dropout: expected at least 0 and less than 1, got 1.0"),
+        ({"mem_len": -1}, "mem_len: expected at least 0, got -1"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RoutedTransformerXL(**{**SMALL, **options})
+
+
+def test_refused_calls_read_nothing() -> None:
+    model = build()
+    memory = model.create_memory(streams=2)
+    state = model.initial_state(streams=2, memory=memory)
+    tokens = torch.randint(50, (2, 9))
+    _, state = model(tokens, state)
+    good = {"tokens": tokens, "state": state}
+    for bad, error, message in (
+        ({"tokens": tokens.float()}, TypeError, "tokens: expected int64"),
+        ({"tokens": tokens[:1]}, ValueError, r"tokens: expected \[2, n\] with n at least 1, got \(1, 9\)"),
+        ({"tokens": tokens[:, :0]}, ValueError, r"tokens: expected \[2, n\] with n at least 1, got \(2, 0\)"),
+        ({"tokens": tokens + 50}, ValueError, "tokens: expected 0 to 49, got"),
+        ({"lengths": torch.tensor([1, 10])}, ValueError, r"lengths: expected 0 to 9, got \[1, 10\]"),
+        ({"lengths": torch.tensor([1])}, ValueError, r"lengths: expected integers \[2\]"),
+        ({"ends": torch.tensor([1, 0])}, ValueError, r"ends: expected bool \[2\]"),
+        ({"state": None}, TypeError, "state: expected a TransformerXLState, got NoneType"),
+    ):
+        with pytest.raises(error, match=message):
+            model(**{**good, **bad})  # type: ignore[call-overload]
+    for options, message in (
+        ({"length": 0}, "length: expected at least 1, got 0"),
+        ({"length": 3, "temperature": -1.0}, "temperature: expected at least 0, got -1.0"),
+        ({"length": 3, "top_k": 0}, "top_k: expected None or at least 1, got 0"),
+        ({"length": 3, "top_p": 0.0}, "top_p: expected None or more than 0 and at most 1, got 0.0"),
+        ({"length": 3, "segment_len": 0}, "segment_len: expected at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(tokens, state=state, **options)
+    assert memory.lengths.tolist() == [3, 3]
+    model(tokens, state)
+
+
+def test_a_consumed_state_is_refused_and_a_fork_is_not() -> None:
+    model = build()
+    memory = model.create_memory(streams=1)
+    state = model.initial_state(streams=1, memory=memory)
+    tokens = torch.randint(50, (1, 9))
+    fork = state.fork()
+    expected, after = model(tokens, state)
+    for use in (lambda: model(tokens, state), state.fork, state.clear_memory):
+        with pytest.raises(ValueError, match="state: expected one that was not read on from"):
+            use()
+    assert torch.equal(model(tokens, fork)[0], expected)
+    assert memory.lengths.tolist() == [3]
+    memory.reset([0])
+    with pytest.raises(ValueError, match="state: its memory store was changed by someone else"):
+        model(tokens, after)
+
+
+def test_a_memory_that_does_not_fit_is_refused() -> None:
+    model = build()
+    for options, message in (
+        ({"layers": 1, "streams": 2, "dim": 16}, "memory: expected layers=2, got layers=1"),
+        ({"layers": 2, "streams": 3, "dim": 16}, "memory: expected streams=2, got streams=3"),
+        ({"layers": 2, "streams": 2, "dim": 8}, "memory: expected dim=16, got dim=8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.initial_state(streams=2, memory=MemoryStore.create(**options))
+    memory = model.create_memory(streams=2)
+    model(torch.randint(50, (2, 9)), model.initial_state(streams=2, memory=memory))
+    model.initial_state(streams=2, memory=memory)
+    with pytest.raises(FingerprintError, match="memory: expected rows of these weights"):
+        build().initial_state(streams=2, memory=memory)
+    with pytest.raises(ValueError, match="memory: expected None for a model without memory_layers"):
+        build(memory_layers=()).initial_state(streams=2, memory=memory)

@@ -1,0 +1,92 @@
+"""Attention over given keys and values: one function in front of every backend.
+
+Shapes: b streams, h heads, n queries, m keys, e dim_head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AttentionBackend = Literal["sdpa", "math", "flash"]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: AttentionBackend = "sdpa",
+) -> Tensor:
+    """Softmax attention, softmax(q kᵀ / √e + bias) v (Vaswani et al., arXiv 1706.03762).
+
+    Args:
+        q: queries [b, h, n, e].
+        k: keys [b, h, m, e].
+        v: values [b, h, m, e].
+        mask: bool, broadcastable to [b, h, n, m]; True where a query may look. Every query needs one key.
+        bias: float, broadcastable to [b, h, n, m], added to the logits.
+        dropout: probability with which an attention weight is dropped.
+        backend: "sdpa", PyTorch's `scaled_dot_product_attention`, which picks the fastest kernel of the
+            device; "math", the formula written out; "flash", the flash-attn package, for half precision on a
+            GPU.
+
+    Returns:
+        [b, h, n, e], the dtype of `v`.
+
+    Raises:
+        ValueError: for an unknown backend, or inputs that the flash-attn package cannot take.
+        ImportError: for "flash" without the flash-attn package.
+    """
+    if backend == "flash":
+        return _flash(q, k, v, mask=mask, bias=bias, dropout=dropout)
+    if backend not in ("sdpa", "math"):
+        raise ValueError(f"backend: expected 'sdpa', 'math' or 'flash', got {backend!r}")
+    attn_mask = mask
+    if bias is not None:
+        # The logits of the products have the dtype of q, and so must what is added to them.
+        attn_mask = bias.to(q.dtype)
+        if mask is not None:
+            attn_mask = attn_mask.masked_fill(~mask, -math.inf)
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+    logits = q @ k.mT * q.shape[-1] ** -0.5
+    if attn_mask is not None:
+        logits = logits.masked_fill(~attn_mask, -math.inf) if bias is None else logits + attn_mask
+    weights = F.dropout(logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)), dropout)
+    return weights.to(v.dtype) @ v
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, bias: Tensor | None, dropout: float
+) -> Tensor:
+    if mask is not None or bias is not None:
+        raise ValueError(
+            "backend: 'flash' takes neither a mask nor a bias; expected 'sdpa' for rows of unequal length"
+        )
+    _require_half_on_cuda(q)
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        raise ImportError(
+            "backend: 'flash' needs the flash-attn package: pip install xlroute[flash]"
+        ) from error
+    # The package keeps heads behind positions: [b, n, h, e].
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out: Tensor = flash_attn_func(q, k, v, dropout_p=dropout)
+    return out.transpose(1, 2)
+
+
+def _require_half_on_cuda(q: Tensor) -> None:
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            "backend: 'flash' expected float16 or bfloat16 tensors on a CUDA device, "
+            f"got {q.dtype} on {q.device.type}"
+        )

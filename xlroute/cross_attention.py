@@ -1,0 +1,220 @@
+"""Cross-attention to the few rows that a router picks out of very many.
+
+Shapes: b streams, n queries, m context rows, d dim, h heads, e dim_head, r routing tokens, k rows routed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from xlroute.attend import AttentionBackend, attend
+from xlroute.memory import MemoryLayer
+from xlroute.router import CoordinateDescentRouter, RouterOutput
+
+
+class RoutedKeysValues(NamedTuple):
+    """Keys and values of the routed rows, the learned null key and value first."""
+
+    keys: Tensor  # [b, h, 1 + k, e]
+    values: Tensor  # [b, h, 1 + k, e]
+    mask: Tensor | None  # bool [b, h, 1, 1 + k]; None if every row counts
+
+
+class ConditionalRoutedCrossAttention(nn.Module):
+    """Attention of n queries to the k rows that a router picks out of m (CoLT5, arXiv 2303.09752).
+
+    Each of r routing tokens chooses k rows of its own; the heads are shared out evenly over the r sets. A
+    learned null key and value stand beside them, so a query may look at nothing. Values (and keys, if asked)
+    are multiplied by the gates of their rows, through which gradient reaches the router. With
+    `num_tokens_q`, only so many queries attend; the others get a learned output.
+
+    The context is a tensor, or the layer of a memory: of that, only the k chosen rows are gathered.
+
+    Args:
+        dim: width d of queries and context rows.
+        num_tokens_q: queries that attend; None for all, without a router for them.
+        num_tokens_kv: k, rows chosen for each routing token.
+        num_sets_kv: another name of `kv_routing_tokens`.
+        dim_head: e.
+        heads: h, divisible by the number of routing tokens.
+        router_straight_through: gates of chosen rows are 1 in value and keep their gradient.
+        router_kwargs: further arguments of `CoordinateDescentRouter`.
+        kv_routing_tokens: r.
+        multiply_keys_by_score: multiply the keys by the gates too.
+        use_triton: whether routing runs in Triton; None picks by device.
+        use_null_q_tokens: the output of queries that do not attend is learned; otherwise zero.
+        use_flash_attn: None, PyTorch's fused attention; True, the flash-attn package; False, the plain
+            formula.
+        route_block_size: see `CoordinateDescentRouter`; for the context alone.
+        dropout: probability with which an attention weight is dropped in training.
+
+    Raises:
+        ValueError: if h is not divisible by r, or `num_sets_kv` and `kv_routing_tokens` contradict each
+        other.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_tokens_q: int | None,
+        num_tokens_kv: int,
+        num_sets_kv: int = 1,
+        dim_head: int = 64,
+        heads: int = 8,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] = {},
+        kv_routing_tokens: int = 1,
+        multiply_keys_by_score: bool = False,
+        use_triton: bool | None = None,
+        use_null_q_tokens: bool = True,
+        use_flash_attn: bool | None = None,
+        route_block_size: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_sets_kv != 1 and kv_routing_tokens not in (1, num_sets_kv):
+            raise ValueError(
+                "num_sets_kv and kv_routing_tokens name the same number: expected equal values, "
+                f"got {num_sets_kv} and {kv_routing_tokens}"
+            )
+        sets = max(num_sets_kv, kv_routing_tokens)
+        if heads % sets != 0:
+            raise ValueError(f"heads: expected a multiple of the {sets} routing tokens, got {heads}")
+        if num_tokens_kv < 1:
+            raise ValueError(f"num_tokens_kv: expected at least 1, got {num_tokens_kv}")
+        if num_tokens_q is not None and num_tokens_q < 1:
+            raise ValueError(f"num_tokens_q: expected None or at least 1, got {num_tokens_q}")
+        self.num_tokens_q = num_tokens_q
+        self.num_tokens_kv = num_tokens_kv
+        self.sets = sets
+        self.heads = heads
+        self.multiply_keys_by_score = multiply_keys_by_score
+        self.dropout = dropout
+        self.backend: AttentionBackend = "sdpa"
+        if use_flash_attn is not None:
+            self.backend = "flash" if use_flash_attn else "math"
+
+        router_options = {
+            "straight_through": router_straight_through,
+            "use_triton": use_triton,
+            **router_kwargs,
+        }
+        self.q_router = CoordinateDescentRouter(dim, **router_options) if num_tokens_q is not None else None
+        self.kv_router = CoordinateDescentRouter(
+            dim, num_routing_tokens=sets, route_block_size=route_block_size, **router_options
+        )
+        inner = heads * dim_head
+        self.norm = nn.RMSNorm(dim)
+        self.context_norm = nn.RMSNorm(dim)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+        self.null_kv = nn.Parameter(torch.randn(2, heads, dim_head))
+        self.null_q_token: nn.Parameter | None = None
+        if num_tokens_q is not None and use_null_q_tokens:
+            self.null_q_token = nn.Parameter(torch.randn(dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | MemoryLayer,
+        *,
+        num_tokens_q: int | None = None,
+        num_tokens_kv: int | None = None,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend to the routed rows of the context.
+
+        Args:
+            x: queries [b, n, d].
+            context: rows [b, m, d], or the layer of a memory.
+            num_tokens_q: overrides that of the module.
+            num_tokens_kv: overrides that of the module.
+            mask: bool [b, n], the queries that may be routed; the others count as not chosen.
+            context_mask: bool [b, m], the rows that may be chosen; a memory layer brings its own.
+
+        Returns:
+            [b, n, d].
+
+        Raises:
+            ValueError, TypeError: for shapes and options that do not fit together.
+        """
+        if x.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[-1] != x.shape[-1]:
+            raise ValueError(
+                "x, context: expected [b, n, d] and [b, m, d], "
+                f"got {tuple(x.shape)} and {tuple(context.shape)}"
+            )
+        routed = self.route(context, num_tokens_kv=num_tokens_kv, context_mask=context_mask)
+        keys_values = self.keys_values(routed)
+        if num_tokens_q is None:
+            num_tokens_q = self.num_tokens_q
+        elif self.q_router is None:
+            raise ValueError(
+                f"num_tokens_q: expected None in a module built with num_tokens_q=None, got {num_tokens_q}"
+            )
+        if num_tokens_q is None or (num_tokens_q >= x.shape[1] and mask is None):
+            return self.attend(x, keys_values)
+        assert self.q_router is not None
+        queries = self.q_router(x, num_tokens=num_tokens_q, mask=mask)
+        heavy = self.attend(queries.tokens, keys_values) * queries.scores[..., None].to(x.dtype)
+        return self._route_back(x, heavy, queries)
+
+    def route(
+        self,
+        context: Tensor | MemoryLayer,
+        *,
+        num_tokens_kv: int | None = None,
+        context_mask: Tensor | None = None,
+    ) -> RouterOutput:
+        """Choose the rows to attend to; all of the output keeps the dimension r."""
+        k = self.num_tokens_kv if num_tokens_kv is None else num_tokens_kv
+        return self.kv_router(context, num_tokens=k, mask=context_mask, keep_one_route_dim=True)  # type: ignore[no-any-return]
+
+    def keys_values(self, routed: RouterOutput) -> RoutedKeysValues:
+        """Keys and values of routed rows for the heads of their set, behind the null key and value."""
+        b = routed.tokens.shape[0]
+        weight = rearrange(self.to_kv.weight, "(r o) d -> r d o", r=self.sets)
+        rows = self.context_norm(routed.tokens.to(weight))
+        kv = rearrange(rows @ weight, "b r k (h two e) -> two b (r h) k e", two=2, h=self.heads // self.sets)
+        keys, values = kv.unbind()
+        gates = routed.scores.repeat_interleave(self.heads // self.sets, dim=1)[..., None].to(values)
+        values = values * gates
+        if self.multiply_keys_by_score:
+            keys = keys * gates
+        null_key, null_value = self.null_kv.to(values)[:, None, :, None].expand(-1, b, -1, -1, -1)
+        mask = routed.mask
+        if mask is not None:
+            mask = F.pad(mask.to(keys.device), (1, 0), value=True)
+            mask = mask.repeat_interleave(self.heads // self.sets, dim=1)[:, :, None]
+        return RoutedKeysValues(torch.cat((null_key, keys), 2), torch.cat((null_value, values), 2), mask)
+
+    def attend(self, x: Tensor, routed: RoutedKeysValues, bias: Tensor | None = None) -> Tensor:
+        """Attend from queries x [b, n, d], with a bias [b, h, n or 1, 1 + k] on the logits: [b, n, d]."""
+        q = rearrange(self.to_q(self.norm(x)), "b n (h e) -> b h n e", h=self.heads)
+        out = attend(
+            q,
+            routed.keys.to(q.dtype),
+            routed.values.to(q.dtype),
+            mask=routed.mask,
+            bias=bias,
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self.to_out(rearrange(out, "b h n e -> b n (h e)"))  # type: ignore[no-any-return]
+
+    def _route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
+        """Put the outputs of routed queries in their places; the others get the learned output, or zero."""
+        b, n, d = x.shape
+        # Queries that are only padding of a short choice go to a place past the end, which is cut off again.
+        places = torch.where(queries.indices >= 0, queries.indices, n)
+        out = x.new_zeros(()) if self.null_q_token is None else self.null_q_token
+        out = out.to(heavy).expand(b, n + 1, d)
+        return out.scatter(1, places[..., None].expand(-1, -1, d), heavy)[:, :n]

@@ -1,0 +1,50 @@
+"""Positions: rotary embedding for near keys, buckets of age for far memories."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+AGE_BUCKETS = 48
+
+
+def rotary_table(
+    length: int, dim_head: int, *, device: torch.device, dtype: torch.dtype, base: float = 10_000.0
+) -> Tensor:
+    """Angles of the rotary embedding (Su et al., arXiv 2104.09864), as unit vectors.
+
+    Args:
+        length: number of positions.
+        dim_head: e, even.
+        device: where the table goes.
+        dtype: of what will be rotated; half precision gets a table in float32.
+        base: the longest wavelength is 2π times about this many positions.
+
+    Returns:
+        [2, length, e / 2]: cosine and sine of each position and frequency.
+    """
+    frequencies = base ** (-torch.arange(0, dim_head, 2, device=device, dtype=torch.float64) / dim_head)
+    angles = torch.arange(length, device=device, dtype=torch.float64)[:, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin())).to(torch.promote_types(dtype, torch.float32))
+
+
+def rotate(t: Tensor, table: Tensor) -> Tensor:
+    """Rotate pairs of channels of t [..., n, e] by the angles of n positions, table [2, n, e / 2].
+
+    Half precision is rotated in float32 and comes back as it was.
+    """
+    cos, sin = table
+    first, second = t.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(t.dtype)
+
+
+def age_bucket(age: Tensor) -> Tensor:
+    """The bucket of an age: two buckets to a doubling, the last one for everything older.
+
+    Args:
+        age: int64, tokens between a memory row and the segment that reads it, at least 1.
+
+    Returns:
+        int64 in 0 .. AGE_BUCKETS - 1, the shape of `age`.
+    """
+    return (2 * age.clamp(min=1).to(torch.float64).log2()).floor().to(torch.int64).clamp(max=AGE_BUCKETS - 1)

@@ -1,0 +1,358 @@
+"""The router: picks the rows worth attending to, and gives them gates that carry gradient.
+
+Shapes: b streams, m rows, d dim, r routing tokens, k rows routed.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlroute.kernels import coordinate_descent, gather_rows, row_scores, soft_topk, top_indices
+from xlroute.memory import MemoryLayer
+
+
+class RoutingStats(NamedTuple):
+    """How a routing went, float32 [b, r] (or [b], as the output it belongs to).
+
+    `gate_sum` is the sum of all gates over the budget: far above 1, the gates are saturated, and their
+    order says nothing. `gradient_share` is the share of the chosen rows whose gate lies below 1 and so
+    carries gradient to the router.
+    """
+
+    gate_sum: Tensor
+    gradient_share: Tensor
+
+
+class RouterOutput(NamedTuple):
+    """What a router chose: k rows for each of r routing tokens, the highest score first.
+
+    The dimension r is absent from all of them with a single routing token, unless it was asked for.
+    """
+
+    indices: Tensor  # int64 [b, r, k]; -1 where there was no row left to choose
+    scores: Tensor  # the gates of the chosen rows [b, r, k], 0 where there is no row
+    tokens: Tensor  # the chosen rows [b, r, k, d], 0 where there is no row
+    mask: Tensor | None  # bool [b, r, k], False where there is no row; None if every row could be chosen
+
+
+class CoordinateDescentRouter(nn.Module):
+    """Scores rows against routing tokens and picks the k best of each, with a soft top-k for gradient.
+
+    gates = argmax_λ <s, λ> + ε H(λ) subject to Σ λ = budget, 0 <= λ <= 1, where the budget is
+    `fetch_k_ratio` x k: with a little more than k, the last chosen rows still compete (CoLT5, arXiv
+    2303.09752). It is solved exactly (`xlroute.kernels.soft_topk`), or by `n_iters` steps of coordinate
+    descent (Wright, arXiv 1502.04759). The rows are the top-k of the scores, ties going to the lower index.
+
+    ε only has meaning against the spread of the scores. So rows are divided by their root mean square and
+    scores by √d, which makes the spread about 1 for a routing token of unit variance. All routing runs in
+    float32 (float64 for float64 rows), under autocast too.
+
+    Args:
+        dim: width d of the rows.
+        num_routing_tokens: r; each token chooses k rows of its own.
+        n_iters: steps of coordinate descent; None for the exact soft top-k.
+        eps: ε, the temperature: larger lets more rows share the gradient.
+        eps_init: the ε of the first step, for coordinate descent.
+        eps_decay: factor from one step's ε to the next, for coordinate descent.
+        straight_through: gates of chosen rows are 1 in value and keep their gradient.
+        fetch_k_ratio: the budget of the gates over k, at least 1.
+        learned_routing_tokens: the caller gives the routing tokens at each call; the router has none of its
+            own.
+        use_triton: whether the Triton kernels solve for the gates; None picks by the device of the rows. On a
+            CPU, True runs the PyTorch reference, with one warning.
+        cosine_sim_routing: scores are `cosine_sim_scale` x the cosine of row and token.
+        cosine_sim_scale: see there.
+        score_scale: factor of the scores of RMS-normalised rows; "auto" is d**-0.5; None takes raw inner
+            products.
+        route_block_size: route block by block of this many rows; each block's share of k is proportional to
+            its valid rows (largest remainder). None routes over all rows at once.
+        triton_checkpoint_segments: accepted for code written for colt5-attention, and without effect: the
+            backward needs no checkpoints.
+
+    Raises:
+        ValueError: for arguments out of range.
+    """
+
+    routing_token: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_routing_tokens: int = 1,
+        n_iters: int | None = None,
+        eps: float = 0.1,
+        eps_init: float | None = None,
+        eps_decay: float = 1.0,
+        *,
+        straight_through: bool = True,
+        fetch_k_ratio: float = 9 / 8,
+        learned_routing_tokens: bool = False,
+        use_triton: bool | None = None,
+        cosine_sim_routing: bool = False,
+        cosine_sim_scale: float = 8.0,
+        score_scale: float | Literal["auto"] | None = "auto",
+        route_block_size: int | None = None,
+        triton_checkpoint_segments: int | None = None,
+    ) -> None:
+        super().__init__()
+        _require(dim >= 1, "dim", "at least 1", dim)
+        _require(num_routing_tokens >= 1, "num_routing_tokens", "at least 1", num_routing_tokens)
+        _require(n_iters is None or n_iters >= 1, "n_iters", "None or at least 1", n_iters)
+        _require(eps > 0, "eps", "more than 0", eps)
+        _require(eps_init is None or eps_init >= eps, "eps_init", f"None or at least eps ({eps})", eps_init)
+        _require(0 < eps_decay <= 1, "eps_decay", "more than 0 and at most 1", eps_decay)
+        _require(fetch_k_ratio >= 1, "fetch_k_ratio", "at least 1", fetch_k_ratio)
+        _require(
+            route_block_size is None or route_block_size >= 1,
+            "route_block_size",
+            "None or at least 1",
+            route_block_size,
+        )
+        _require(
+            score_scale is None or score_scale == "auto" or isinstance(score_scale, int | float),
+            "score_scale",
+            "a number, 'auto' or None",
+            score_scale,
+        )
+        if triton_checkpoint_segments is not None:
+            warnings.warn(
+                "triton_checkpoint_segments has no effect: the backward needs no checkpoints", stacklevel=2
+            )
+        self.dim = dim
+        self.num_routing_tokens = num_routing_tokens
+        self.n_iters = n_iters
+        self.eps = eps
+        self.eps_init = eps_init
+        self.eps_decay = eps_decay
+        self.straight_through = straight_through
+        self.fetch_k_ratio = fetch_k_ratio
+        self.use_triton = use_triton
+        self.cosine_sim_routing = cosine_sim_routing
+        self.cosine_sim_scale = cosine_sim_scale
+        self.score_scale = dim**-0.5 if score_scale == "auto" else score_scale
+        self.route_block_size = route_block_size
+        self._warned_about_triton = False
+        if learned_routing_tokens:
+            self.register_parameter("routing_token", None)
+        else:
+            self.routing_token = nn.Parameter(torch.randn(num_routing_tokens, dim))
+
+    def forward(
+        self,
+        x: Tensor | MemoryLayer,
+        *,
+        num_tokens: int,
+        mask: Tensor | None = None,
+        random_route: bool = False,
+        routing_tokens: Tensor | None = None,
+        keep_one_route_dim: bool = False,
+    ) -> RouterOutput:
+        """Choose `num_tokens` rows for each routing token.
+
+        Args:
+            x: rows [b, m, d], or the layer of a memory, of which only the chosen rows are gathered.
+            num_tokens: k; all rows are chosen, and none twice, where there are fewer.
+            mask: bool [b, m], the rows that may be chosen; a memory layer brings its own.
+            random_route: choose rows at random, with gates of 1 and no gradient: the negative control.
+            routing_tokens: [b, d] or [b, r, d], for a router built with `learned_routing_tokens=True`.
+            keep_one_route_dim: keep the dimension r although there is one routing token.
+
+        Returns:
+            RouterOutput, with k = min(num_tokens, m).
+
+        Raises:
+            ValueError, TypeError: for shapes and options that do not fit together.
+        """
+        return self.route_with_stats(
+            x,
+            num_tokens=num_tokens,
+            mask=mask,
+            random_route=random_route,
+            routing_tokens=routing_tokens,
+            keep_one_route_dim=keep_one_route_dim,
+        )[0]
+
+    def route_with_stats(
+        self,
+        x: Tensor | MemoryLayer,
+        *,
+        num_tokens: int,
+        mask: Tensor | None = None,
+        random_route: bool = False,
+        routing_tokens: Tensor | None = None,
+        keep_one_route_dim: bool = False,
+    ) -> tuple[RouterOutput, RoutingStats]:
+        """Choose rows as a call of the router does, and tell how saturated the gates are."""
+        b, m, d = _rows_shape(x)
+        _require(d == self.dim, "x", f"rows of width {self.dim}", tuple(x.shape))
+        _require(num_tokens >= 1, "num_tokens", "at least 1", num_tokens)
+        if isinstance(x, MemoryLayer):
+            if mask is not None:
+                raise ValueError("mask: expected None with the layer of a memory, which brings its own")
+            mask = x.mask
+        elif mask is not None and (mask.shape != (b, m) or mask.dtype != torch.bool):
+            raise ValueError(f"mask: expected bool {(b, m)}, got {mask.dtype} {tuple(mask.shape)}")
+        tokens = self._tokens(routing_tokens, b)
+        k = min(num_tokens, m)
+
+        s = self._scores(x, tokens)  # [b, r, m]
+        route_mask = None if mask is None else mask[:, None].expand(s.shape)
+        if self.route_block_size is None or self.route_block_size >= m:
+            budget = self._budget(num_tokens, route_mask, m)
+            gates = self._gates(s, budget, route_mask)
+            chosen_by = torch.rand_like(s) if random_route else s.detach()
+            indices = top_indices(chosen_by, k, mask=route_mask)
+            budget_sum = budget
+        else:
+            gates, indices, budget_sum = self._route_blocks(s, route_mask, num_tokens, k, random_route)
+
+        chosen = indices >= 0
+        picked = gates.gather(-1, indices.clamp(min=0))
+        stats = RoutingStats(
+            gate_sum=(gates.detach().sum(-1) / torch.as_tensor(budget_sum).clamp(min=1)).to(torch.float32),
+            gradient_share=(((picked < 1) & chosen).sum(-1) / chosen.sum(-1).clamp(min=1)).to(torch.float32),
+        )
+        if random_route:
+            picked = torch.ones_like(picked)
+        elif self.straight_through:
+            picked = picked + (1 - picked).detach()
+        picked = picked.masked_fill(~chosen, 0)
+        rows = x.gather(indices) if isinstance(x, MemoryLayer) else gather_rows(x, indices)
+        out = RouterOutput(indices, picked, rows, None if mask is None else chosen)
+        if self.num_routing_tokens == 1 and not keep_one_route_dim:
+            out = RouterOutput(*(None if t is None else t.squeeze(1) for t in out))  # type: ignore[arg-type]
+            stats = RoutingStats(*(t.squeeze(1) for t in stats))
+        return out, stats
+
+    def _tokens(self, routing_tokens: Tensor | None, b: int) -> Tensor:
+        """The routing tokens, [r, d] or [b, r, d]."""
+        if self.routing_token is not None:
+            if routing_tokens is not None:
+                raise ValueError(
+                    "routing_tokens: expected None, since this router has its own "
+                    "(build it with learned_routing_tokens=True to give them)"
+                )
+            return self.routing_token
+        if routing_tokens is None:
+            raise ValueError(
+                "routing_tokens: expected a tensor, since this router has none of its own "
+                "(it was built with learned_routing_tokens=True)"
+            )
+        if routing_tokens.ndim == 2:
+            routing_tokens = routing_tokens[:, None]
+        shape = (b, self.num_routing_tokens, self.dim)
+        _require(routing_tokens.shape == shape, "routing_tokens", str(shape), tuple(routing_tokens.shape))
+        return routing_tokens
+
+    def _scores(self, x: Tensor | MemoryLayer, tokens: Tensor) -> Tensor:
+        """Scores [b, r, m], float32 or float64."""
+        normalize: Literal["rms", "l2"] | None = "rms"
+        scale = self.score_scale
+        if self.cosine_sim_routing:
+            normalize, scale = "l2", self.cosine_sim_scale
+            wide = torch.promote_types(tokens.dtype, torch.float32)
+            tokens = F.normalize(tokens.to(wide), dim=-1)
+        elif scale is None:
+            normalize, scale = None, 1.0
+        if isinstance(x, MemoryLayer):
+            return x.scores(tokens, normalize=normalize, scale=scale)
+        return row_scores(x, tokens, normalize=normalize, scale=scale)
+
+    def _budget(self, num_tokens: int, mask: Tensor | None, m: int) -> Tensor | float:
+        """What the gates of a row sum to: fetch_k_ratio x num_tokens, at most the number of valid rows."""
+        budget = num_tokens * self.fetch_k_ratio
+        if mask is None:
+            return min(budget, float(m))
+        return mask.sum(-1).clamp(max=budget)
+
+    def _gates(self, s: Tensor, budget: Tensor | float, mask: Tensor | None) -> Tensor:
+        if self.use_triton and s.device.type == "cpu":
+            self._warn_about_triton()
+        if self.n_iters is None:
+            return soft_topk(s, k=budget, eps=self.eps, mask=mask)
+        return coordinate_descent(
+            s,
+            k=budget,
+            n_iters=self.n_iters,
+            eps=self.eps,
+            eps_init=self.eps_init,
+            eps_decay=self.eps_decay,
+            mask=mask,
+        )
+
+    def _warn_about_triton(self) -> None:
+        if not self._warned_about_triton:
+            warnings.warn(
+                "use_triton=True: the rows are on a CPU, so the PyTorch reference runs instead", stacklevel=5
+            )
+            self._warned_about_triton = True
+
+    def _route_blocks(
+        self, s: Tensor, mask: Tensor | None, num_tokens: int, k: int, random_route: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Route within blocks of rows: gates [b, r, m], indices [b, r, k], the sum of the budgets [b, r]."""
+        w = self.route_block_size
+        assert w is not None
+        m = s.shape[-1]
+        blocks = math.ceil(m / w)
+        pad = blocks * w - m
+        if mask is None:
+            mask = torch.ones_like(s, dtype=torch.bool)
+        s_blocks = F.pad(s, (0, pad)).view(*s.shape[:-1], blocks, w)  # [b, r, blocks, w]
+        mask_blocks = F.pad(mask, (0, pad)).view(*s.shape[:-1], blocks, w)
+        valid = mask_blocks.sum(-1)
+        quotas = block_quotas(valid, num_tokens)
+        budgets = (quotas * self.fetch_k_ratio).clamp(max=valid)
+        gates = self._gates(s_blocks, budgets, mask_blocks)
+
+        # Each block offers its best rows; those beyond its quota are struck out.
+        offers = min(w, num_tokens)
+        chosen_by = torch.rand_like(s_blocks) if random_route else s_blocks.detach()
+        offered = top_indices(chosen_by, offers, mask=mask_blocks)
+        kept = (offered >= 0) & (torch.arange(offers, device=s.device) < quotas[..., None])
+        offset = w * torch.arange(blocks, device=s.device)[:, None]
+        candidates = torch.where(kept, offered + offset, -1).flatten(-2)
+        order = torch.argsort((candidates < 0).to(torch.int8), dim=-1, stable=True)[..., :k]
+        indices = candidates.gather(-1, order)
+        return gates.flatten(-2)[..., :m], indices, budgets.sum(-1)
+
+
+def block_quotas(valid: Tensor, total: int) -> Tensor:
+    """Share out `total` rows over blocks in proportion to their valid rows, by largest remainder.
+
+    Args:
+        valid: int64 [..., blocks], valid rows of each block.
+        total: rows to share out.
+
+    Returns:
+        int64 [..., blocks], at most `valid` each, summing to min(total, the valid rows); where remainders
+        are equal, the earlier block comes first.
+    """
+    everything = valid.sum(-1, keepdim=True)
+    share = everything.clamp(max=total)
+    divisor = everything.clamp(min=1)
+    quotas = share * valid // divisor
+    remainders = share * valid % divisor
+    left = share - quotas.sum(-1, keepdim=True)
+    rank = torch.argsort(torch.argsort(remainders, dim=-1, descending=True, stable=True), dim=-1)
+    return quotas + (rank < left)
+
+
+def _rows_shape(x: Tensor | MemoryLayer) -> tuple[int, int, int]:
+    if not isinstance(x, Tensor | MemoryLayer):
+        raise TypeError(f"x: expected a tensor [b, m, d] or a MemoryLayer, got {type(x).__name__}")
+    if len(x.shape) != 3:
+        raise ValueError(f"x: expected rows [b, m, d], got {tuple(x.shape)}")
+    b, m, d = x.shape
+    return b, m, d
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got}")

@@ -1,0 +1,594 @@
+"""RoutedTransformerXL: reads documents of any length segment by segment, with a routed long-term memory.
+
+It has: causal attention over [XL window, segment] (Dai et al., arXiv 1901.02860) with rotary positions, gated
+cross-attention to the rows that a router picks out of everything read before, per-stream document ends, and
+generation over cached keys and values. It has not: any state of its own. What has been read lives in the
+`TransformerXLState` that goes in and comes out.
+
+Shapes: b streams, n tokens in a segment, w = mem_len rows of the XL window, d dim, r routing tokens, k rows
+routed, L = depth blocks, l memory layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from xlroute.blocks import Block, RoutedRows
+from xlroute.memory import FingerprintError, MemoryLayer, MemoryStore
+from xlroute.open_segment import OpenSegment
+from xlroute.position import age_bucket
+from xlroute.sampling import SamplingOptions, sample
+from xlroute.state import TransformerXLState, load_state
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_VERSION = 1
+
+
+class Routing(NamedTuple):
+    """Which rows one memory layer chose to read for a segment."""
+
+    layer: int  # the block, counted from 1
+    indices: Tensor  # int64 [b, r, k], rows held by the memory, 0 the oldest; -1 for none
+    positions: Tensor  # int64 [b, r, k], their positions in the document; -1 for none
+    mask: Tensor  # bool [b, r, k], False for none
+    gates: Tensor  # [b, r, k]
+    gate_sum: Tensor  # [b, r], the sum of all gates over the budget
+    gradient_share: Tensor  # [b, r], the share of chosen rows that carry gradient to the router
+
+
+class RoutedTransformerXL(nn.Module):
+    """A Transformer-XL with a routed long-term memory.
+
+    Args:
+        vocab_size: number of tokens.
+        dim: d, width of the states and of the memory rows.
+        depth: L, number of blocks.
+        heads: attention heads.
+        dim_head: width of a head, even.
+        mem_len: w, states of each block that are kept and attended to densely; 0 for none.
+        memory_layers: blocks, counted from 1, that attend to the long-term memory; store layer i holds the
+            states that enter block `memory_layers[i]`.
+        num_tokens_kv: k, rows that each routing token chooses.
+        num_tokens_q: None: every query attends to the routed rows.
+        kv_routing_tokens: r; the heads are shared out over the sets of rows.
+        segment_len: tokens in a segment, where `generate` cuts.
+        ff_mult: width of the feedforward over `dim`.
+        dropout: of attention weights and of each branch's output.
+        tie_embeddings: the output projection is the embedding, transposed.
+        gradient_checkpointing: recompute each block in the backward instead of keeping its activations.
+        router_kwargs: further arguments of `CoordinateDescentRouter`; JSON values.
+
+    Raises:
+        ValueError: for arguments out of range.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        dim: int = 512,
+        depth: int = 8,
+        heads: int = 8,
+        dim_head: int = 64,
+        mem_len: int = 512,
+        memory_layers: Sequence[int] = (4, 6),
+        num_tokens_kv: int = 1024,
+        num_tokens_q: int | None = None,
+        kv_routing_tokens: int = 2,
+        segment_len: int = 512,
+        *,
+        ff_mult: int = 4,
+        dropout: float = 0.0,
+        tie_embeddings: bool = True,
+        gradient_checkpointing: bool = False,
+        router_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("vocab_size", vocab_size, 1),
+            ("dim", dim, 1),
+            ("depth", depth, 1),
+            ("heads", heads, 1),
+            ("dim_head", dim_head, 2),
+            ("mem_len", mem_len, 0),
+            ("segment_len", segment_len, 1),
+            ("ff_mult", ff_mult, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if dim_head % 2:
+            raise ValueError(
+                f"dim_head: expected an even number (rotary positions turn pairs), got {dim_head}"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        if num_tokens_q is not None:
+            raise ValueError(
+                "num_tokens_q: expected None, since choosing queries by a top-k of the segment looks ahead, "
+                f"got {num_tokens_q}"
+            )
+        memory_layers = tuple(memory_layers)
+        if memory_layers != tuple(sorted(set(memory_layers))) or not all(
+            1 <= i <= depth for i in memory_layers
+        ):
+            raise ValueError(
+                f"memory_layers: expected increasing block numbers from 1 to {depth}, got {memory_layers}"
+            )
+        self.config: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "dim": dim,
+            "depth": depth,
+            "heads": heads,
+            "dim_head": dim_head,
+            "mem_len": mem_len,
+            "memory_layers": list(memory_layers),
+            "num_tokens_kv": num_tokens_kv,
+            "num_tokens_q": num_tokens_q,
+            "kv_routing_tokens": kv_routing_tokens,
+            "segment_len": segment_len,
+            "ff_mult": ff_mult,
+            "dropout": dropout,
+            "tie_embeddings": tie_embeddings,
+            "gradient_checkpointing": gradient_checkpointing,
+            "router_kwargs": dict(router_kwargs or {}),
+        }
+        self.vocab_size = vocab_size
+        self.dim = dim
+        self.depth = depth
+        self.mem_len = mem_len
+        self.memory_layers = memory_layers
+        self.segment_len = segment_len
+        self.gradient_checkpointing = gradient_checkpointing
+
+        memory_options = {
+            "num_tokens_kv": num_tokens_kv,
+            "kv_routing_tokens": kv_routing_tokens,
+            "router_kwargs": dict(router_kwargs or {}),
+        }
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                heads=heads,
+                dim_head=dim_head,
+                ff_mult=ff_mult,
+                dropout=dropout,
+                memory_options=memory_options if number in memory_layers else None,
+            )
+            for number in range(1, depth + 1)
+        )
+        self.norm = nn.RMSNorm(dim)
+        self.to_logits = nn.Linear(dim, vocab_size, bias=False)
+        if tie_embeddings:
+            self.to_logits.weight = self.embedding.weight
+        self.dropout = nn.Dropout(dropout)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """All weights start here: normal of deviation 0.02, less where a branch joins the residual stream."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.typed_blocks():
+            branches = [block.attention.to_out, block.feedforward[-1]]
+            if block.memory is not None:
+                branches.append(block.memory.to_out)
+                nn.init.normal_(block.memory.null_kv, std=0.02)
+                nn.init.zeros_(block.memory.age_bias.weight)
+                # Nearly shut, yet open enough that gradient reaches what lies behind it.
+                nn.init.constant_(block.memory.memory_gate, 0.1)
+            for branch in branches:
+                assert isinstance(branch, nn.Linear)
+                nn.init.normal_(branch.weight, std=0.02 / (2 * self.depth) ** 0.5)
+
+    # ---- State ----
+
+    def create_memory(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        streams: int,
+        capacity: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> MemoryStore:
+        """A new memory store that fits this model: see `MemoryStore.create`.
+
+        Args:
+            path: where it is persisted; None for one in memory alone.
+            streams: b.
+            capacity: rows kept of each stream, the oldest going first; None for all.
+            dtype: of the rows; None for that of the weights.
+            device: where rows are kept while hot; None for that of the weights.
+        """
+        weight = self.embedding.weight
+        return MemoryStore.create(
+            path,
+            layers=len(self.memory_layers),
+            streams=streams,
+            dim=self.dim,
+            dtype=weight.dtype if dtype is None else dtype,
+            device=weight.device if device is None else device,
+            capacity=capacity,
+            fingerprint=self.fingerprint(),
+        )
+
+    def initial_state(self, *, streams: int, memory: MemoryStore | None = None) -> TransformerXLState:
+        """The state before the first token of `streams` documents.
+
+        Args:
+            streams: b.
+            memory: a store of the model's memory layers, `streams` and `dim`; None for XL memory alone. If
+                it holds rows, reading goes on after them, with an empty XL window.
+
+        Raises:
+            ValueError: if the memory does not fit the model.
+            FingerprintError: if it holds rows that other weights wrote.
+        """
+        if streams < 1:
+            raise ValueError(f"streams: expected at least 1, got {streams}")
+        weight = self.embedding.weight
+        positions = torch.zeros(streams, dtype=torch.int64)
+        if memory is not None:
+            self._check_memory(memory, streams)
+            positions = _rows_appended(memory.layer(0))
+        return TransformerXLState(
+            window=weight.new_zeros(self.depth, streams, self.mem_len, self.dim),
+            window_lengths=torch.zeros(streams, dtype=torch.int64),
+            positions=positions,
+            open=weight.new_zeros(self.depth, streams, 0, self.dim),
+            memory=memory,
+            model=self,
+        )
+
+    def load_state(
+        self,
+        folder: str | os.PathLike[str],
+        mode: Literal["r", "r+"] = "r",
+        *,
+        device: torch.device | str | None = None,
+        allow_other_weights: bool = False,
+    ) -> TransformerXLState:
+        """Open a state that `state.save` wrote.
+
+        Args:
+            folder: where it was saved.
+            mode: "r" opens exactly the commit that the state names, for anyone to share, and keeps new rows
+                in memory; "r+" takes the writer's lock of the store and rolls it back to that commit.
+            device: where the state goes; None for that of the weights.
+            allow_other_weights: open a state, and a memory, that other weights wrote.
+
+        Raises:
+            FingerprintError: if other weights wrote it.
+            MemoryStoreError: if there is no state, or it or its memory is damaged, locked or of a newer
+            format. ValueError: if the state does not fit the model.
+        """
+        return load_state(self, folder, mode=mode, device=device, allow_other_weights=allow_other_weights)
+
+    def fingerprint(self) -> str:
+        """A hash of all weights, 32 hexadecimal digits: equal if and only if the weights are, bit for bit."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            # Reinterpreting a zero-dimensional tensor as bytes is refused, so all are flattened.
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the weights as safetensors and the arguments as config.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        if self.config["tie_embeddings"]:
+            del weights["to_logits.weight"]
+        config = {
+            "model": type(self).__name__,
+            "config_version": CONFIG_VERSION,
+            "fingerprint": self.fingerprint(),
+            **self.config,
+        }
+        temporary = [folder / f"{name}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)]
+        save_file(weights, temporary[0])
+        temporary[1].write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(temporary[0], folder / WEIGHTS_FILE)
+        os.replace(temporary[1], folder / CONFIG_FILE)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+    ) -> RoutedTransformerXL:
+        """The model that `save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if the config is not one of this model, of a newer version, or not that of the
+            weights.
+        """
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).exists():
+                raise FileNotFoundError(f"{folder / name}: there is no saved model")
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        name, version = config.pop("model", None), config.pop("config_version", None)
+        fingerprint = config.pop("fingerprint", None)
+        if (name, version) != (cls.__name__, CONFIG_VERSION):
+            raise ValueError(
+                f"{folder / CONFIG_FILE}: expected model {cls.__name__} with config version "
+                f"{CONFIG_VERSION}, got {name} with {version}"
+            )
+        model = cls(**config)
+        weights = load_file(folder / WEIGHTS_FILE)
+        if config["tie_embeddings"]:
+            weights["to_logits.weight"] = weights["embedding.weight"]
+        model.to(weights["embedding.weight"].dtype)
+        model.load_state_dict(weights)
+        if model.fingerprint() != fingerprint:
+            raise ValueError(
+                f"{folder / WEIGHTS_FILE}: expected weights with fingerprint {fingerprint}, as the "
+                f"config says, got {model.fingerprint()}: the files are damaged or not of one saving"
+            )
+        return model.to(device).eval()
+
+    # ---- Reading ----
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        state: TransformerXLState,
+        lengths: Tensor | None = None,
+        ends: Tensor | None = None,
+        *,
+        return_routing: Literal[False] = False,
+    ) -> tuple[Tensor, TransformerXLState]: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        state: TransformerXLState,
+        lengths: Tensor | None = None,
+        ends: Tensor | None = None,
+        *,
+        return_routing: Literal[True],
+    ) -> tuple[Tensor, TransformerXLState, tuple[Routing, ...]]: ...
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: TransformerXLState,
+        lengths: Tensor | None = None,
+        ends: Tensor | None = None,
+        *,
+        return_routing: bool = False,
+    ) -> tuple[Tensor, TransformerXLState] | tuple[Tensor, TransformerXLState, tuple[Routing, ...]]:
+        """Read one segment of each stream.
+
+        At its end, states that leave the XL window enter the memory, and streams whose document ends are
+        cleared. A segment that `generate` left open ends before this one.
+
+        Args:
+            tokens: int64 [b, n]; n need not be `segment_len`.
+            state: consumed by the call.
+            lengths: int64 [b], how many tokens of each stream count, the first ones; None for all. The logits
+                behind them mean nothing.
+            ends: bool [b], the document of the stream ends with this segment; None for nowhere.
+            return_routing: return also which rows each memory layer chose.
+
+        Returns:
+            logits [b, n, vocab_size], of the token after each one; the next state; and with `return_routing`
+            one `Routing` for each memory layer, none if the state has no memory.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit, or a consumed state; nothing was read then.
+            MemoryStoreError: if the memory cannot be read or written.
+        """
+        lengths, ends = self._check_segment(tokens, state, lengths, ends)
+        self.end_open_segment(state)
+        x = self.dropout(self.embedding(tokens))
+        mask = self.window_mask(state)
+        entering, report = [], []
+        for i, (block, routed) in enumerate(self.route(state)):
+            entering.append(x.detach())
+            rows = None
+            if routed is not None:
+                rows, routing = routed
+                report.append(routing)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, state.window[i], mask, rows, use_reentrant=False)
+            else:
+                x = block(x, state.window[i], mask, rows)
+        logits = self.to_logits(self.norm(x))
+        self._shift(state, torch.stack(entering), lengths, ends)
+        state.positions = torch.where(ends, 0, state.positions + lengths)
+        state = state.hand_over()
+        return (logits, state, tuple(report)) if return_routing else (logits, state)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,
+        length: int,
+        state: TransformerXLState,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        segment_len: int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, TransformerXLState]:
+        """Read a prompt, then sample new tokens one by one, in evaluation mode.
+
+        Prompt and new tokens are cut at multiples of `segment_len`; the last segment stays open in the state,
+        and the next call of `generate` goes on in it. The last new token has not been read: begin the next
+        prompt with it.
+
+        Args:
+            prompt: int64 [b, n], n >= 1.
+            length: new tokens for each stream, at least 1.
+            state: consumed by the call. If the call is interrupted, the state holds what was read so far.
+            temperature: the logits are divided by it; 0 takes the likeliest token.
+            top_k: draw from the k likeliest tokens only.
+            top_p: draw from the smallest set of likeliest tokens whose probability is at least this.
+            segment_len: None for that of the model.
+            generator: source of randomness, on the model's device; None for PyTorch's own.
+
+        Returns:
+            The new tokens, int64 [b, length], and the next state.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit, or a consumed state.
+        """
+        self._check_segment(prompt, state, None, None)
+        if length < 1:
+            raise ValueError(f"length: expected at least 1, got {length}")
+        segment_len = self.segment_len if segment_len is None else segment_len
+        if segment_len < 1:
+            raise ValueError(f"segment_len: expected at least 1, got {segment_len}")
+        options = SamplingOptions(temperature, top_k, top_p)
+        was_training = self.training
+        segment = OpenSegment(self, state, segment_len)
+        tokens = prompt
+        new: list[Tensor] = []
+        self.eval()
+        try:
+            while len(new) < length:
+                logits = segment.read(tokens)
+                tokens = sample(logits[:, -1], options, generator=generator)[:, None]
+                new.append(tokens)
+        finally:
+            segment.leave()
+            self.train(was_training)
+        return torch.cat(new, dim=1), state.hand_over()
+
+    def typed_blocks(self) -> list[Block]:
+        """The blocks, with their type."""
+        return list(self.blocks)  # type: ignore[arg-type]
+
+    def window_mask(self, state: TransformerXLState) -> Tensor:
+        """Which places of the XL window are in use, bool [b, w]; they are the last ones."""
+        places = torch.arange(self.mem_len, device=state.window.device)
+        return places >= self.mem_len - state.window_lengths.to(places.device)[:, None]
+
+    def route(self, state: TransformerXLState) -> Iterator[tuple[Block, tuple[RoutedRows, Routing] | None]]:
+        """Each block, with the rows that it chose out of the memory of the state."""
+        layers = {number: i for i, number in enumerate(self.memory_layers)}
+        for number, block in enumerate(self.typed_blocks(), start=1):
+            if state.memory is None or block.memory is None:
+                yield block, None
+                continue
+            layer = state.memory.layer(layers[number])
+            routed, stats = block.memory.kv_router.route_with_stats(
+                layer, num_tokens=block.memory.num_tokens_kv, keep_one_route_dim=True
+            )
+            positions = layer.positions(routed.indices)
+            start = (_rows_appended(layer) + state.window_lengths).to(positions.device)
+            rows = RoutedRows(
+                routed, age_bucket(start[:, None, None] - positions).to(self.embedding.weight.device)
+            )
+            chosen = positions >= 0
+            yield (
+                block,
+                (rows, Routing(number, routed.indices, positions, chosen, routed.scores.detach(), *stats)),
+            )
+
+    @torch.no_grad()
+    def end_open_segment(self, state: TransformerXLState) -> None:
+        """Move the tokens of an open segment to the XL window and the memory, in place."""
+        length = state.open.shape[2]
+        if length:
+            self._shift(
+                state,
+                state.open,
+                torch.full((state.streams,), length),
+                torch.zeros(state.streams, dtype=torch.bool),
+            )
+            state.open = state.open[:, :, :0]
+
+    @torch.no_grad()
+    def _shift(self, state: TransformerXLState, states: Tensor, lengths: Tensor, ends: Tensor) -> None:
+        """Move states [L, b, n, d] of a segment into the XL window, and what leaves that into the memory."""
+        used = state.window_lengths + lengths
+        kept = used.clamp(max=self.mem_len).masked_fill(ends, 0)
+        both = torch.cat((state.window, states), dim=2)
+        if state.memory is not None:
+            leaving = (used - kept).masked_fill(ends, 0)
+            first = self.mem_len - state.window_lengths
+            inside = both[[number - 1 for number in self.memory_layers]]
+            if leaving.any():
+                state.memory.append(_slices(inside, first, int(leaving.max())), lengths=leaving)
+            if ends.any():
+                state.memory.reset(ends)
+            state.note_memory()
+        state.window = _slices(both, lengths, self.mem_len)
+        state.window_lengths = kept
+        state.window = state.window.masked_fill(~self.window_mask(state)[:, :, None], 0)
+
+    # ---- Checks ----
+
+    def _check_segment(
+        self, tokens: Tensor, state: TransformerXLState, lengths: Tensor | None, ends: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Checked lengths and ends, on the CPU."""
+        if not isinstance(state, TransformerXLState):
+            raise TypeError(f"state: expected a TransformerXLState, got {type(state).__name__}")
+        state.check()
+        b = state.streams
+        if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"tokens: expected int64 [b, n], got {getattr(tokens, 'dtype', type(tokens).__name__)}"
+            )
+        if tokens.ndim != 2 or tokens.shape[0] != b or tokens.shape[1] < 1:
+            raise ValueError(f"tokens: expected [{b}, n] with n at least 1, got {tuple(tokens.shape)}")
+        if tokens.device != state.window.device:
+            raise ValueError(
+                f"tokens: expected them on {state.window.device}, as the state, got {tokens.device}"
+            )
+        low, high = tokens.aminmax()
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(f"tokens: expected 0 to {self.vocab_size - 1}, got {int(low)} to {int(high)}")
+        n = tokens.shape[1]
+        lengths = torch.full((b,), n) if lengths is None else torch.as_tensor(lengths).cpu()
+        if lengths.shape != (b,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+            raise ValueError(f"lengths: expected integers [{b}], got {lengths.dtype} {tuple(lengths.shape)}")
+        if lengths.min() < 0 or lengths.max() > n:
+            raise ValueError(f"lengths: expected 0 to {n}, got {lengths.tolist()}")
+        ends = torch.zeros(b, dtype=torch.bool) if ends is None else torch.as_tensor(ends).cpu()
+        if ends.shape != (b,) or ends.dtype != torch.bool:
+            raise ValueError(f"ends: expected bool [{b}], got {ends.dtype} {tuple(ends.shape)}")
+        return lengths.to(torch.int64), ends
+
+    def _check_memory(self, memory: MemoryStore, streams: int) -> None:
+        if not self.memory_layers:
+            raise ValueError("memory: expected None for a model without memory_layers, got a store")
+        for name, expected in (("layers", len(self.memory_layers)), ("streams", streams), ("dim", self.dim)):
+            if getattr(memory, name) != expected:
+                raise ValueError(f"memory: expected {name}={expected}, got {name}={getattr(memory, name)}")
+        if memory.fingerprint is not None and memory.lengths.any():
+            fingerprint = self.fingerprint()
+            if memory.fingerprint != fingerprint:
+                raise FingerprintError(
+                    f"memory: expected rows of these weights ({fingerprint}), got rows that other weights "
+                    f"wrote ({memory.fingerprint}); set memory.fingerprint = None to use them all the same"
+                )
+
+
+def _rows_appended(layer: MemoryLayer) -> Tensor:
+    """Rows that each stream has appended since its reset, int64 [b]."""
+    return layer.positions(layer.lengths - 1) + 1
+
+
+def _slices(t: Tensor, start: Tensor, length: int) -> Tensor:
+    """`length` places of t [L, b, n, d] from start [b] on; places past the end repeat the last one."""
+    places = (start[:, None] + torch.arange(length)).clamp(max=t.shape[2] - 1).to(t.device)
+    return t[:, torch.arange(t.shape[1], device=t.device)[:, None], places]
