@@ -98,7 +98,8 @@ def budget_per_row(k: float | Tensor, s: Tensor) -> Tensor:
         return k.to(torch.float64).expand(rows)
     if isinstance(k, bool) or not isinstance(k, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"k must be a number or a real tensor, got {type(k).__name__}")
-    if not math.isfinite(k):
+    # Compared, not math.isfinite(k), which torch.compile cannot trace for a k that changes between calls.
+    if not -math.inf < k < math.inf:
         raise ValueError(f"k must be finite, got {k}")
     return torch.full(rows, float(k), dtype=torch.float64, device=s.device)
 

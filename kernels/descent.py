@@ -79,6 +79,7 @@ def coordinate_descent(
     if not 0 < eps_decay <= 1:
         raise ValueError(f"eps_decay must be in (0, 1], got {eps_decay}")
     resolve_backend(backend, s)
+    gates: Tensor
     gates, _ = _forward(s, budget_per_row(k, s), mask, n_iters, float(eps), float(eps_init), float(eps_decay))
     return gates
 

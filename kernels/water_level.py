@@ -61,6 +61,7 @@ def soft_topk(
     resolve_backend(backend, s)
     budget = budget_per_row(k, s)
     largest = None if isinstance(k, Tensor) else math.ceil(min(max(k, 0), 2**53))
+    gates: Tensor
     gates, _ = _forward(s, budget, mask, float(eps), largest)
     return gates
 

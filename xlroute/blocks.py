@@ -49,11 +49,24 @@ class SelfAttention(nn.Module):
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        # With these, rotary positions alone can decide where a head looks, whatever the tokens.
+        self.q_bias = nn.Parameter(torch.zeros(heads, 1, dim_head))
+        self.k_bias = nn.Parameter(torch.zeros(heads, 1, dim_head))
+
+    @torch.no_grad()
+    def look_back(self) -> None:
+        """Set the biases so that head h starts out looking h tokens back, whatever the tokens are."""
+        heads, _, e = self.q_bias.shape
+        peak = 20.0  # the logit there: e^20 outweighs thousands of other places
+        self.q_bias.fill_((peak / e**0.5) ** 0.5)
+        # A key that is rotated by h more positions is found h places after its own.
+        table = rotary_table(heads, e, device=self.q_bias.device, dtype=self.q_bias.dtype)
+        self.k_bias.copy_(rotate(self.q_bias, table[:, :, None]))
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [b, h, n, e] of states [b, n, d], without position."""
         kv = rearrange(self.to_kv(self.norm(states)), "b n (two h e) -> two b h n e", two=2, h=self.heads)
-        return kv[0], kv[1]
+        return kv[0] + self.k_bias.to(kv.dtype), kv[1]
 
     def forward(self, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
         """Attend from x [b, n, d] to the context and to x up to each token.
@@ -63,6 +76,7 @@ class SelfAttention(nn.Module):
         """
         n, w = x.shape[1], context.keys.shape[2]
         q = rearrange(self.to_q(self.norm(x)), "b n (h e) -> b h n e", h=self.heads)
+        q = q + self.q_bias.to(q.dtype)
         keys, values = self.keys_values(x)
         all_keys = torch.cat((context.keys.to(keys.dtype), keys), dim=2)
         all_values = torch.cat((context.values.to(values.dtype), values), dim=2)

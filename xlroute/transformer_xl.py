@@ -175,21 +175,25 @@ class RoutedTransformerXL(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """All weights start here: normal of deviation 0.02, less where a branch joins the residual stream."""
+        """All weights start here.
+
+        Projections keep the scale of what they are given; those that join the residual stream share its
+        scale among the branches. The memory branch adds nothing at first: its last projection is zero, so that it is
+        learned before it disturbs, and its gate lets 10% through, so that gradient reaches what lies behind.
+        """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
         for block in self.typed_blocks():
-            branches = [block.attention.to_out, block.feedforward[-1]]
+            for branch in (block.attention.to_out, block.feedforward[-1]):
+                branch.weight.data *= (2 * self.depth) ** -0.5
+            block.attention.look_back()
             if block.memory is not None:
-                branches.append(block.memory.to_out)
-                nn.init.normal_(block.memory.null_kv, std=0.02)
+                nn.init.zeros_(block.memory.to_out.weight)
                 nn.init.zeros_(block.memory.age_bias.weight)
-                # Nearly shut, yet open enough that gradient reaches what lies behind it.
+                nn.init.normal_(block.memory.null_kv, std=0.02)
                 nn.init.constant_(block.memory.memory_gate, 0.1)
-            for branch in branches:
-                assert isinstance(branch, nn.Linear)
-                nn.init.normal_(branch.weight, std=0.02 / (2 * self.depth) ** 0.5)
 
     # ---- State ----
 

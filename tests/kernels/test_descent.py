@@ -1,6 +1,7 @@
 """coordinate_descent against the two-vector iteration of the papers, differentiated by autograd."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_float32_gradient_error() -> None:
     cotangent = torch.randn(8, 512, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(8, 512, dtype=torch.bool)
 
-    def gradient(function: type(descend), dtype: torch.dtype) -> Tensor:  # type: ignore[valid-type]
+    def gradient(function: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
         x = s.to(dtype).requires_grad_()
         return torch.autograd.grad(function(x, 64.0, 50, schedule, mask), x, cotangent.to(dtype))[0]
 

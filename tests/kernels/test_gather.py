@@ -63,7 +63,7 @@ def test_index_out_of_range(index: int) -> None:
 
 def test_errors() -> None:
     x = torch.randn(2, 5, 3)
-    with pytest.raises(TypeError, match="indices must be an int64 tensor, got torch.int32"):
+    with pytest.raises(TypeError, match=r"indices must be an int64 tensor, got torch.int32"):
         gather_rows(x, torch.zeros(2, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"with the same b, got \(2, 5, 3\) and \(3, 4\)"):
         gather_rows(x, torch.zeros(3, 4, dtype=torch.int64))

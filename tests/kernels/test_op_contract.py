@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -71,12 +72,11 @@ def route(rows: Tensor, tokens: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     scores = row_scores(rows, tokens, normalize="rms", scale=0.5)
     gates = soft_topk(scores, k=k, mask=mask) + descend(scores, 3, mask)
     indices = top_indices(scores, 4, mask)
-    chosen = gather_rows(rows, indices)
-    return chosen * gather_rows(gates.mT.contiguous(), indices).diagonal(dim1=1, dim2=-1).mT[..., None]
+    weights = gates.gather(-1, indices.clamp(min=0))
+    return gather_rows(rows, indices) * weights[..., None]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_as_one_graph(backend: str) -> None:
+def test_compiles_as_one_graph() -> None:
     inputs = (
         torch.randn(2, 11, 6, requires_grad=True),
         torch.randn(2, 3, 6, requires_grad=True),
@@ -86,9 +86,26 @@ def test_compiles_as_one_graph(backend: str) -> None:
     expected = route(*inputs)
     cotangent = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, inputs[:3], cotangent)
-    given = torch.compile(route, fullgraph=True, backend=backend)(*inputs)
+    given = torch.compile(route, fullgraph=True, backend="aot_eager")(*inputs)
     torch.testing.assert_close(given, expected)
     torch.testing.assert_close(torch.autograd.grad(given, inputs[:3], cotangent), wanted)
+
+
+# PyTorch 2.13's inductor warns of a decorator that it uses itself.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+def test_compiles_with_inductor() -> None:
+    rows, tokens = torch.randn(2, 11, 6), torch.randn(2, 3, 6, requires_grad=True)
+
+    def gates(rows: Tensor, tokens: Tensor) -> Tensor:
+        scores = row_scores(rows, tokens, normalize="rms")
+        return soft_topk(scores, k=3) * descend(scores, 3)
+
+    expected = gates(rows, tokens)
+    cotangent = torch.randn_like(expected)
+    (wanted,) = torch.autograd.grad(expected, tokens, cotangent)
+    given = torch.compile(gates, fullgraph=True, backend="inductor")(rows, tokens)
+    torch.testing.assert_close(given, expected)
+    torch.testing.assert_close(torch.autograd.grad(given, tokens, cotangent)[0], wanted)
 
 
 @pytest.mark.parametrize("solve", SOLVERS)
@@ -138,9 +155,8 @@ def test_budget_of_any_dtype(solve: Callable[..., Tensor], dtype: torch.dtype) -
     s = torch.randn(3, 9)
     k = torch.tensor([1, 2, 5], dtype=dtype, requires_grad=dtype.is_floating_point)
     gates = solve(s, k)
-    torch.testing.assert_close(
-        gates, torch.stack([solve(row, int(budget)) for row, budget in zip(s, k, strict=True)])
-    )
+    alone = [solve(row, int(budget)) for row, budget in zip(s, k, strict=True)]
+    torch.testing.assert_close(gates, torch.stack(alone))
     if dtype.is_floating_point:
         (dk,) = torch.autograd.grad(gates.sum(), k)
         assert dk.dtype == dtype
@@ -149,13 +165,13 @@ def test_budget_of_any_dtype(solve: Callable[..., Tensor], dtype: torch.dtype) -
 @pytest.mark.parametrize("solve", SOLVERS)
 def test_argument_errors(solve: Callable[..., Tensor]) -> None:
     s = torch.randn(2, 5)
-    with pytest.raises(TypeError, match="s must be a floating-point tensor, got dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"s must be a floating-point tensor, got dtype torch.int64"):
         solve(s.long(), 2)
-    with pytest.raises(TypeError, match="s must be a floating-point tensor, got list"):
+    with pytest.raises(TypeError, match=r"s must be a floating-point tensor, got list"):
         solve([1.0, 2.0], 2)
     with pytest.raises(ValueError, match=r"s must have shape \[\.\.\., n\]"):
         solve(torch.tensor(1.0), 1)
-    with pytest.raises(TypeError, match="mask must be a bool tensor, got torch.float32"):
+    with pytest.raises(TypeError, match=r"mask must be a bool tensor, got torch.float32"):
         solve(s, 2, torch.ones(2, 5))
     with pytest.raises(
         ValueError, match=r"mask must broadcast to the shape of s, \(2, 5\), got shape \(3, 5\)"
@@ -177,17 +193,13 @@ def test_argument_errors(solve: Callable[..., Tensor]) -> None:
         solve(s, math.nan)
 
 
-@pytest.mark.parametrize(
-    "op",
-    [lambda s, **kw: coordinate_descent(s, k=1, n_iters=1, **kw), lambda s, **kw: soft_topk(s, k=1, **kw)],
-    ids=["coordinate_descent", "soft_topk"],
-)
+@pytest.mark.parametrize("op", [partial(coordinate_descent, n_iters=1), soft_topk], ids=["descent", "exact"])
 def test_backend_errors(op: Callable[..., Tensor]) -> None:
     s = torch.randn(2, 5)
-    assert torch.equal(op(s, backend="torch"), op(s))
+    assert torch.equal(op(s, k=1, backend="torch"), op(s, k=1))
     with pytest.raises(ValueError, match="backend='triton' needs a CUDA tensor, got a tensor on cpu"):
-        op(s, backend="triton")
+        op(s, k=1, backend="triton")
     with pytest.raises(ValueError, match="backend must be None, 'torch' or 'triton', got 'jax'"):
-        op(s, backend="jax")
+        op(s, k=1, backend="jax")
     with pytest.raises(ValueError, match="eps must be a positive finite number, got -1"):
-        op(s, eps=-1)
+        op(s, k=1, eps=-1)

@@ -21,7 +21,7 @@ def expected_scores(rows: Tensor, tokens: Tensor, normalize: Normalize | None, s
     return scale * torch.einsum("...md,...rd->...rm", rows, tokens)
 
 
-@pytest.fixture(params=[1, 2, 8], ids=lambda n: f"{n}threads")
+@pytest.fixture(params=[1, 2], ids=lambda n: f"{n}threads")
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -89,7 +89,7 @@ def test_gradient_error_over_several_blocks(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("d", [1, 3, 64, 100, 513, 40_000])
 def test_a_score_never_depends_on_its_company(d: int, dtype: torch.dtype, threads: int) -> None:
     choose = random.Random(d)
-    m = 1000 if d < 1000 else 9
+    m = 1000 if d <= 100 else 200 if d < 1000 else 9
     rows = torch.randn(m, d).to(dtype)
     tokens = torch.randn(3, d, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     normalize = choose.choice(NORMALIZE)
@@ -252,5 +252,5 @@ def test_errors(
 
 
 def test_integer_rows_are_refused() -> None:
-    with pytest.raises(TypeError, match="rows must be a floating-point tensor, got dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"rows must be a floating-point tensor, got dtype torch.int64"):
         row_scores(torch.ones(2, 3, dtype=torch.int64), torch.ones(1, 3), normalize=None)

@@ -14,7 +14,7 @@ def bisected(s: Tensor, k: Tensor, eps: float, mask: Tensor) -> Tensor:
     s = s.masked_fill(~mask, -math.inf)
     high = s.masked_fill(~mask, math.inf).amin(-1).neg() + 1.0
     low = -s.amax(-1) - eps * 100.0
-    for _ in range(200):
+    for _ in range(80):
         middle = (low + high) / 2
         total = ((s + middle[..., None]) / eps).clamp(max=0).exp().sum(-1)
         low, high = torch.where(total < k, middle, low), torch.where(total < k, high, middle)
@@ -44,7 +44,7 @@ def test_is_the_limit_of_coordinate_descent() -> None:
     mask = torch.rand(3, 40) < 0.9
     cotangent = torch.randn(3, 40, dtype=torch.float64)
     gates = soft_topk(s, k=k, eps=0.5, mask=mask)
-    limit = coordinate_descent(s, k=k, n_iters=5000, eps=0.5, mask=mask)
+    limit = coordinate_descent(s, k=k, n_iters=2000, eps=0.5, mask=mask)
     torch.testing.assert_close(gates, limit, rtol=0, atol=1e-10)
     torch.testing.assert_close(
         torch.autograd.grad(gates, (s, k), cotangent),
@@ -123,7 +123,7 @@ def test_fully_masked_and_idle_rows() -> None:
     assert torch.equal(k.grad[1:], torch.zeros(3))
     assert float(gates[0].detach().sum()) == pytest.approx(2.0, rel=1e-6)
     for budget in (0, -3, 1e-30):
-        assert float(soft_topk(s, k=budget, mask=mask).sum()) <= 1e-29
+        assert float(soft_topk(s.detach(), k=budget, mask=mask).sum()) <= 1e-29
 
 
 def test_budget_beyond_the_valid_entries_gives_ones_on_them() -> None:

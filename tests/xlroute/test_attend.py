@@ -40,7 +40,7 @@ def test_half_precision_keeps_its_type() -> None:
 
 def test_unknown_backend_is_refused() -> None:
     q = torch.randn(1, 1, 2, 4)
-    with pytest.raises(ValueError, match="backend: expected 'sdpa', 'math' or 'flash', got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend: expected 'sdpa', 'math' or 'flash', got 'fast'"):
         attend(q, q, q, backend="fast")  # type: ignore[arg-type]
 
 
@@ -48,12 +48,12 @@ def test_flash_refuses_masks_and_the_cpu() -> None:
     q = torch.randn(1, 1, 2, 4)
     with pytest.raises(ValueError, match="'flash' takes neither a mask nor a bias"):
         attend(q, q, q, mask=torch.ones(2, 2, dtype=torch.bool), backend="flash")
-    with pytest.raises(ValueError, match="got torch.float32 on cpu"):
+    with pytest.raises(ValueError, match=r"got torch\.float32 on cpu"):
         attend(q, q, q, backend="flash")
 
 
 def test_flash_gets_heads_behind_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package takes [b, n, h, e]; a stand-in for its function shows that the layout is turned and turned back."""
+    """The package takes [b, n, h, e]; a stand-in shows that the layout is turned and turned back."""
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
         assert q.shape == (2, 5, 3, 8)

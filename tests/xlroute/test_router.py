@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from xlroute.memory import MemoryStore
 
 from xlroute import CoordinateDescentRouter
-from xlroute.memory import MemoryStore
 from xlroute.router import block_quotas
 
 
@@ -124,9 +124,7 @@ def test_given_routing_tokens() -> None:
     assert tokens.grad is not None
     assert tokens.grad.abs().max() > 0
     single = CoordinateDescentRouter(8, learned_routing_tokens=True)
-    assert torch.equal(
-        single(x, num_tokens=5, routing_tokens=tokens[:, 0]).indices, out.indices[:, 0]
-    )
+    assert torch.equal(single(x, num_tokens=5, routing_tokens=tokens[:, 0]).indices, out.indices[:, 0])
 
 
 def test_cosine_routing() -> None:
@@ -154,9 +152,7 @@ def test_score_scale_none_takes_raw_products() -> None:
 
 def test_statistics_show_saturation_of_coordinate_descent() -> None:
     x = torch.randn(1, 1024, 512)
-    usual = CoordinateDescentRouter(
-        512, n_iters=20, eps=0.03, eps_init=4.0, eps_decay=0.7, score_scale=None
-    )
+    usual = CoordinateDescentRouter(512, n_iters=20, eps=0.03, eps_init=4.0, eps_decay=0.7, score_scale=None)
     assert usual.route_with_stats(x, num_tokens=64)[1].gate_sum.item() > 1.5
     exact = CoordinateDescentRouter(512)
     torch.testing.assert_close(exact.route_with_stats(x, num_tokens=64)[1].gate_sum, torch.ones(1))

@@ -77,5 +77,5 @@ def test_fused_on_a_cpu_warns_once() -> None:
 def test_k_out_of_range_is_refused(k: int) -> None:
     with pytest.raises(ValueError, match=f"k: expected 1 to 20, the length of x's last dimension, got {k}"):
         topk(torch.randn(20), k=k)
-    with pytest.raises(ValueError, match="coor_descent_k_ratio: expected at least 1, got 0.5"):
+    with pytest.raises(ValueError, match=r"coor_descent_k_ratio: expected at least 1, got 0\.5"):
         topk(torch.randn(20), k=2, coor_descent_k_ratio=0.5)

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from xlroute.memory import FingerprintError, MemoryStore
 
 from xlroute import RoutedTransformerXL
-from xlroute.memory import FingerprintError, MemoryStore
 from xlroute.open_segment import OpenSegment
 
 SMALL: dict[str, Any] = {
@@ -63,7 +63,7 @@ def test_memory_layers_hold_the_states_that_enter_their_blocks() -> None:
 
 
 def test_the_xl_window_is_what_a_longer_segment_would_show() -> None:
-    """Within the window, reading in segments is reading at once: for one layer, whose keys do not depend on cuts."""
+    """For one layer, whose keys do not depend on the cuts, reading in segments is reading at once."""
     model = build(depth=1, memory_layers=(), mem_len=20)
     tokens = torch.randint(50, (2, 17))
     state = model.initial_state(streams=2)
