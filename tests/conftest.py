@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+
+from xlroute import RoutedTransformerXL
 
 SEED = int(os.environ.get("XLROUTE_TEST_SEED", random.SystemRandom().randrange(10**6)))
 
@@ -19,3 +23,30 @@ def pytest_report_header() -> str:
 @pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(SEED + zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def build_model() -> Callable[..., RoutedTransformerXL]:
+    """Builds small models in evaluation mode whose memory matters: gates open, weights large."""
+
+    def build(dtype: torch.dtype = torch.float64, **options: Any) -> RoutedTransformerXL:
+        small: dict[str, Any] = {
+            "vocab_size": 50,
+            "dim": 16,
+            "depth": 3,
+            "heads": 4,
+            "dim_head": 4,
+            "mem_len": 6,
+            "memory_layers": (2, 3),
+            "num_tokens_kv": 3,
+            "segment_len": 5,
+        }
+        model = RoutedTransformerXL(**{**small, **options}).to(dtype).eval()
+        for name, parameter in model.named_parameters():
+            if "memory_gate" in name:
+                torch.nn.init.constant_(parameter, 1.0)
+            elif parameter.ndim >= 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+        return model
+
+    return build

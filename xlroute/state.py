@@ -144,9 +144,7 @@ class TransformerXLState:
         """Commit the memory, or copy it into the folder; what the header says of it."""
         if memory.path is None:
             path = folder / f"memory-{uuid.uuid4().hex[:12]}"
-            memory.copy_to(path)
-            with MemoryStore.open(path) as copy:
-                return {"path": None, "inside": path.name, "commit": copy.commits()[-1], "pin": None}
+            return {"path": None, "inside": path.name, "commit": memory.copy_to(path), "pin": None}
         commit = memory.commit()
         path = Path(memory.path).resolve()
         inside = os.path.relpath(path, folder.resolve()) if path.is_relative_to(folder.resolve()) else None

@@ -178,8 +178,9 @@ class RoutedTransformerXL(nn.Module):
         """All weights start here.
 
         Projections keep the scale of what they are given; those that join the residual stream share its
-        scale among the branches. The memory branch adds nothing at first: its last projection is zero, so that it is
-        learned before it disturbs, and its gate lets 10% through, so that gradient reaches what lies behind.
+        scale among the branches. The memory branch adds nothing at first: its last projection is zero, so
+        that it is learned before it disturbs, and its gate lets 10% through, so that gradient reaches what
+        lies behind.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+
 from xlroute.kernels import coordinate_descent
 
 SCHEDULES = {"constant": (0.1, None, 1.0), "steep": (0.03, 4.0, 0.7), "slow": (0.5, 1.0, 0.95)}

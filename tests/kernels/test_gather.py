@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from xlroute.kernels import gather_rows
 
 

@@ -6,8 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-import xlroute.kernels
 from torch import Tensor
+
+import xlroute.kernels
 from xlroute.kernels import coordinate_descent, gather_rows, row_scores, soft_topk, top_indices
 
 

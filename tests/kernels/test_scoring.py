@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+
 from xlroute.kernels import row_scores
 from xlroute.kernels.scoring import L2_EPS, RMS_EPS, Normalize, blocks
 

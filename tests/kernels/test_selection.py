@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+
 from xlroute.kernels import top_indices
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from xlroute.memory import MemoryStore
 
 from xlroute import ConditionalRoutedCrossAttention
+from xlroute.memory import MemoryStore
 
 
 def build(**options: object) -> ConditionalRoutedCrossAttention:

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from xlroute.memory import MemoryStore
 
 from xlroute import CoordinateDescentRouter
+from xlroute.memory import MemoryStore
 from xlroute.router import block_quotas
 
 

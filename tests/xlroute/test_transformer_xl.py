@@ -1,38 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from xlroute.memory import FingerprintError, MemoryStore
 
 from xlroute import RoutedTransformerXL
+from xlroute.memory import FingerprintError, MemoryStore
 from xlroute.open_segment import OpenSegment
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 50,
-    "dim": 16,
-    "depth": 3,
-    "heads": 4,
-    "dim_head": 4,
-    "mem_len": 6,
-    "memory_layers": (2, 3),
-    "num_tokens_kv": 3,
-    "segment_len": 5,
-}
-
-
-def build(open_gates: bool = True, **options: Any) -> RoutedTransformerXL:
-    """A small model whose memory matters: gates open, weights large, ages told apart."""
-    model = RoutedTransformerXL(**{**SMALL, **options}).double().eval()
-    for name, parameter in model.named_parameters():
-        if open_gates and "memory_gate" in name:
-            torch.nn.init.constant_(parameter, 1.0)
-        elif "age_bias" in name or parameter.ndim >= 2:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
+BuildModel = Callable[..., RoutedTransformerXL]
 
 
 def read(
@@ -48,8 +28,8 @@ def read(
     return torch.cat(logits, dim=1), memory
 
 
-def test_memory_layers_hold_the_states_that_enter_their_blocks() -> None:
-    model = build()
+def test_memory_layers_hold_the_states_that_enter_their_blocks(build_model: BuildModel) -> None:
+    model = build_model()
     tokens = torch.randint(50, (2, 14))
     _, memory = read(model, tokens, [14])
     entering: list[Tensor] = []
@@ -62,9 +42,9 @@ def test_memory_layers_hold_the_states_that_enter_their_blocks() -> None:
         assert torch.equal(rows, entering[layer][:, :8])
 
 
-def test_the_xl_window_is_what_a_longer_segment_would_show() -> None:
+def test_the_xl_window_is_what_a_longer_segment_would_show(build_model: BuildModel) -> None:
     """For one layer, whose keys do not depend on the cuts, reading in segments is reading at once."""
-    model = build(depth=1, memory_layers=(), mem_len=20)
+    model = build_model(depth=1, memory_layers=(), mem_len=20)
     tokens = torch.randint(50, (2, 17))
     state = model.initial_state(streams=2)
     whole, _ = model(tokens, state.fork())
@@ -75,8 +55,8 @@ def test_the_xl_window_is_what_a_longer_segment_would_show() -> None:
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
 
 
-def test_every_kind_of_memory_is_used() -> None:
-    model = build()
+def test_every_kind_of_memory_is_used(build_model: BuildModel) -> None:
+    model = build_model()
     tokens = torch.randint(50, (1, 25))
     with_memory, _ = read(model, tokens, [5] * 5)
     state = model.initial_state(streams=1)
@@ -91,8 +71,8 @@ def test_every_kind_of_memory_is_used() -> None:
     assert (without[:, 20:] - alone).abs().max() > 1e-3
 
 
-def test_cleared_memory_changes_what_is_read_and_keeps_the_window() -> None:
-    model = build()
+def test_cleared_memory_changes_what_is_read_and_keeps_the_window(build_model: BuildModel) -> None:
+    model = build_model()
     memory = model.create_memory(streams=1)
     state = model.initial_state(streams=1, memory=memory)
     for _ in range(4):
@@ -108,8 +88,8 @@ def test_cleared_memory_changes_what_is_read_and_keeps_the_window() -> None:
     assert (a - b).abs().max() > 1e-3
 
 
-def test_training_reaches_every_parameter() -> None:
-    model = build(router_kwargs={"eps": 1.0}, num_tokens_kv=4).train()
+def test_training_reaches_every_parameter(build_model: BuildModel) -> None:
+    model = build_model(router_kwargs={"eps": 1.0}, num_tokens_kv=4).train()
     memory = model.create_memory(streams=2)
     state = model.initial_state(streams=2, memory=memory)
     loss = torch.zeros(())
@@ -124,8 +104,8 @@ def test_training_reaches_every_parameter() -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_one_backward_over_several_segments_equals_one_for_each() -> None:
-    model = build(router_kwargs={"eps": 1.0})
+def test_one_backward_over_several_segments_equals_one_for_each(build_model: BuildModel) -> None:
+    model = build_model(router_kwargs={"eps": 1.0})
     tokens = torch.randint(50, (2, 24))
     cotangents = torch.randn(4, 2, 6, 50, dtype=torch.float64)
     gradients = []
@@ -133,8 +113,8 @@ def test_one_backward_over_several_segments_equals_one_for_each() -> None:
         state = model.initial_state(streams=2, memory=model.create_memory(streams=2, capacity=9))
         total = torch.zeros(())
         model.zero_grad()
-        for piece, cotangent in zip(tokens.split(6, dim=1), cotangents, strict=True):
-            logits, state = model(piece, state, ends=torch.tensor([False, len(gradients) > 5]))
+        for i, (piece, cotangent) in enumerate(zip(tokens.split(6, dim=1), cotangents, strict=True)):
+            logits, state = model(piece, state, ends=torch.tensor([False, i == 1]))
             loss = (logits * cotangent).sum()
             if together:
                 total = total + loss
@@ -148,9 +128,9 @@ def test_one_backward_over_several_segments_equals_one_for_each() -> None:
         torch.testing.assert_close(gradients[0][name], gradients[1][name])
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
-    model = build()
-    saving = build(gradient_checkpointing=True)
+def test_gradient_checkpointing_changes_nothing(build_model: BuildModel) -> None:
+    model = build_model()
+    saving = build_model(gradient_checkpointing=True)
     saving.load_state_dict(model.state_dict())
     tokens = torch.randint(50, (2, 20))
     results = []
@@ -163,8 +143,8 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_dropout_only_in_training() -> None:
-    model = build(dropout=0.5)
+def test_dropout_only_in_training(build_model: BuildModel) -> None:
+    model = build_model(dropout=0.5)
     tokens = torch.randint(50, (1, 5))
     a, b = (model(tokens, model.initial_state(streams=1))[0] for _ in range(2))
     assert torch.equal(a, b)
@@ -173,15 +153,15 @@ def test_dropout_only_in_training() -> None:
     assert not torch.equal(a, b)
 
 
-def test_tied_and_untied_embeddings() -> None:
-    assert build().to_logits.weight is not None
-    tied, untied = build(), build(tie_embeddings=False)
+def test_tied_and_untied_embeddings(build_model: BuildModel) -> None:
+    assert build_model().to_logits.weight is not None
+    tied, untied = build_model(), build_model(tie_embeddings=False)
     assert tied.to_logits.weight is tied.embedding.weight
     assert untied.to_logits.weight is not untied.embedding.weight
 
 
-def test_autocast_runs_and_keeps_states_in_the_type_of_the_weights() -> None:
-    model = build().float()
+def test_autocast_runs_and_keeps_states_in_the_type_of_the_weights(build_model: BuildModel) -> None:
+    model = build_model().float()
     state = model.initial_state(streams=2, memory=model.create_memory(streams=2, dtype=torch.bfloat16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for _ in range(4):
@@ -194,8 +174,8 @@ def test_autocast_runs_and_keeps_states_in_the_type_of_the_weights() -> None:
 
 # The compiler looks at .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_a_block_compiles_to_one_graph() -> None:
-    model = build()
+def test_a_block_compiles_to_one_graph(build_model: BuildModel) -> None:
+    model = build_model()
     plain, _ = read(model, tokens := torch.randint(50, (2, 20)), [5] * 4)
     for block in model.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
@@ -206,8 +186,8 @@ def test_a_block_compiles_to_one_graph() -> None:
 @pytest.mark.parametrize(
     "options", [{"mem_len": 0}, {"memory_layers": ()}, {"mem_len": 0, "memory_layers": ()}]
 )
-def test_without_window_or_without_memory(options: dict[str, Any]) -> None:
-    model = build(**options)
+def test_without_window_or_without_memory(build_model: BuildModel, options: dict[str, Any]) -> None:
+    model = build_model(**options)
     memory = model.create_memory(streams=2) if model.memory_layers else None
     state = model.initial_state(streams=2, memory=memory)
     for _ in range(3):
@@ -222,8 +202,10 @@ def test_without_window_or_without_memory(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("segment_len", [1, 4, 5, 100])
 @pytest.mark.parametrize("before", [0, 3])
-def test_step_by_step_equals_the_parallel_forward_on_the_same_cuts(segment_len: int, before: int) -> None:
-    model = build()
+def test_step_by_step_equals_the_parallel_forward_on_the_same_cuts(
+    build_model: BuildModel, segment_len: int, before: int
+) -> None:
+    model = build_model()
     tokens = torch.randint(50, (2, 23))
     starts = [model.initial_state(streams=2, memory=model.create_memory(streams=2)) for _ in range(2)]
     for _ in range(before):
@@ -247,8 +229,8 @@ def test_step_by_step_equals_the_parallel_forward_on_the_same_cuts(segment_len: 
         torch.testing.assert_close(starts[1].memory.rows(layer)[0], state.memory.rows(layer)[0])
 
 
-def test_generating_in_two_calls_is_generating_in_one() -> None:
-    model = build()
+def test_generating_in_two_calls_is_generating_in_one(build_model: BuildModel) -> None:
+    model = build_model()
     prompt = torch.randint(50, (2, 8))
     one, _ = model.generate(
         prompt, 14, model.initial_state(streams=2, memory=model.create_memory(streams=2)), temperature=0
@@ -260,8 +242,8 @@ def test_generating_in_two_calls_is_generating_in_one() -> None:
     assert state.positions.tolist() == [8 + 13] * 2
 
 
-def test_generate_takes_the_likeliest_token_of_the_forward() -> None:
-    model = build()
+def test_generate_takes_the_likeliest_token_of_the_forward(build_model: BuildModel) -> None:
+    model = build_model()
     prompt = torch.randint(50, (1, 5))
     state = model.initial_state(streams=1, memory=model.create_memory(streams=1))
     logits, _ = model(prompt, state.fork())
@@ -269,8 +251,8 @@ def test_generate_takes_the_likeliest_token_of_the_forward() -> None:
     assert new[0, 0] == logits[0, -1].argmax()
 
 
-def test_sampling_is_seeded_and_restricted() -> None:
-    model = build()
+def test_sampling_is_seeded_and_restricted(build_model: BuildModel) -> None:
+    model = build_model()
     prompt = torch.randint(50, (3, 5))
 
     def draw(**options: Any) -> Tensor:
@@ -284,8 +266,8 @@ def test_sampling_is_seeded_and_restricted() -> None:
     assert not torch.equal(draw(temperature=5.0), draw(temperature=0))
 
 
-def test_a_segment_left_open_ends_before_the_next_call() -> None:
-    model = build()
+def test_a_segment_left_open_ends_before_the_next_call(build_model: BuildModel) -> None:
+    model = build_model()
     prompt = torch.randint(50, (2, 7))
     state = model.initial_state(streams=2, memory=model.create_memory(streams=2))
     new, state = model.generate(prompt, 3, state, temperature=0)
@@ -298,8 +280,8 @@ def test_a_segment_left_open_ends_before_the_next_call() -> None:
     torch.testing.assert_close(after, expected[:, 9:])
 
 
-def test_generate_leaves_the_training_mode_as_it_was() -> None:
-    model = build().train()
+def test_generate_leaves_the_training_mode_as_it_was(build_model: BuildModel) -> None:
+    model = build_model().train()
     model.generate(torch.zeros(1, 2, dtype=torch.int64), 2, model.initial_state(streams=1))
     assert model.training
 
@@ -308,8 +290,8 @@ def test_generate_leaves_the_training_mode_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_save_and_load_pretrained(tmp_path: Path, tied: bool) -> None:
-    model = build(tie_embeddings=tied, router_kwargs={"eps": 0.5})
+def test_save_and_load_pretrained(build_model: BuildModel, tmp_path: Path, tied: bool) -> None:
+    model = build_model(tie_embeddings=tied, router_kwargs={"eps": 0.5})
     model.save_pretrained(tmp_path / "model")
     loaded = RoutedTransformerXL.from_pretrained(tmp_path / "model")
     assert loaded.fingerprint() == model.fingerprint()
@@ -322,10 +304,10 @@ def test_save_and_load_pretrained(tmp_path: Path, tied: bool) -> None:
     ]
 
 
-def test_a_damaged_or_foreign_model_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_or_foreign_model_is_refused(build_model: BuildModel, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config.json: there is no saved model"):
         RoutedTransformerXL.from_pretrained(tmp_path)
-    build().save_pretrained(tmp_path)
+    build_model().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
@@ -337,8 +319,8 @@ def test_a_damaged_or_foreign_model_is_refused(tmp_path: Path) -> None:
         RoutedTransformerXL.from_pretrained(tmp_path)
 
 
-def test_the_fingerprint_sees_every_weight() -> None:
-    model = build()
+def test_the_fingerprint_sees_every_weight(build_model: BuildModel) -> None:
+    model = build_model()
     seen = {model.fingerprint()}
     for parameter in model.parameters():
         with torch.no_grad():
@@ -367,11 +349,11 @@ def test_the_fingerprint_sees_every_weight() -> None:
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RoutedTransformerXL(**{**SMALL, **options})
+        RoutedTransformerXL(**{"depth": 3, **options})
 
 
-def test_refused_calls_read_nothing() -> None:
-    model = build()
+def test_refused_calls_read_nothing(build_model: BuildModel) -> None:
+    model = build_model()
     memory = model.create_memory(streams=2)
     state = model.initial_state(streams=2, memory=memory)
     tokens = torch.randint(50, (2, 9))
@@ -402,8 +384,8 @@ def test_refused_calls_read_nothing() -> None:
     model(tokens, state)
 
 
-def test_a_consumed_state_is_refused_and_a_fork_is_not() -> None:
-    model = build()
+def test_a_consumed_state_is_refused_and_a_fork_is_not(build_model: BuildModel) -> None:
+    model = build_model()
     memory = model.create_memory(streams=1)
     state = model.initial_state(streams=1, memory=memory)
     tokens = torch.randint(50, (1, 9))
@@ -419,8 +401,8 @@ def test_a_consumed_state_is_refused_and_a_fork_is_not() -> None:
         model(tokens, after)
 
 
-def test_a_memory_that_does_not_fit_is_refused() -> None:
-    model = build()
+def test_a_memory_that_does_not_fit_is_refused(build_model: BuildModel) -> None:
+    model = build_model()
     for options, message in (
         ({"layers": 1, "streams": 2, "dim": 16}, "memory: expected layers=2, got layers=1"),
         ({"layers": 2, "streams": 3, "dim": 16}, "memory: expected streams=2, got streams=3"),
@@ -432,6 +414,6 @@ def test_a_memory_that_does_not_fit_is_refused() -> None:
     model(torch.randint(50, (2, 9)), model.initial_state(streams=2, memory=memory))
     model.initial_state(streams=2, memory=memory)
     with pytest.raises(FingerprintError, match="memory: expected rows of these weights"):
-        build().initial_state(streams=2, memory=memory)
+        build_model().initial_state(streams=2, memory=memory)
     with pytest.raises(ValueError, match="memory: expected None for a model without memory_layers"):
-        build(memory_layers=()).initial_state(streams=2, memory=memory)
+        build_model(memory_layers=()).initial_state(streams=2, memory=memory)
