@@ -1,0 +1,35 @@
+"""The memory store: everything that a model has read, by layer and stream."""
+
+from xlroute.memory.errors import (
+    CommitNotFoundError,
+    CorruptionError,
+    FingerprintError,
+    FormatError,
+    MemoryStoreError,
+    NoPathError,
+    ReadOnlyError,
+    StoreClosedError,
+    StoreExistsError,
+    StoreLockedError,
+    StoreNotFoundError,
+    StoreWriteError,
+)
+from xlroute.memory.layer import MemoryLayer
+from xlroute.memory.store import MemoryStore
+
+__all__ = [
+    "CommitNotFoundError",
+    "CorruptionError",
+    "FingerprintError",
+    "FormatError",
+    "MemoryLayer",
+    "MemoryStore",
+    "MemoryStoreError",
+    "NoPathError",
+    "ReadOnlyError",
+    "StoreClosedError",
+    "StoreExistsError",
+    "StoreLockedError",
+    "StoreNotFoundError",
+    "StoreWriteError",
+]

@@ -1,0 +1,97 @@
+"""The rows of one layer and stream in memory: spans that never change, over a buffer that grows.
+
+A `RowSpan` is a value. Appending and dropping return another span and leave the old one, and every view
+taken from it, as they were. That makes snapshots and forks of a store free, and it is what autograd needs: it
+may have saved a view of the rows for backward, long before the next rows come.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Rows(Protocol):
+    """The rows that one stream holds in one layer, oldest first, wherever they are."""
+
+    def __len__(self) -> int:
+        """The number of rows."""
+
+    def span(self) -> RowSpan:
+        """All rows, in memory."""
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Copies of the rows at `index` (int64 [k], each in [0, len)), [k, d] on the store's device."""
+
+    def dropped(self, count: int) -> Rows:
+        """The rows without the `count` oldest ones."""
+
+
+class _Buffer:
+    """Room for rows, [size, d]; the first `used` of them belong to some span and are never written again."""
+
+    def __init__(self, size: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        # A tensor made in inference mode could not be saved for backward later.
+        with torch.inference_mode(False):
+            self.data = torch.empty(size, dim, dtype=dtype, device=device)
+            # An alias with a version counter of its own. Writing through `data`, or through `data.detach()`,
+            # would raise the counter that all views of `data` share, and autograd would then refuse to run
+            # backward over rows that it saved, although the write is beyond all of them.
+            self.target = self.data.data
+        self.used = 0
+
+
+class RowSpan:
+    """Rows `start` to `stop` of a buffer: immutable, and cheap to keep."""
+
+    def __init__(self, buffer: _Buffer, start: int, stop: int) -> None:
+        self._buffer = buffer
+        self._start = start
+        self._stop = stop
+
+    @classmethod
+    def empty(cls, dim: int, dtype: torch.dtype, device: torch.device, *, room: int = 0) -> RowSpan:
+        """A span of no rows, with room for `room` rows to come."""
+        return cls(_Buffer(room, dim, dtype, device), 0, 0)
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def span(self) -> RowSpan:
+        """The span itself."""
+        return self
+
+    def view(self) -> Tensor:
+        """The rows, [m, d], without a copy. Reading only: the memory is shared."""
+        return self._buffer.data[self._start : self._stop]
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Copies of the rows at `index` (int64 [k]), [k, d]."""
+        return self.view().index_select(0, index.to(self._buffer.data.device))
+
+    def dropped(self, count: int) -> RowSpan:
+        """The span without its `count` oldest rows."""
+        return RowSpan(self._buffer, self._start + count, self._stop)
+
+    def appended(self, rows: Tensor) -> RowSpan:
+        """The span followed by `rows` [n, d].
+
+        The rows go into the same buffer where this span is the last to have written there and they fit;
+        otherwise (the buffer is full, or a fork has taken the place) into a new one twice as large as needed,
+        so that a row is copied a constant number of times on average.
+        """
+        count = rows.shape[0]
+        buffer, start, stop = self._buffer, self._start, self._stop
+        if buffer.used != stop or stop + count > buffer.data.shape[0]:
+            live = len(self)
+            old = buffer.data[start:stop]
+            buffer = _Buffer(2 * (live + count), old.shape[1], old.dtype, old.device)
+            start, stop = 0, live
+            with torch.no_grad():
+                buffer.target[:live].copy_(old)
+        with torch.no_grad():
+            buffer.target[stop : stop + count].copy_(rows)
+        buffer.used = stop + count
+        return RowSpan(buffer, start, stop + count)

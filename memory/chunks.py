@@ -1,0 +1,393 @@
+"""Chunk files: rows and their checksums, written in place and checked on every read.
+
+The checksum of a row is the CRC32C of its bytes, combined by exclusive or with 32 bits that stand for its
+address: the layer, the stream, the row's number in the log and the number of the writer that wrote it. So a
+row that was damaged is noticed, and so is a whole row, with its checksum, at the wrong place: from another
+array or another row, or left by a writer whose rows no commit refers to.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+from weakref import WeakSet
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from xlroute.memory.errors import CommitNotFoundError, CorruptionError
+from xlroute.memory.layout import COMMITS, KINDS, METADATA, Layout, read_room
+from xlroute.memory.log import Extent
+from xlroute.memory.sealed import encode, replace_file, sync, write_all
+
+Bytes = NDArray[np.uint8]
+# A map holds a file descriptor, of which a process has 1,024 by default.
+_MAX_MAPS = 128
+_BLOCK_BYTES = 4 * 2**20
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64: every input bit reaches every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def address_bits(
+    layer: int, stream: int, rows: NDArray[np.int64], writers: NDArray[np.int64]
+) -> NDArray[np.uint32]:
+    """The 32 bits that stand for the addresses of rows [k], [k]."""
+    bits = _mixed(writers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    bits = _mixed(bits ^ np.uint64(layer << 32 ^ stream))
+    bits = _mixed(bits ^ rows.astype(np.uint64))
+    return (bits >> np.uint64(32)).astype(np.uint32)
+
+
+def row_checksums(data: Bytes) -> NDArray[np.uint32]:
+    """CRC32C of every row of `data` [k, row_bytes], [k]."""
+    raw, size = data.tobytes(), data.shape[1]
+    value = google_crc32c.value
+    sums = (value(raw[start : start + size]) for start in range(0, len(raw), size))
+    return np.fromiter(sums, np.uint32, data.shape[0])
+
+
+class Holder(Protocol):
+    """Somebody in this process who may still read rows of a stream."""
+
+    @property
+    def stream(self) -> int:
+        """The stream."""
+
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        """The rows that may be read."""
+
+
+class _Chunk(NamedTuple):
+    rows: Bytes
+    checksums: NDArray[np.uint32]
+
+
+class ChunkFiles:
+    """The chunk files of a store.
+
+    Args:
+        root: Folder of the store.
+        layout: Its layout.
+        record: The commit record that a reader relies on: once it is gone, so may be its rows. None while the
+            store is open for writing: what is held here stays.
+    """
+
+    def __init__(self, root: Path, layout: Layout, record: Path | None) -> None:
+        self.root = root
+        self.layout = layout
+        self.record = record
+        self._room: dict[tuple[int, int], int] = {}
+        self._maps: OrderedDict[tuple[int, int, int], _Chunk] = OrderedDict()
+        self._unsynced: set[Path] = set()
+        self._present: dict[int, set[int]] = {}
+        self._holders: WeakSet[Holder] = WeakSet()
+
+    # Reading
+
+    def read(self, layer: int, stream: int, rows: NDArray[np.int64], writers: NDArray[np.int64]) -> Bytes:
+        """Copies single rows through memory maps and checks them.
+
+        Args:
+            layer: Layer.
+            stream: Stream.
+            rows: Numbers of the rows in the log, [k].
+            writers: Who wrote them, [k].
+
+        Returns:
+            Their bytes, [k, row_bytes].
+
+        Raises:
+            CorruptionError: A row, or the file it is in, is damaged or missing.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+        self._check_room(layer, stream, int(rows.max(initial=-1)) + 1)
+        data = np.empty((rows.shape[0], self.layout.row_bytes), np.uint8)
+        stored = np.empty(rows.shape[0], np.uint32)
+        chunks, local = np.divmod(rows, self.layout.chunk_rows)
+        for chunk in np.unique(chunks):
+            chosen = np.nonzero(chunks == chunk)[0]
+            files = self._map(layer, stream, int(chunk))
+            data[chosen] = files.rows[local[chosen]]
+            stored[chosen] = files.checksums[local[chosen]]
+        self._verify(layer, stream, data, stored, rows, writers)
+        return data
+
+    def blocks(self, layer: int, stream: int, extents: Iterable[Extent]) -> Iterator[Bytes]:
+        """Reads whole extents in order, in blocks of a few MiB [k, row_bytes], and checks every row.
+
+        Raises:
+            CorruptionError: A row, or the file it is in, is damaged or missing.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+        step = max(1, _BLOCK_BYTES // self.layout.row_bytes)
+        for extent in extents:
+            self._check_room(layer, stream, extent.stop)
+            for chunk, start, stop in self._pieces(extent.start, extent.stop):
+                first = chunk * self.layout.chunk_rows
+                with self._opened(layer, stream, chunk) as (rows_file, checksum_file):
+                    for low in range(start, stop, step):
+                        count = min(step, stop - low)
+                        data = np.empty((count, self.layout.row_bytes), np.uint8)
+                        stored = np.empty(count, np.uint32)
+                        os.preadv(rows_file, [data.data], (low - first) * self.layout.row_bytes)
+                        os.preadv(checksum_file, [stored.data], (low - first) * 4)
+                        rows = np.arange(low, low + count)
+                        self._verify(layer, stream, data, stored, rows, np.full(count, extent.writer))
+                        yield data
+
+    def check_present(self, layer: int, stream: int, extents: Iterable[Extent]) -> None:
+        """Checks that all files of the extents are there and whole, before anyone makes room for the rows.
+
+        Raises:
+            CorruptionError: A file is missing or truncated.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+        for extent in extents:
+            for chunk, _, _ in self._pieces(extent.start, extent.stop):
+                for kind in KINDS:
+                    path = self._path(layer, stream, chunk, kind)
+                    try:
+                        size = path.stat().st_size
+                    except FileNotFoundError as error:
+                        raise self._damaged(f"{path}: expected a chunk file, got no such file") from error
+                    self._check_size(path, size, kind)
+
+    def _path(self, layer: int, stream: int, chunk: int, kind: str) -> Path:
+        layout = self.layout
+        return self.root / layout.array_name(layer, stream, kind) / layout.chunk_name(chunk, kind)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Splits rows `start` to `stop` at the ends of chunks: (chunk, start, stop)."""
+        size = self.layout.chunk_rows
+        while start < stop:
+            chunk = start // size
+            end = min(stop, (chunk + 1) * size)
+            yield chunk, start, end
+            start = end
+
+    @contextmanager
+    def _opened(self, layer: int, stream: int, chunk: int) -> Iterator[tuple[int, int]]:
+        """File descriptors of a chunk's rows and checksums, both of the right size."""
+        with ExitStack() as stack:
+            files = []
+            for kind in KINDS:
+                path = self._path(layer, stream, chunk, kind)
+                try:
+                    file = os.open(path, os.O_RDONLY)
+                except FileNotFoundError as error:
+                    raise self._damaged(f"{path}: expected a chunk file, got no such file") from error
+                stack.callback(os.close, file)
+                self._check_size(path, os.fstat(file).st_size, kind)
+                files.append(file)
+            yield files[0], files[1]
+
+    def _map(self, layer: int, stream: int, chunk: int) -> _Chunk:
+        """A chunk as memory; the maps used last are kept."""
+        key = layer, stream, chunk
+        if key in self._maps:
+            self._maps.move_to_end(key)
+            return self._maps[key]
+        with self._opened(layer, stream, chunk) as files:
+            maps = [
+                mmap.mmap(file, self.layout.chunk_bytes(kind), access=mmap.ACCESS_READ)
+                for file, kind in zip(files, KINDS, strict=True)
+            ]
+        for memory in maps:
+            # Rows are chosen by content: reading ahead would read what nobody asked for.
+            memory.madvise(mmap.MADV_RANDOM)
+        rows = np.frombuffer(maps[0], np.uint8).reshape(self.layout.chunk_rows, self.layout.row_bytes)
+        self._maps[key] = _Chunk(rows, np.frombuffer(maps[1], np.dtype("<u4")))
+        if len(self._maps) > _MAX_MAPS:
+            self._maps.popitem(last=False)
+        return self._maps[key]
+
+    def _check_size(self, path: Path, size: int, kind: str) -> None:
+        expected = self.layout.chunk_bytes(kind)
+        if size != expected:
+            raise self._damaged(f"{path}: expected a chunk file of {expected} bytes, got {size}")
+
+    def _check_room(self, layer: int, stream: int, rows: int) -> None:
+        """Checks that both arrays are those of this store and have room for `rows` rows."""
+        if self._room.get((layer, stream), -1) >= rows:
+            return
+        rooms = [read_room(self.root, self.layout, layer, stream, kind) for kind in KINDS]
+        self._room[layer, stream] = min(rooms)
+        for kind, room in zip(KINDS, rooms, strict=True):
+            if room < rows:
+                path = self.root / self.layout.array_name(layer, stream, kind) / METADATA
+                raise self._damaged(f"{path}: expected room for {rows} rows, got {room}")
+
+    def _verify(
+        self,
+        layer: int,
+        stream: int,
+        data: Bytes,
+        stored: NDArray[np.uint32],
+        rows: NDArray[np.int64],
+        writers: NDArray[np.int64],
+    ) -> None:
+        expected = stored ^ address_bits(layer, stream, rows, writers)
+        wrong = np.nonzero(row_checksums(data) != expected)[0]
+        if wrong.size:
+            row = int(rows[wrong[0]])
+            array = self.layout.array_name(layer, stream, "rows")
+            chunk, local = divmod(row, self.layout.chunk_rows)
+            files = " and ".join(str(self._path(layer, stream, chunk, kind)) for kind in KINDS)
+            raise self._damaged(
+                f"{files}: expected row {local} of the files (row {row} of array {array}) to have its "
+                "checksum, got another: one of the two is damaged"
+            )
+
+    def _damaged(self, message: str) -> CorruptionError | CommitNotFoundError:
+        if self.record is not None and not self.record.exists():
+            return CommitNotFoundError(
+                f"commit {self.record.stem}: expected its rows, got a store that has dropped it since then "
+                f"({message})"
+            )
+        return CorruptionError(message)
+
+    # Writing
+
+    def write(
+        self, layer: int, stream: int, start: int, data: Bytes, writer: int, *, fresh_from: int
+    ) -> None:
+        """Writes rows and their checksums in place, at row `start` of the log.
+
+        Args:
+            layer: Layer.
+            stream: Stream.
+            start: First row.
+            data: Bytes of the rows, [k, row_bytes].
+            writer: Number of the writer.
+            fresh_from: First row that no commit refers to. A short file from there on is what a killed writer
+                left; before, it is damage.
+
+        Raises:
+            OSError: The operating system refused; nothing that a commit refers to has changed.
+            CorruptionError: The file to write to, or the metadata of the array, is damaged.
+        """
+        rows = np.arange(start, start + data.shape[0])
+        writers = np.full(data.shape[0], writer)
+        checksums = (row_checksums(data) ^ address_bits(layer, stream, rows, writers)).astype("<u4")
+        self._make_room(layer, stream, start + data.shape[0])
+        for chunk, low, high in self._pieces(start, start + data.shape[0]):
+            first = chunk * self.layout.chunk_rows
+            for kind, part, size in (
+                ("rows", data[low - start : high - start], self.layout.row_bytes),
+                ("crc32c", checksums[low - start : high - start], 4),
+            ):
+                path = self._path(layer, stream, chunk, kind)
+                fresh = first >= fresh_from
+                try:
+                    file = os.open(path, os.O_RDWR | (os.O_CREAT if fresh else 0), 0o666)
+                except FileNotFoundError as error:
+                    raise self._damaged(f"{path}: expected a chunk file, got no such file") from error
+                if stream in self._present:
+                    self._present[stream].add(chunk)
+                try:
+                    self._unsynced.update((path, path.parent))
+                    length = os.fstat(file).st_size
+                    if fresh and length != self.layout.chunk_bytes(kind):
+                        os.ftruncate(file, self.layout.chunk_bytes(kind))
+                    else:
+                        self._check_size(path, length, kind)
+                    write_all(file, np.ascontiguousarray(part).data.cast("B"), (low - first) * size)
+                finally:
+                    os.close(file)
+
+    def _make_room(self, layer: int, stream: int, rows: int) -> None:
+        """Grows the arrays, in their metadata alone, to hold `rows` rows."""
+        if self._room.get((layer, stream), -1) >= rows:
+            return
+        for kind in KINDS:
+            if read_room(self.root, self.layout, layer, stream, kind) < rows:
+                path = self.root / self.layout.array_name(layer, stream, kind) / METADATA
+                document = self.layout.array_document(kind, self.layout.room_for(rows))
+                replace_file(path, encode(document), scratch=self.root / COMMITS)
+                self._unsynced.update((path, path.parent))
+        self._check_room(layer, stream, rows)
+
+    def hold(self, holder: Holder) -> None:
+        """Keeps the files of the holder's extents for as long as the holder lives."""
+        self._holders.add(holder)
+
+    def release(self, stream: int, extents: Iterable[Extent], end: int) -> None:
+        """Deletes the files of a stream's chunks that nothing refers to; zarr then reads fill values there.
+
+        Args:
+            stream: Stream.
+            extents: The rows that any commit refers to.
+            end: The end of the log. The chunk that it is in stays: it will be written to.
+
+        Raises:
+            OSError: The operating system refused.
+        """
+        present = self._list_present(stream)
+        needed = {*extents}
+        needed.update(*(holder.extents for holder in self._holders if holder.stream == stream))
+        for extent in needed:
+            present = present - {chunk for chunk, _, _ in self._pieces(extent.start, extent.stop)}
+        for chunk in sorted(present):
+            if (chunk + 1) * self.layout.chunk_rows <= end:
+                self._delete(stream, chunk)
+                self._present[stream].discard(chunk)
+
+    def _list_present(self, stream: int) -> set[int]:
+        """The chunks of a stream of which any file exists; the first call lists the folders."""
+        if stream not in self._present:
+            folders = (
+                self.root / self.layout.array_name(layer, stream, kind)
+                for layer in range(self.layout.layers)
+                for kind in KINDS
+            )
+            names = (name.split(".") for folder in folders for name in os.listdir(folder))
+            self._present[stream] = {
+                int(name[1]) for name in names if name[0] == "c" and len(name) > 1 and name[1].isdecimal()
+            }
+        return self._present[stream]
+
+    def _delete(self, stream: int, chunk: int) -> None:
+        for layer in range(self.layout.layers):
+            self._maps.pop((layer, stream, chunk), None)
+            for kind in KINDS:
+                path = self._path(layer, stream, chunk, kind)
+                self._unsynced.discard(path)
+                path.unlink(missing_ok=True)
+
+    # Durability
+
+    def mark_unsynced(self, streams: Iterable[Iterable[Extent]]) -> None:
+        """Notes that all metadata and the files of every stream's extents may not be on the medium."""
+        commits = self.root / COMMITS
+        self._unsynced.update(
+            (self.root / METADATA, commits / METADATA, commits, self.root, self.root.parent)
+        )
+        for stream, extents in enumerate(streams):
+            chunks = {chunk for extent in extents for chunk, _, _ in self._pieces(extent.start, extent.stop)}
+            for layer in range(self.layout.layers):
+                for kind in KINDS:
+                    folder = self.root / self.layout.array_name(layer, stream, kind)
+                    self._unsynced.update((folder / METADATA, folder))
+                    self._unsynced.update(self._path(layer, stream, chunk, kind) for chunk in chunks)
+
+    def sync(self) -> None:
+        """Waits until everything written so far is on the medium.
+
+        Raises:
+            OSError: The operating system refused.
+        """
+        for path in sorted(self._unsynced):
+            sync(path)
+        self._unsynced.clear()

@@ -1,0 +1,339 @@
+"""A store on disk: who may write to it, what it holds, and how a commit comes about.
+
+Rows go straight to the chunk files, beyond everything that any commit has ever referred to, so that they
+change nothing until the commit record that refers to them gets its name. A commit is that one rename: before
+it the store is as the commit before left it, and after it everything that the record refers to is there. Only
+then are old records dropped, and after them the chunk files that nothing refers to any more.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from filelock import Timeout
+from torch import Tensor
+
+from xlroute.memory.buffer import Rows
+from xlroute.memory.chunks import ChunkFiles
+from xlroute.memory.cold import ColdRows
+from xlroute.memory.commits import (
+    Commit,
+    add_pin,
+    list_commits,
+    list_pins,
+    read_commit,
+    record_path,
+    remove_pin,
+    write_commit,
+)
+from xlroute.memory.errors import (
+    CommitNotFoundError,
+    CorruptionError,
+    FingerprintError,
+    FormatError,
+    MemoryStoreError,
+    StoreExistsError,
+    StoreLockedError,
+    StoreNotFoundError,
+    StoreWriteError,
+)
+from xlroute.memory.layout import COMMITS, Layout, read_layout, write_layout
+from xlroute.memory.lock import WriterLock, pin_lock
+from xlroute.memory.log import Extent, StreamLog
+from xlroute.memory.sealed import TEMPORARY, sync
+
+_COPY_BYTES = 4 * 2**20
+# A writer may drop the last commit that a reader has just listed, and commit another, so often in a row.
+_OPEN_ATTEMPTS = 10
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusal into StoreWriteError."""
+    try:
+        yield
+    except MemoryStoreError:
+        raise
+    except Timeout as error:
+        raise StoreLockedError(f"{path}: expected the lock of the pins, got none in time: {error}") from error
+    except OSError as error:
+        text = f"{path}: expected to write, got {error.strerror or error}; the last commit stands"
+        raise StoreWriteError(error.errno, text) from error
+
+
+@contextmanager
+def _new_folder(path: Path, layout: Layout) -> Iterator[Path]:
+    """The folder of an empty store under another name beside `path`; it gets its name when all went well."""
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise StoreExistsError(f"{path}: expected nothing or an empty folder, got something that exists")
+    building = path.parent / f".{path.name}.{secrets.token_hex(4)}.creating"
+    try:
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            building.mkdir()
+            write_layout(building, layout)
+            yield building
+            os.rename(building, path)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def create_store(path: Path, layout: Layout, fingerprint: str | None) -> None:
+    """Makes an empty store with one commit; all of it or nothing.
+
+    Raises:
+        StoreExistsError: There is something at the path.
+        StoreWriteError: The operating system refused to write.
+    """
+    logs = (StreamLog(),) * layout.streams
+    with _new_folder(path, layout) as root:
+        write_commit(root, Commit(1, None, fingerprint, False, logs))
+
+
+def copy_store(
+    path: Path,
+    layout: Layout,
+    rows: Sequence[Sequence[Rows]],
+    appended: Sequence[int],
+    fingerprint: str | None,
+    durable: bool,
+) -> str:
+    """Makes a store with one commit that holds the given rows; all of it or nothing.
+
+    Args:
+        path: Where.
+        layout: Its layout.
+        rows: For every layer and stream, what it holds.
+        appended: How many rows each stream has appended since its reset, [b].
+        fingerprint: Of the weights that wrote the rows.
+        durable: Whether to wait until all of it is on the medium.
+
+    Returns:
+        The id of the commit.
+
+    Raises:
+        StoreExistsError: There is something at the path.
+        StoreWriteError: The operating system refused to write.
+        CorruptionError: A row to copy is damaged.
+    """
+    writer = secrets.randbits(32)
+    step = max(1, _COPY_BYTES // layout.row_bytes)
+    held = [len(stream) for stream in rows[0]]
+    logs = tuple(
+        StreamLog((Extent(0, count, writer),) if count else (), before, count)
+        for count, before in zip(held, appended, strict=True)
+    )
+    with _new_folder(path, layout) as root:
+        files = ChunkFiles(root, layout, None)
+        for layer, streams in enumerate(rows):
+            for stream, source in enumerate(streams):
+                for start in range(0, len(source), step):
+                    index = torch.arange(start, min(start + step, len(source)))
+                    data = source.gather(index).cpu().view(torch.uint8).numpy()
+                    files.write(layer, stream, start, data, writer, fresh_from=0)
+        if durable:
+            files.mark_unsynced([log.extents for log in logs])
+            files.sync()
+        commit = Commit(1, None, fingerprint, durable, logs)
+        write_commit(root, commit)
+    if durable:
+        with _writing(path):
+            sync(path.parent)
+    return commit.id
+
+
+class Disk:
+    """An open store on disk, at one commit.
+
+    Args:
+        root: Folder of the store.
+        commit: Id of the commit to open, or None for the last. A writer goes back to it at once: what it held
+            is committed again, as the last commit.
+        writable: Whether to take the writer's lock.
+        fingerprint: What the commit's fingerprint must be, or None for anything.
+
+    Attributes:
+        layout: The layout of the store.
+        fingerprint: The fingerprint that the commit records.
+        logs: What each stream holds.
+
+    Raises:
+        StoreNotFoundError: There is nothing at the path.
+        FormatError: There is something else, or a store of a newer format.
+        CorruptionError: The metadata or the commit record is damaged.
+        CommitNotFoundError: There is no such commit.
+        FingerprintError: The fingerprint is another one.
+        StoreLockedError: Another writer holds the store.
+        StoreWriteError: The operating system refused to write.
+    """
+
+    def __init__(self, root: Path, *, commit: str | None, writable: bool, fingerprint: str | None) -> None:
+        if not root.exists():
+            raise StoreNotFoundError(f"{root}: expected a memory store, got nothing")
+        if not root.is_dir():
+            raise FormatError(f"{root}: expected the folder of a memory store, got a file")
+        self.root = root
+        self.layout = read_layout(root)
+        self._lock: WriterLock | None = None
+        if not writable:
+            commit_id, opened = self._read(commit)
+            self._check_fingerprint(opened, fingerprint)
+            self.files = ChunkFiles(root, self.layout, record_path(root, commit_id))
+        else:
+            with _writing(root):
+                self._lock = WriterLock(root)
+            try:
+                with _writing(root):
+                    opened = self._open_for_writing(commit, fingerprint)
+            except BaseException:
+                self._lock.release()
+                raise
+        self.fingerprint = opened.fingerprint
+        self.logs = opened.logs
+
+    def _open_for_writing(self, commit: str | None, fingerprint: str | None) -> Commit:
+        commit_id, opened = self._read(commit)
+        self._check_fingerprint(opened, fingerprint)
+        for left in (self.root / COMMITS).glob(f"{TEMPORARY}*"):
+            left.unlink()
+        self.files = ChunkFiles(self.root, self.layout, None)
+        self._writer = secrets.randbits(32)
+        self._last = commit_id
+        self._synced = opened.durable
+        # A damaged record that was not asked for ages out like any other; until then it is None here.
+        self._commits: dict[str, Commit | None] = {}
+        for name in list_commits(self.root):
+            self._commits[name] = None
+            with suppress(CorruptionError):
+                self._commits[name] = read_commit(self.root, name, self.layout)
+        known = [known.logs for known in self._commits.values() if known is not None]
+        self._ends = [max(log.end for log in logs) for logs in zip(*known, strict=True)]
+        if commit_id != max(self._commits):
+            logs = [replace(log, end=end) for log, end in zip(opened.logs, self._ends, strict=True)]
+            self.commit(logs, opened.fingerprint, durable=False)
+            opened = replace(opened, logs=tuple(logs))
+        return opened
+
+    def _read(self, commit: str | None) -> tuple[str, Commit]:
+        """Reads the commit that was asked for: its id and what it says."""
+        if commit is not None:
+            return commit, read_commit(self.root, commit, self.layout)
+        for _ in range(_OPEN_ATTEMPTS):
+            try:
+                names = list_commits(self.root)
+            except FileNotFoundError:
+                names = []
+            if names:
+                with suppress(CommitNotFoundError):
+                    return names[-1], read_commit(self.root, names[-1], self.layout)
+        raise CorruptionError(f"{self.root / COMMITS}: expected the record of a commit, got none")
+
+    def _check_fingerprint(self, opened: Commit, fingerprint: str | None) -> None:
+        if fingerprint is not None and fingerprint != opened.fingerprint:
+            raise FingerprintError(
+                f"{self.root}: expected rows written by weights with fingerprint {fingerprint!r}, got "
+                f"{opened.fingerprint!r}"
+            )
+
+    def cold(self, layer: int, stream: int, log: StreamLog, device: torch.device) -> ColdRows:
+        """What a stream holds in one layer, to be read when asked for."""
+        return ColdRows(self.files, layer, stream, log, device)
+
+    def write(self, stream: int, log: StreamLog, rows: Tensor, appended: int) -> StreamLog:
+        """Writes rows beyond the end of a stream's log; no commit refers to them yet.
+
+        Args:
+            stream: Stream.
+            log: What the stream holds.
+            rows: The rows of all layers, [l, k, d] on the CPU.
+            appended: How many rows are appended, of which these are the last k.
+
+        Returns:
+            What the stream holds then.
+
+        Raises:
+            StoreWriteError: The operating system refused to write.
+            CorruptionError: A file to write to is damaged.
+        """
+        with _writing(self.root):
+            for layer, part in enumerate(rows):
+                data = part.contiguous().view(torch.uint8).numpy()
+                fresh = self._ends[stream]
+                self.files.write(layer, stream, log.end, data, self._writer, fresh_from=fresh)
+        return log.extended(rows.shape[1], self._writer, appended=appended)
+
+    def commit(self, logs: Sequence[StreamLog], fingerprint: str | None, *, durable: bool) -> str:
+        """Commits what the streams hold.
+
+        Raises:
+            StoreWriteError: The operating system refused to write; there is no such commit.
+        """
+        with _writing(self.root):
+            if durable:
+                if not self._synced:
+                    self.files.mark_unsynced([log.extents for log in logs])
+                self.files.sync()
+            generation = int(max(self._commits)[:12]) + 1
+            commit = Commit(generation, self._last, fingerprint, durable, tuple(logs))
+            write_commit(self.root, commit)
+        self._synced = self._synced or durable
+        self._last = commit.id
+        self._commits[commit.id] = commit
+        self._ends = [log.end for log in logs]
+        # The commit stands. What cannot be dropped now is dropped after the next one.
+        with suppress(OSError):
+            self._drop_old()
+        return commit.id
+
+    def _drop_old(self) -> None:
+        names = sorted(self._commits)
+        with pin_lock(self.root):
+            keep = {*names[-self.layout.keep_commits :], *list_pins(self.root).values()}
+            # Until the next durable one: a power cut may take everything after it.
+            durable = [
+                name for name, commit in self._commits.items() if commit is not None and commit.durable
+            ]
+            keep.update(durable[-1:])
+            for name in names:
+                if name not in keep:
+                    record_path(self.root, name).unlink(missing_ok=True)
+                    del self._commits[name]
+        known = [commit.logs for commit in self._commits.values() if commit is not None]
+        for stream, logs in enumerate(zip(*known, strict=True)):
+            needed = {extent for log in logs for extent in log.extents}
+            self.files.release(stream, needed, self._ends[stream])
+
+    def list_commits(self) -> list[str]:
+        """Ids of the commits that can be opened, oldest first."""
+        found = []
+        for name in list_commits(self.root):
+            with suppress(CorruptionError, CommitNotFoundError):
+                read_commit(self.root, name, self.layout)
+                found.append(name)
+        return found
+
+    def pin(self, commit: str) -> str:
+        """Keeps a commit readable; returns the id of the pin."""
+        with _writing(self.root), pin_lock(self.root):
+            return add_pin(self.root, read_commit(self.root, commit, self.layout))
+
+    def unpin(self, pin: str) -> None:
+        """Removes a pin."""
+        with _writing(self.root):
+            remove_pin(self.root, pin)
+
+    def close(self) -> None:
+        """Lets the next writer in."""
+        if self._lock is not None:
+            # The next writer does not know who still reads here.
+            self.files.record = record_path(self.root, self._last)
+            self._lock.release()
+            self._lock = None

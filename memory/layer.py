@@ -1,0 +1,173 @@
+"""The rows of one memory layer as they stood at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from xlroute.kernels import row_scores
+from xlroute.memory.buffer import Rows
+
+
+def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
+    """Returns `indices` [b, ...] as int64 after checking them against `lengths` [b].
+
+    Raises:
+        TypeError: `indices` is not an integer tensor.
+        ValueError: The first size is not b.
+        IndexError: An index is below -1 or not below the length of its stream.
+    """
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices: expected an integer tensor, got {type(indices).__name__}")
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TypeError(f"indices: expected an integer tensor, got {indices.dtype}")
+    streams = lengths.shape[0]
+    if indices.ndim == 0 or indices.shape[0] != streams:
+        raise ValueError(f"indices: expected shape [{streams}, ...], got {list(indices.shape)}")
+    indices = indices.long()
+    if indices.numel():
+        flat = indices.reshape(streams, -1)
+        low = flat.amin(1).cpu()
+        high = flat.amax(1).cpu()
+        wrong = ((low < -1) | (high >= lengths)).nonzero()
+        if wrong.numel():
+            stream = int(wrong[0])
+            given = int(low[stream]) if low[stream] < -1 else int(high[stream])
+            raise IndexError(
+                f"indices: expected -1 (no row) to {int(lengths[stream]) - 1} in stream {stream}, "
+                f"which holds {int(lengths[stream])} rows, got {given}"
+            )
+    return indices
+
+
+def positions_of(indices: Tensor, lengths: Tensor, appended: Tensor) -> Tensor:
+    """Positions of the rows at `indices` [b, ...], int64 of the same shape; -1 where the index is -1.
+
+    Args:
+        indices: Rows, 0 the oldest held; -1 for no row.
+        lengths: Rows held by each stream, int64 [b].
+        appended: Rows that each stream has appended since its reset, int64 [b].
+
+    Raises:
+        TypeError, ValueError, IndexError: As `checked_indices`.
+    """
+    indices = checked_indices(indices, lengths)
+    evicted = (appended - lengths).to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
+    return torch.where(indices < 0, indices, indices + evicted)
+
+
+class MemoryLayer:
+    """The rows of one layer at the moment of `MemoryStore.layer`; nothing that happens later changes them.
+
+    Rows are counted from 0, the oldest. They carry no gradient. What the methods return of rows that the
+    store keeps on disk is checked against its checksums.
+
+    Attributes:
+        lengths: Rows held by each stream, int64 [b] on the CPU.
+        device: Where the rows and everything computed from them live.
+        dtype: The type of the rows.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Rows],
+        appended: Sequence[int],
+        *,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._streams = tuple(streams)
+        self._appended = torch.tensor(appended, dtype=torch.int64)
+        self._dim = dim
+        self.lengths = torch.tensor([len(rows) for rows in streams], dtype=torch.int64)
+        self.dtype = dtype
+        self.device = device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Streams, rows of the longest stream, and width: (b, m, d)."""
+        return len(self._streams), max(len(rows) for rows in self._streams), self._dim
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Which rows exist, bool [b, m]."""
+        columns = torch.arange(self.shape[1], device=self.device)
+        return columns < self.lengths.to(self.device)[:, None]
+
+    def views(self) -> list[Tensor]:
+        """The rows of each stream, b tensors [m_i, d], oldest first, without a copy: for reading only."""
+        return [rows.span().view() for rows in self._streams]
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """Copies the rows at the given indices.
+
+        Args:
+            indices: Integers [b, ...]; -1 means no row and gathers zeros.
+
+        Returns:
+            Rows, [b, ..., d].
+
+        Raises:
+            TypeError: `indices` is not an integer tensor.
+            ValueError: The first size is not b.
+            IndexError: An index is below -1, or not below the number of rows of its stream.
+            CorruptionError: A row on disk is damaged.
+        """
+        flat = checked_indices(indices, self.lengths).reshape(len(self._streams), -1)
+        missing = flat < 0
+        out = torch.zeros(*flat.shape, self._dim, dtype=self.dtype, device=self.device)
+        for stream, rows in enumerate(self._streams):
+            if len(rows) and flat.shape[1]:
+                out[stream] = rows.gather(flat[stream].clamp(min=0))
+        out.masked_fill_(missing.to(self.device)[..., None], 0)
+        return out.reshape(*indices.shape, self._dim)
+
+    def positions(self, indices: Tensor) -> Tensor:
+        """How many rows the stream had appended before each of these since its reset.
+
+        Args:
+            indices: Integers [b, ...]; -1 means no row and stays -1.
+
+        Returns:
+            Positions, int64 of the shape of `indices`. Eviction does not change a row's position.
+
+        Raises:
+            TypeError: `indices` is not an integer tensor.
+            ValueError: The first size is not b.
+            IndexError: An index is below -1, or not below the number of rows of its stream.
+        """
+        return positions_of(indices, self.lengths, self._appended)
+
+    def scores(self, tokens: Tensor, *, normalize: Literal["rms", "l2"] | None, scale: float) -> Tensor:
+        """Scores every row against routing tokens: `scale * <normalize(row), token>`.
+
+        Args:
+            tokens: Routing tokens, [r, d] for all streams or [b, r, d].
+            normalize: How rows are normalised first: "rms", "l2" or None.
+            scale: Factor on the scores.
+
+        Returns:
+            Scores, [b, r, m], float32 (float64 for float64 rows), differentiable in `tokens`; columns beyond
+            a stream's length are 0.
+
+        Raises:
+            ValueError: `tokens` has another shape.
+            CorruptionError: A row on disk is damaged.
+        """
+        streams, longest, dim = self.shape
+        if tokens.ndim not in (2, 3) or tokens.shape[-1] != dim or tokens.shape[:-2] not in ((), (streams,)):
+            raise ValueError(
+                f"tokens: expected shape [r, {dim}] or [{streams}, r, {dim}], got {list(tokens.shape)}"
+            )
+        per_stream = tokens.expand(streams, *tokens.shape[-2:])
+        scores = [
+            pad(row_scores(view, token, normalize=normalize, scale=scale), (0, longest - view.shape[0]))
+            for view, token in zip(self.views(), per_stream, strict=True)
+        ]
+        return torch.stack(scores)

@@ -1,0 +1,208 @@
+"""What a store on disk looks like to zarr, and the metadata that says so.
+
+A store is a zarr v3 group. For each layer and stream it has an array of rows [n, dim] and an array of
+checksums [n], both with uncompressed little-endian chunks of the same number of rows, so that a chunk file is
+raw rows. The number of rows in the metadata is room, grown ahead by doubling; what a commit holds is in its
+record. bfloat16, which zarr does not know, is stored as uint16; the attribute `dtype` names the real type.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xlroute.memory.errors import CorruptionError, FormatError
+from xlroute.memory.sealed import checksum, encode, read_document
+
+FORMAT = 1
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+METADATA = "zarr.json"
+COMMITS = "commits"
+KINDS = ("rows", "crc32c")
+_KEY = "xlroute_memory"
+_SEAL = "crc32c"
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def _sealed(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with its checksum among its attributes."""
+    return {**document, "attributes": {**document["attributes"], _SEAL: checksum(document)}}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a store; it never changes.
+
+    Attributes:
+        layers: Memory layers.
+        streams: Streams.
+        dim: Width of a row.
+        dtype: Name of the type of a row.
+        capacity: Rows that a stream holds at most, or None.
+        chunk_rows: Rows in a chunk file.
+        keep_commits: Commits that stay readable, besides the pinned ones.
+    """
+
+    layers: int
+    streams: int
+    dim: int
+    dtype: str
+    capacity: int | None
+    chunk_rows: int
+    keep_commits: int
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "streams", "dim", "chunk_rows", "keep_commits"):
+            check_positive(name, getattr(self, name))
+        if self.capacity is not None:
+            check_positive("capacity", self.capacity)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.dim * DTYPES[self.dtype].itemsize
+
+    def array_name(self, layer: int, stream: int, kind: str) -> str:
+        """Name of the array of `kind` "rows" or "crc32c"."""
+        return f"layer-{layer}.stream-{stream}.{kind}"
+
+    def chunk_name(self, chunk: int, kind: str) -> str:
+        """Name of a chunk file in the folder of its array."""
+        return f"c.{chunk}.0" if kind == "rows" else f"c.{chunk}"
+
+    def chunk_bytes(self, kind: str) -> int:
+        """Bytes of a whole chunk file."""
+        return self.chunk_rows * (self.row_bytes if kind == "rows" else 4)
+
+    def group_document(self) -> dict[str, Any]:
+        """The metadata of the group."""
+        attributes = {_KEY: {"format": FORMAT, **asdict(self)}}
+        return _sealed({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+    def array_document(self, kind: str, rows: int) -> dict[str, Any]:
+        """The metadata of an array with room for `rows` rows."""
+        if kind == "rows":
+            shape, chunk = [rows, self.dim], [self.chunk_rows, self.dim]
+            data_type = "uint16" if self.dtype == "bfloat16" else self.dtype
+            attributes = {"dtype": self.dtype}
+        else:
+            shape, chunk, data_type, attributes = [rows], [self.chunk_rows], "uint32", {}
+        return _sealed(
+            {
+                "zarr_format": 3,
+                "node_type": "array",
+                "shape": shape,
+                "data_type": data_type,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+                "fill_value": 0 if data_type.startswith("uint") else 0.0,
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+                "attributes": attributes,
+                "storage_transformers": [],
+            }
+        )
+
+    def room_for(self, rows: int) -> int:
+        """The room that an array's metadata gives for at least `rows` rows: a power of two of chunks."""
+        chunks = -(-rows // self.chunk_rows)
+        return self.chunk_rows * (1 << max(0, chunks - 1).bit_length())
+
+
+def write_layout(root: Path, layout: Layout) -> None:
+    """Writes the metadata of an empty store into the empty folder `root`."""
+    (root / METADATA).write_bytes(encode(layout.group_document()))
+    (root / COMMITS).mkdir()
+    # A folder of a group that is no zarr node makes zarr warn when it lists the group.
+    group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    (root / COMMITS / METADATA).write_bytes(encode(group))
+    for kind in KINDS:
+        data = encode(layout.array_document(kind, layout.room_for(0)))
+        for layer in range(layout.layers):
+            for stream in range(layout.streams):
+                folder = root / layout.array_name(layer, stream, kind)
+                folder.mkdir()
+                (folder / METADATA).write_bytes(data)
+
+
+def read_layout(root: Path) -> Layout:
+    """Reads the layout of the store in the folder `root`.
+
+    Raises:
+        FormatError: The folder holds something else, or a store of a newer format.
+        CorruptionError: The metadata is damaged.
+    """
+    path = root / METADATA
+    try:
+        document = read_document(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FormatError(f"{path}: expected the metadata of a memory store, got no such file") from error
+    attributes = document.get("attributes")
+    fields = attributes.get(_KEY) if isinstance(attributes, dict) else None
+    if not isinstance(attributes, dict) or not isinstance(fields, dict):
+        raise FormatError(
+            f"{path}: expected a memory store, got a zarr {document.get('node_type')} without one"
+        )
+    version = fields.get("format")
+    if version != FORMAT:
+        raise FormatError(f"{path}: expected a memory store of format {FORMAT}, got format {version!r}")
+    given = attributes.pop(_SEAL, None)
+    if checksum(document) != given:
+        raise CorruptionError(
+            f"{path}: expected checksum {given}, got {checksum(document)}: the file is damaged"
+        )
+    del fields["format"]
+    try:
+        layout = Layout(**fields)
+    except (TypeError, ValueError) as error:
+        raise CorruptionError(
+            f"{path}: expected the shape of a memory store, got {fields}: {error}"
+        ) from error
+    # Before anyone makes room for so many, or for rows so wide.
+    expected = len(KINDS) * layout.layers * layout.streams
+    found = sum(name.startswith("layer-") for name in os.listdir(root))
+    if found != expected:
+        raise CorruptionError(f"{path}: expected {expected} arrays beside it, got {found}")
+    for kind in KINDS:
+        read_room(root, layout, 0, 0, kind)
+    return layout
+
+
+def read_room(root: Path, layout: Layout, layer: int, stream: int, kind: str) -> int:
+    """Reads how many rows an array has room for.
+
+    Raises:
+        CorruptionError: The metadata of the array is damaged, missing, or not that of this store.
+    """
+    path = root / layout.array_name(layer, stream, kind) / METADATA
+    try:
+        document = read_document(path)
+    except FileNotFoundError as error:
+        raise CorruptionError(f"{path}: expected the metadata of an array, got no such file") from error
+    shape = document.get("shape")
+    room = shape[0] if isinstance(shape, list) and shape else None
+    if not isinstance(room, int) or room < 1 or layout.room_for(room) != room:
+        raise CorruptionError(f"{path}: expected a shape that is a power of two of chunks, got {shape}")
+    if document != layout.array_document(kind, room):
+        raise CorruptionError(
+            f"{path}: expected the metadata of an array of this store, got other or damaged"
+        )
+    return room

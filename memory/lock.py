@@ -1,0 +1,63 @@
+"""Locks on a store: one writer at a time, and nobody pins a commit while the writer drops old ones.
+
+The kernel releases both when their process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from xlroute.memory.errors import StoreLockedError
+from xlroute.memory.layout import COMMITS
+from xlroute.memory.sealed import replace_file
+
+_PIN_SECONDS = 30
+
+
+class WriterLock:
+    """The lock of the writer of the store in the folder `root`; held until `release`.
+
+    Raises:
+        StoreLockedError: Another writer holds it; the message says which.
+        OSError: The operating system refused to write.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._holder = root / COMMITS / "writer.txt"
+        self._lock = FileLock(root / COMMITS / "writer.lock", timeout=0, thread_local=False)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise StoreLockedError(
+                f"{root}: expected no other writer, got {self._read_holder()}; it can be opened with mode='r'"
+            ) from error
+        try:
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            text = f"process {os.getpid()} on {socket.gethostname()}, which opened it at {since}\n"
+            replace_file(self._holder, text.encode(), scratch=root / COMMITS)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _read_holder(self) -> str:
+        try:
+            return self._holder.read_text(errors="replace").strip()
+        except OSError:
+            return "one that has not written its name yet"
+
+    def release(self) -> None:
+        """Lets the next writer in."""
+        with suppress(OSError):
+            self._holder.unlink()
+        self._lock.release()
+
+
+def pin_lock(root: Path) -> FileLock:
+    """A lock to hold, for a moment, while pinning a commit or dropping old ones."""
+    return FileLock(root / COMMITS / "pins.lock", timeout=_PIN_SECONDS, thread_local=False)

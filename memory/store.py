@@ -1,0 +1,501 @@
+"""The memory store: everything that a model has read, by layer and stream."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from xlroute.memory.buffer import Rows, RowSpan
+from xlroute.memory.cold import ColdRows
+from xlroute.memory.disk import Disk, copy_store, create_store
+from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
+from xlroute.memory.layer import MemoryLayer, positions_of
+from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Layout, check_positive
+from xlroute.memory.log import StreamLog
+
+Mode = Literal["r", "r+"]
+
+
+class MemoryStore:
+    """Past hidden states of b streams in l layers, in memory or on disk.
+
+    Rows are appended, and leave when their stream is reset or when it exceeds the capacity, oldest first. On
+    disk, what was appended is there for others, and for the next process, once it is committed; nothing else
+    commits, neither `close` nor the end of a `with` block. There is one writer at a time; readers need no
+    lock, keep the commit that they opened, and are safe while the writer goes on. Every row that is read from
+    disk is checked.
+
+    Use `create`, `open` or `fork` to get one.
+
+    Attributes:
+        path: The folder of the store, or None for a store in memory.
+        mode: "r" for a store that was opened for reading alone, else "r+".
+        device: Where rows live that are in memory.
+        version: A number that every append and every reset raises, so that whoever keeps it can tell that
+            the rows have changed.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        device: torch.device,
+        fingerprint: str | None,
+        logs: Sequence[StreamLog],
+        rows: Sequence[Sequence[Rows]],
+        path: Path | None = None,
+        mode: Mode = "r+",
+        disk: Disk | None = None,
+    ) -> None:
+        self.path = path
+        self.mode: Mode = mode
+        self.device = device
+        self.version = 0
+        self._layout = layout
+        self._fingerprint = fingerprint
+        self._disk = disk
+        self._closed = False
+        self._logs = list(logs)
+        self._rows = [list(streams) for streams in rows]
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        layers: int,
+        streams: int,
+        dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        capacity: int | None = None,
+        fingerprint: str | None = None,
+        chunk_bytes: int = 64 * 2**20,
+        keep_commits: int = 8,
+    ) -> MemoryStore:
+        """Makes an empty store, and opens it for writing. On disk it has one commit.
+
+        It appears at the path whole or not at all. A process that is killed while it makes one may leave a
+        hidden folder beside the path, named `.<name>.<number>.creating`, which can be deleted.
+
+        Args:
+            path: Where: nothing, or an empty folder. None keeps the store in memory.
+            layers: Memory layers, l.
+            streams: Streams, b.
+            dim: Width of a row, d.
+            dtype: Type of the rows: float64, float32, float16 or bfloat16.
+            device: Where rows live that are in memory.
+            capacity: Rows that a stream holds at most; the oldest make room for new ones. None for no bound.
+            fingerprint: Identifies the weights that write the rows.
+            chunk_bytes: Size of a file of rows, in bytes, rounded down to whole rows.
+            keep_commits: How many commits stay readable, besides the pinned ones and the last durable one.
+
+        Raises:
+            TypeError: An argument is of the wrong type.
+            ValueError: A number is below 1, or the dtype is another one.
+            StoreExistsError: There is something at the path.
+            StoreWriteError: The operating system refused to write.
+        """
+        if dtype not in DTYPE_NAMES:
+            raise ValueError(f"dtype: expected one of torch.{', torch.'.join(DTYPES)}, got {dtype}")
+        check_positive("dim", dim)
+        check_positive("chunk_bytes", chunk_bytes)
+        _check_fingerprint(fingerprint)
+        layout = Layout(
+            layers=layers,
+            streams=streams,
+            dim=dim,
+            dtype=DTYPE_NAMES[dtype],
+            capacity=capacity,
+            chunk_rows=max(1, chunk_bytes // (dim * dtype.itemsize)),
+            keep_commits=keep_commits,
+        )
+        if path is not None:
+            create_store(Path(path).absolute(), layout, fingerprint)
+            return cls.open(path, mode="r+", device=device)
+        device = torch.device(device)
+        empty = [[RowSpan.empty(dim, dtype, device) for _ in range(streams)] for _ in range(layers)]
+        logs = [StreamLog() for _ in range(streams)]
+        return cls(layout, device=device, fingerprint=fingerprint, logs=logs, rows=empty)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        mode: Mode = "r",
+        device: torch.device | str = "cpu",
+        fingerprint: str | None = None,
+        commit: str | None = None,
+    ) -> MemoryStore:
+        """Opens a store on disk. No row is read before it is needed.
+
+        Args:
+            path: The folder of the store.
+            mode: "r" to read one commit, whatever a writer does meanwhile; "r+" to write as well.
+            device: Where rows live that are in memory.
+            fingerprint: What the commit's fingerprint must be; None opens whatever weights wrote it.
+            commit: Id of the commit to open, or None for the last. With mode "r+", the store goes back to it
+                at once: its contents become the last commit, and commits in between age out like others.
+
+        Raises:
+            ValueError: `mode` is another one, or `commit` cannot be an id.
+            StoreNotFoundError: There is nothing at the path.
+            FormatError: There is something else, or a store of a newer format.
+            CorruptionError: The metadata or the commit record is damaged.
+            CommitNotFoundError: There is no such commit.
+            FingerprintError: The fingerprint is another one.
+            StoreLockedError: Mode "r+", and another writer holds the store.
+            StoreWriteError: Mode "r+", and the operating system refused to write.
+        """
+        if mode not in ("r", "r+"):
+            raise ValueError(f"mode: expected 'r' or 'r+', got {mode!r}")
+        _check_fingerprint(fingerprint)
+        device = torch.device(device)
+        root = Path(path).absolute()
+        disk = Disk(root, commit=commit, writable=mode == "r+", fingerprint=fingerprint)
+        layout = disk.layout
+        empty = RowSpan.empty(layout.dim, DTYPES[layout.dtype], device)
+        rows: list[list[Rows]] = [
+            [
+                disk.cold(layer, stream, log, device) if log.extents else empty
+                for stream, log in enumerate(disk.logs)
+            ]
+            for layer in range(layout.layers)
+        ]
+        return cls(
+            layout,
+            device=device,
+            fingerprint=disk.fingerprint,
+            logs=disk.logs,
+            rows=rows,
+            path=root,
+            mode=mode,
+            disk=disk,
+        )
+
+    @property
+    def layers(self) -> int:
+        """Memory layers, l."""
+        return self._layout.layers
+
+    @property
+    def streams(self) -> int:
+        """Streams, b."""
+        return self._layout.streams
+
+    @property
+    def dim(self) -> int:
+        """Width of a row, d."""
+        return self._layout.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the rows."""
+        return DTYPES[self._layout.dtype]
+
+    @property
+    def capacity(self) -> int | None:
+        """Rows that a stream holds at most, or None."""
+        return self._layout.capacity
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Identifies the weights that write the rows; the next commit records it."""
+        return self._fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, value: str | None) -> None:
+        _check_fingerprint(value)
+        self._check_writable()
+        self._fingerprint = value
+
+    @property
+    def lengths(self) -> Tensor:
+        """Rows that each stream holds now, int64 [b] on the CPU."""
+        self._check_open()
+        return torch.tensor([log.held for log in self._logs], dtype=torch.int64)
+
+    def append(self, states: Tensor, lengths: Tensor | Sequence[int] | None = None) -> None:
+        """Appends rows to every stream, detached and in the store's type.
+
+        Beyond the capacity the oldest rows leave, so that exactly the last `capacity` remain. A refused call
+        changes nothing.
+
+        Args:
+            states: Rows of every layer and stream, [l, b, n, d], on any device.
+            lengths: How many of the n rows of each stream are appended, the first ones: integers [b]. None
+                for all.
+
+        Raises:
+            TypeError: `states` is no floating-point tensor, or `lengths` are no integers.
+            ValueError: A shape is another one, or a length is not in [0, n].
+            ReadOnlyError: The store was opened with mode "r".
+            StoreWriteError: The operating system refused to write.
+            CorruptionError: A file to write to, or rows that had to be read first, are damaged.
+        """
+        self._check_writable()
+        counts = self._checked_counts(states, lengths)
+        states = states.detach().to(self.dtype)
+        logs = list(self._logs)
+        table = [list(rows) for rows in self._rows]
+        for stream, count in enumerate(counts):
+            if not count:
+                continue
+            written = count if self.capacity is None else min(count, self.capacity)
+            excess = 0 if self.capacity is None else max(0, logs[stream].held + written - self.capacity)
+            new = states[:, stream, count - written : count]
+            log = logs[stream].dropped(excess)
+            if self._disk is not None:
+                logs[stream] = self._disk.write(stream, log, new.cpu(), count)
+            else:
+                logs[stream] = log.extended(written, 0, appended=count)
+            for layer in range(self.layers):
+                held = table[layer][stream]
+                if self._disk is not None and isinstance(held, ColdRows) and not held.loaded:
+                    table[layer][stream] = self._disk.cold(layer, stream, logs[stream], self.device)
+                else:
+                    table[layer][stream] = held.span().dropped(excess).appended(new[layer])
+        self._logs, self._rows = logs, table
+        self.version += 1
+
+    def _checked_counts(self, states: Tensor, lengths: Tensor | Sequence[int] | None) -> list[int]:
+        """Checks the arguments of `append`; returns how many rows each stream appends."""
+        expected = f"[{self.layers}, {self.streams}, n, {self.dim}]"
+        if not isinstance(states, Tensor) or not states.is_floating_point():
+            given = states.dtype if isinstance(states, Tensor) else type(states).__name__
+            raise TypeError(f"states: expected a floating-point tensor {expected}, got {given}")
+        shape = list(states.shape)
+        if len(shape) != 4 or [*shape[:2], shape[3]] != [self.layers, self.streams, self.dim]:
+            raise ValueError(f"states: expected shape {expected}, got {shape}")
+        if lengths is None:
+            return [shape[2]] * self.streams
+        valid = torch.as_tensor(lengths)
+        if valid.is_floating_point() or valid.is_complex() or valid.dtype == torch.bool:
+            raise TypeError(f"lengths: expected integers, got {valid.dtype}")
+        if valid.shape != (self.streams,):
+            raise ValueError(f"lengths: expected shape [{self.streams}], got {list(valid.shape)}")
+        counts = [int(count) for count in valid.tolist()]
+        for stream, count in enumerate(counts):
+            if not 0 <= count <= shape[2]:
+                raise ValueError(f"lengths: expected 0 to {shape[2]} in stream {stream}, got {count}")
+        return counts
+
+    def layer(self, layer: int) -> MemoryLayer:
+        """The rows of one layer as they stand now; nothing that happens to the store later changes them.
+
+        Raises:
+            IndexError: There is no such layer.
+        """
+        self._check_open()
+        if not 0 <= layer < self.layers:
+            raise IndexError(f"layer: expected 0 to {self.layers - 1}, got {layer}")
+        appended = [log.appended for log in self._logs]
+        return MemoryLayer(self._rows[layer], appended, dim=self.dim, dtype=self.dtype, device=self.device)
+
+    def rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Copies all rows of one layer.
+
+        Returns:
+            The rows, [b, m, d], oldest first, zeros beyond a stream's length; and which exist, bool [b, m].
+
+        Raises:
+            IndexError: There is no such layer.
+            CorruptionError: A row on disk is damaged.
+        """
+        held = self.layer(layer)
+        views = held.views()
+        out = torch.zeros(held.shape, dtype=self.dtype, device=self.device)
+        for stream, view in enumerate(views):
+            out[stream, : view.shape[0]] = view
+        return out, held.mask
+
+    def gather(self, layer: int, indices: Tensor) -> Tensor:
+        """Copies some rows of one layer; as `MemoryLayer.gather` of the layer as it stands now.
+
+        Raises:
+            TypeError: `indices` is not an integer tensor.
+            ValueError: The first size is not b.
+            IndexError: There is no such layer or row.
+            CorruptionError: A row on disk is damaged.
+        """
+        return self.layer(layer).gather(indices)
+
+    def positions(self, indices: Tensor) -> Tensor:
+        """How many rows the stream had appended before each of these since its reset.
+
+        Args:
+            indices: Rows held now, integers [b, ...], 0 the oldest; -1 means no row and stays -1.
+
+        Returns:
+            Positions, int64 of the shape of `indices`.
+
+        Raises:
+            TypeError: `indices` is not an integer tensor.
+            ValueError: The first size is not b.
+            IndexError: There is no such row.
+        """
+        appended = torch.tensor([log.appended for log in self._logs], dtype=torch.int64)
+        return positions_of(indices, self.lengths, appended)
+
+    def reset(self, streams: Tensor | Sequence[int] | Sequence[bool]) -> None:
+        """Lets go of all rows of some streams, which begin anew: their documents have ended.
+
+        Args:
+            streams: Numbers of streams, or a mask, bool [b].
+
+        Raises:
+            TypeError: `streams` is neither.
+            ValueError: The mask has another shape.
+            IndexError: There is no such stream.
+            ReadOnlyError: The store was opened with mode "r".
+        """
+        self._check_writable()
+        given = torch.as_tensor(streams)
+        if given.dtype == torch.bool:
+            if given.shape != (self.streams,):
+                raise ValueError(f"streams: expected a mask [{self.streams}], got shape {list(given.shape)}")
+            given = given.nonzero()
+        elif given.numel() and (given.is_floating_point() or given.is_complex()):
+            raise TypeError(f"streams: expected numbers of streams or a bool mask, got {given.dtype}")
+        numbers = {int(number) for number in given.reshape(-1).tolist()}
+        for number in numbers:
+            if not 0 <= number < self.streams:
+                raise IndexError(f"streams: expected 0 to {self.streams - 1}, got {number}")
+        for number in numbers:
+            self._logs[number] = self._logs[number].reset()
+            for rows in self._rows:
+                rows[number] = rows[number].dropped(len(rows[number]))
+        self.version += 1
+
+    def commit(self, durable: bool = False) -> str:
+        """Makes what the store holds now the last commit: all of it or, if anything fails, nothing.
+
+        The last `keep_commits` commits, the pinned ones and the last durable one stay readable; older ones
+        are dropped.
+
+        Args:
+            durable: Whether to wait until the commit survives a power cut. Otherwise it survives the end of
+                the process, however it ends.
+
+        Returns:
+            The id of the commit.
+
+        Raises:
+            NoPathError: The store is in memory.
+            ReadOnlyError: The store was opened with mode "r".
+            StoreWriteError: The operating system refused to write; the last commit stands.
+        """
+        self._check_writable()
+        return self._on_disk("commit").commit(self._logs, self._fingerprint, durable=durable)
+
+    def commits(self) -> list[str]:
+        """Ids of the commits that can be opened now, oldest first; none for a store in memory."""
+        self._check_open()
+        return [] if self._disk is None else self._disk.list_commits()
+
+    def pin(self, commit_id: str) -> str:
+        """Keeps a commit readable, whatever is committed later, until unpinned. Readers can pin as well.
+
+        Returns:
+            The id of the pin; each call makes one.
+
+        Raises:
+            NoPathError: The store is in memory.
+            ValueError: `commit_id` cannot be an id.
+            CommitNotFoundError: There is no such commit.
+            CorruptionError: Its record is damaged.
+            StoreWriteError: The operating system refused to write.
+        """
+        self._check_open()
+        return self._on_disk("pin").pin(commit_id)
+
+    def unpin(self, pin_id: str) -> None:
+        """Removes a pin. The commit goes when the writer next commits, if nothing else keeps it.
+
+        Raises:
+            NoPathError: The store is in memory.
+            ValueError: `pin_id` cannot be the id of a pin.
+            CommitNotFoundError: There is no such pin.
+            StoreWriteError: The operating system refused.
+        """
+        self._check_open()
+        self._on_disk("unpin").unpin(pin_id)
+
+    def fork(self) -> MemoryStore:
+        """An independent store in memory with the same rows; they are shared until either side writes.
+
+        The fork of a store on disk reads rows from there when they are needed.
+        """
+        self._check_open()
+        return MemoryStore(
+            self._layout, device=self.device, fingerprint=self._fingerprint, logs=self._logs, rows=self._rows
+        )
+
+    def copy_to(self, path: str | os.PathLike[str], durable: bool = False) -> str:
+        """Copies the store to disk, all of it or nothing: rows, positions and fingerprint, in one commit.
+
+        Args:
+            path: Where: nothing, or an empty folder.
+            durable: Whether to wait until the copy survives a power cut.
+
+        Returns:
+            The id of the copy's commit. The copy is not open.
+
+        Raises:
+            StoreExistsError: There is something at the path.
+            StoreWriteError: The operating system refused to write.
+            CorruptionError: A row on disk is damaged.
+        """
+        self._check_open()
+        appended = [log.appended for log in self._logs]
+        return copy_store(
+            Path(path).absolute(), self._layout, self._rows, appended, self._fingerprint, durable
+        )
+
+    def close(self) -> None:
+        """Lets the next writer in. What was not committed is lost.
+
+        Forks and layers can still be read; what they have not yet read from disk, for as long as the commit
+        is there.
+        """
+        self._closed = True
+        if self._disk is not None:
+            self._disk.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreClosedError(
+                f"{self.path or 'the memory store'}: expected an open store, got a closed one"
+            )
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        if self.mode == "r":
+            raise ReadOnlyError(f"{self.path}: expected a store opened with mode='r+', got mode='r'")
+
+    def _on_disk(self, verb: str) -> Disk:
+        if self._disk is None:
+            raise NoPathError(
+                f"{verb}: expected a store with a path, got one in memory (copy_to gives it one)"
+            )
+        return self._disk
+
+
+def _check_fingerprint(fingerprint: object) -> None:
+    if fingerprint is not None and not isinstance(fingerprint, str):
+        raise TypeError(f"fingerprint: expected a string or None, got {type(fingerprint).__name__}")

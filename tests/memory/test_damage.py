@@ -1,0 +1,238 @@
+"""Damage: refused by an error that names the file, or without any effect on what is read."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zarr
+from torch import Tensor
+
+from xlroute.memory import CommitNotFoundError, CorruptionError, FormatError, MemoryStore, MemoryStoreError
+from xlroute.memory.commits import Commit, write_commit
+from xlroute.memory.layout import Layout, read_layout
+from xlroute.memory.log import Extent, StreamLog
+from xlroute.memory.sealed import encode
+
+Contents = list[Tensor]
+
+
+def contents(path: Path, commit: str | None) -> Contents:
+    """All that can be read of a commit, by row and as a whole."""
+    with MemoryStore.open(path, commit=commit) as store:
+        lengths = store.lengths
+        longest = int(lengths.max())
+        indices = torch.arange(longest).expand(store.streams, longest)
+        indices = torch.where(indices < lengths[:, None], indices, -1)
+        picked = store.gather(0, indices)
+        return [lengths, store.positions(indices), picked, store.rows(0)[0]]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Contents]]:
+    """A small store and what its commits hold."""
+    path = tmp_path_factory.mktemp("original") / "store"
+    with MemoryStore.create(
+        path, layers=1, streams=2, dim=3, dtype=torch.float16, capacity=7, chunk_bytes=18, fingerprint="f"
+    ) as store:
+        for lengths in ([5, 2], [3, 0], [1, 6]):
+            store.append(torch.randn(1, 2, 6, 3), lengths)
+            store.commit()
+        store.pin(store.commits()[1])
+        commits = store.commits()
+    return path, {commit: contents(path, commit) for commit in commits}
+
+
+@pytest.fixture
+def path(original: tuple[Path, dict[str, Contents]], tmp_path: Path) -> Path:
+    """A copy of the store to damage."""
+    return shutil.copytree(original[0], tmp_path / "store")
+
+
+def check(path: Path, file: Path, expected: dict[str, Contents]) -> int:
+    """Opens every commit of a damaged store; returns how many were refused, each time naming the file."""
+    refused = 0
+    for commit, rows in expected.items():
+        refusal: MemoryStoreError | None = None
+        try:
+            found = contents(path, commit)
+        except (CommitNotFoundError, CorruptionError, FormatError) as error:
+            refusal = error
+        if refusal is None:
+            assert all(map(torch.equal, found, rows)), file
+            continue
+        refused += 1
+        if isinstance(refusal, CommitNotFoundError):
+            assert not (path / "commits" / f"{commit}.json").exists()
+        else:
+            assert str(file) in str(refusal)
+    return refused
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def test_a_flipped_byte_in_any_file_is_named_or_harmless(
+    original: tuple[Path, dict[str, Contents]], path: Path
+) -> None:
+    refused = 0
+    for file in files_of(path):
+        data = file.read_bytes()
+        for offset in random.sample(range(len(data)), min(len(data), 6)):
+            damaged = bytearray(data)
+            damaged[offset] ^= random.randrange(1, 256)
+            file.write_bytes(damaged)
+            refused += check(path, file, original[1]) > 0
+        file.write_bytes(data)
+    assert refused > 100
+    assert check(path, path, original[1]) == 0
+
+
+@pytest.mark.parametrize("kind", ["empty", "half", "longer", "missing"])
+def test_a_truncated_or_missing_file_is_named_or_harmless(
+    original: tuple[Path, dict[str, Contents]], path: Path, kind: str
+) -> None:
+    for file in files_of(path):
+        data = file.read_bytes()
+        if kind == "missing":
+            file.unlink()
+        else:
+            file.write_bytes({"empty": b"", "half": data[: len(data) // 2], "longer": data + b"x"}[kind])
+        refused = check(path, file, original[1])
+        if file.name.startswith("c.") or (file.name == "zarr.json" and file.parent.name != "commits"):
+            assert refused, file
+        file.write_bytes(data)
+
+
+def test_rows_swapped_with_their_checksums_are_noticed(path: Path) -> None:
+    one, two = path / "layer-0.stream-0.rows" / "c.1.0", path / "layer-0.stream-0.crc32c" / "c.1"
+    for file, size in ((one, 6), (two, 4)):
+        data = file.read_bytes()
+        file.write_bytes(data[size : 2 * size] + data[:size] + data[2 * size :])
+    with pytest.raises(CorruptionError, match=r"row 3 of array layer-0\.stream-0\.rows"):
+        MemoryStore.open(path).rows(0)
+
+
+def test_arrays_swapped_as_a_whole_are_noticed(path: Path) -> None:
+    for kind in ("rows", "crc32c"):
+        first, second = (path / f"layer-0.stream-{stream}.{kind}" for stream in range(2))
+        first.rename(path / "third")
+        second.rename(first)
+        (path / "third").rename(second)
+    with pytest.raises(CorruptionError, match=r"layer-0\.stream-0"):
+        MemoryStore.open(path).rows(0)
+
+
+def test_a_damaged_last_commit_is_refused_and_an_earlier_one_can_be_gone_back_to(
+    original: tuple[Path, dict[str, Contents]], path: Path
+) -> None:
+    *_, earlier, last = original[1]
+    record = path / "commits" / f"{last}.json"
+    record.write_text(record.read_text().replace('"f"', '"g"'))
+    for mode in ("r", "r+"):
+        with pytest.raises(CorruptionError, match=f"{last}.json: .* earlier commits can be opened"):
+            MemoryStore.open(path, mode=mode)  # type: ignore[arg-type]
+    with MemoryStore.open(path, mode="r+", commit=earlier) as store:
+        assert last not in store.commits()
+        store.append(torch.randn(1, 2, 1, 3))
+        store.commit()
+    assert MemoryStore.open(path).lengths.tolist() == [7, 3]
+    assert all(map(torch.equal, contents(path, earlier), original[1][earlier]))
+
+
+def test_a_writer_does_not_write_into_a_damaged_file(path: Path) -> None:
+    states = torch.randn(1, 2, 1, 3)
+    before = MemoryStore.open(path).lengths
+    for name in ("rows/c.2.0", "crc32c/c.2"):
+        file = path / f"layer-0.stream-1.{name}"
+        data = file.read_bytes()
+        for damage in (lambda file=file: file.write_bytes(b""), file.unlink):
+            damage()
+            with (
+                MemoryStore.open(path, mode="r+") as store,
+                pytest.raises(CorruptionError, match=f"{file}: expected a chunk file"),
+            ):
+                store.append(states)
+            file.write_bytes(data)
+    assert torch.equal(MemoryStore.open(path).lengths, before)
+
+
+def test_a_newer_format_is_refused(path: Path) -> None:
+    file = path / "zarr.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    for mode in ("r", "r+"):
+        with pytest.raises(FormatError, match=f"{file}: expected a memory store of format 1, got format 2"):
+            MemoryStore.open(path, mode=mode)  # type: ignore[arg-type]
+
+
+def test_what_is_no_memory_store_is_refused(tmp_path: Path) -> None:
+    zarr.open_group(tmp_path / "group", mode="w").create_array("a", shape=(2,), dtype="float32")
+    zarr.create_array(tmp_path / "array", shape=(2,), dtype="float32")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "zarr.json").write_text("[]")
+    for name in ("group", "array", "folder", "file", "list"):
+        for mode in ("r", "r+"):
+            with pytest.raises((FormatError, CorruptionError), match=name):
+                MemoryStore.open(tmp_path / name, mode=mode)  # type: ignore[arg-type]
+
+
+def resealed(path: Path, **changes: Any) -> None:
+    """Rewrites the metadata of the group with other numbers and the checksum that belongs to them."""
+    fields = {**vars(read_layout(path)), **changes}
+    (path / "zarr.json").write_bytes(encode(Layout(**fields).group_document()))
+
+
+def claim_streams(path: Path) -> None:
+    resealed(path, streams=1 << 40)
+
+
+def claim_layers(path: Path) -> None:
+    resealed(path, layers=1 << 40)
+
+
+def claim_dim(path: Path) -> None:
+    resealed(path, dim=1 << 40)
+
+
+def claim_chunks(path: Path) -> None:
+    resealed(path, chunk_rows=1 << 40)
+
+
+def claim_rows(path: Path) -> None:
+    resealed(path, capacity=None)
+    log = StreamLog((Extent(0, 1 << 40, 0),), 1 << 40, 1 << 40)
+    write_commit(path, Commit(1000, None, None, False, (log, log)))
+
+
+@pytest.mark.parametrize(
+    "claim", [claim_streams, claim_layers, claim_dim, claim_chunks, claim_rows], ids=lambda f: f.__name__
+)
+def test_enormous_claims_are_refused_and_nothing_is_allocated(
+    path: Path, claim: Callable[[Path], None]
+) -> None:
+    claim(path)
+    for mode in ("r", "r+"):
+        with (
+            pytest.raises(MemoryStoreError, match=str(path)),
+            MemoryStore.open(path, mode=mode) as store,  # type: ignore[arg-type]
+        ):
+            store.rows(0)
+
+
+def test_an_array_of_another_shape_is_refused(path: Path) -> None:
+    for name, key in (("rows", "shape"), ("crc32c", "shape"), ("rows", "data_type")):
+        file = path / f"layer-0.stream-0.{name}" / "zarr.json"
+        text = file.read_text()
+        document = json.loads(text)
+        document[key] = [1 << 40, *document[key][1:]] if key == "shape" else "float64"
+        file.write_text(json.dumps(document))
+        with pytest.raises(CorruptionError, match=str(file)):
+            MemoryStore.open(path).rows(0)
+        file.write_text(text)

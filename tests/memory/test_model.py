@@ -1,0 +1,208 @@
+"""The store against a model of it: lists of rows, in any order of operations."""
+
+import copy
+import shutil
+import tempfile
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch import Tensor
+
+from xlroute.memory import MemoryLayer, MemoryStore
+
+LAYERS, STREAMS, DIM = 2, 3, 3
+
+
+class Model:
+    """What a store should hold: for every stream its rows [l, d], and how many it has appended."""
+
+    def __init__(self, capacity: int | None, dtype: torch.dtype) -> None:
+        self.capacity = capacity
+        self.dtype = dtype
+        self.rows: list[list[Tensor]] = [[] for _ in range(STREAMS)]
+        self.appended = [0] * STREAMS
+
+    def append(self, states: Tensor, lengths: list[int]) -> None:
+        for stream, length in enumerate(lengths):
+            self.rows[stream] += list(states[:, stream, :length].to(self.dtype).unbind(1))
+            self.appended[stream] += length
+            if self.capacity is not None:
+                self.rows[stream] = self.rows[stream][-self.capacity :]
+
+    def reset(self, streams: list[int]) -> None:
+        for stream in streams:
+            self.rows[stream] = []
+            self.appended[stream] = 0
+
+    def layer(self, layer: int) -> list[Tensor]:
+        empty = torch.empty(0, DIM, dtype=self.dtype)
+        return [torch.stack([row[layer] for row in rows]) if rows else empty for rows in self.rows]
+
+    def check(self, store: MemoryStore) -> None:
+        """All that the store says agrees with the model."""
+        lengths = [len(rows) for rows in self.rows]
+        assert store.lengths.tolist() == lengths
+        longest = max(lengths)
+        indices = torch.tensor(
+            [[*range(length), *[-1] * (longest + 1 - length)] for length in lengths], dtype=torch.int64
+        )
+        positions = store.positions(indices)
+        for stream, length in enumerate(lengths):
+            first = self.appended[stream] - length
+            assert positions[stream, :length].tolist() == list(range(first, first + length))
+            assert (positions[stream, length:] == -1).all()
+        for layer in range(LAYERS):
+            # Picked rows come first: reading all of them would bring them into memory.
+            picked = store.gather(layer, indices)
+            rows, mask = store.rows(layer)
+            assert mask.sum(1).tolist() == lengths
+            for stream, expected in enumerate(self.layer(layer)):
+                assert torch.equal(picked[stream, : lengths[stream]], expected)
+                assert torch.equal(rows[stream, : lengths[stream]], expected)
+                assert (picked[stream, lengths[stream] :] == 0).all()
+                assert (rows[stream, lengths[stream] :] == 0).all()
+
+
+class Machine(RuleBasedStateMachine):
+    """Random operations on a store and on its model."""
+
+    on_disk: bool
+    dtype: torch.dtype
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.path = self.folder / "store"
+        self.layers: list[tuple[MemoryLayer, list[Tensor]]] = []
+        self.committed: dict[str, Model] = {}
+        self.random = torch.Generator().manual_seed(0)
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.model.check(self.store)
+            self.store.close()
+        for layer, expected in self.layers:
+            for view, rows in zip(layer.views(), expected, strict=True):
+                assert torch.equal(view, rows)
+        shutil.rmtree(self.folder)
+
+    @initialize(
+        capacity=st.sampled_from([None, 1, 4, 9]),
+        chunk_rows=st.integers(1, 8),
+        keep_commits=st.integers(1, 3),
+    )
+    def create(self, capacity: int | None, chunk_rows: int, keep_commits: int) -> None:
+        self.model = Model(capacity, self.dtype)
+        self.store = MemoryStore.create(
+            self.path if self.on_disk else None,
+            layers=LAYERS,
+            streams=STREAMS,
+            dim=DIM,
+            dtype=self.dtype,
+            capacity=capacity,
+            chunk_bytes=chunk_rows * DIM * self.dtype.itemsize,
+            keep_commits=keep_commits,
+        )
+        self.keep_commits = keep_commits
+        for commit in self.store.commits():
+            self.committed[commit] = copy.deepcopy(self.model)
+
+    @rule(lengths=st.lists(st.integers(0, 6), min_size=STREAMS, max_size=STREAMS), spare=st.integers(0, 2))
+    def append(self, lengths: list[int], spare: int) -> None:
+        states = torch.randn(LAYERS, STREAMS, max(lengths) + spare, DIM, generator=self.random)
+        version = self.store.version
+        self.store.append(states, lengths)
+        self.model.append(states, lengths)
+        assert self.store.version > version
+
+    @rule(mask=st.lists(st.booleans(), min_size=STREAMS, max_size=STREAMS), as_mask=st.booleans())
+    def reset(self, mask: list[bool], as_mask: bool) -> None:
+        numbers = [stream for stream, chosen in enumerate(mask) if chosen]
+        self.store.reset(torch.tensor(mask) if as_mask else numbers)
+        self.model.reset(numbers)
+
+    @rule()
+    def look(self) -> None:
+        self.model.check(self.store)
+
+    @rule(layer=st.integers(0, LAYERS - 1))
+    def keep_layer(self, layer: int) -> None:
+        self.layers.append((self.store.layer(layer), self.model.layer(layer)))
+
+    @rule(take_fork=st.booleans())
+    def fork(self, take_fork: bool) -> None:
+        fork, model = self.store.fork(), copy.deepcopy(self.model)
+        states = torch.randn(LAYERS, STREAMS, 2, DIM, generator=self.random)
+        fork.append(states, [2, 0, 1])
+        model.append(states, [2, 0, 1])
+        fork.reset([2])
+        model.reset([2])
+        model.check(fork)
+        assert fork.path is None
+        if take_fork and not self.on_disk:
+            self.store, self.model = fork, model
+
+    @rule(durable=st.booleans())
+    @precondition(lambda self: self.on_disk)
+    def commit(self, durable: bool) -> None:
+        self.committed[self.store.commit(durable)] = copy.deepcopy(self.model)
+        readable = self.store.commits()
+        recent = list(self.committed)[-self.keep_commits :]
+        assert readable[-len(recent) :] == recent
+        # One more at most: the last durable one.
+        assert len(readable) <= self.keep_commits + 1
+        self.committed = {commit: self.committed[commit] for commit in readable}
+
+    @rule()
+    @precondition(lambda self: self.on_disk)
+    def read_every_commit(self) -> None:
+        for commit, model in self.committed.items():
+            with MemoryStore.open(self.path, commit=commit) as reader:
+                model.check(reader)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.on_disk)
+    def reopen(self, data: st.DataObject) -> None:
+        for layer, _ in self.layers:
+            # What is still on disk goes when the next writer drops the commit.
+            layer.views()
+        self.store.close()
+        last = list(self.committed)[-1]
+        commit = data.draw(st.sampled_from([None, *self.committed]))
+        self.store = MemoryStore.open(self.path, mode="r+", commit=commit)
+        self.model = copy.deepcopy(self.committed[commit or last])
+        if commit not in (None, last):
+            [new] = set(self.store.commits()) - set(self.committed)
+            self.committed[new] = copy.deepcopy(self.model)
+            self.committed = {commit: self.committed[commit] for commit in self.store.commits()}
+
+    @rule()
+    def copy_to(self) -> None:
+        path = self.folder / f"copy-{len(list(self.folder.iterdir()))}"
+        commit = self.store.copy_to(path)
+        with MemoryStore.open(path) as store:
+            self.model.check(store)
+            assert store.commits() == [commit]
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_store_agrees_with_lists_of_rows(on_disk: bool, dtype: torch.dtype) -> None:
+    machine = type("Case", (Machine,), {"on_disk": on_disk, "dtype": dtype})
+    chosen = settings(
+        max_examples=15,
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(machine, settings=chosen)
