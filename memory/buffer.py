@@ -23,7 +23,10 @@ class Rows(Protocol):
         """All rows, in memory."""
 
     def gather(self, index: Tensor) -> Tensor:
-        """Copies of the rows at `index` (int64 [k], each in [0, len)), [k, d] on the store's device."""
+        """Copies of the rows at `index` (int64 [k], each in [-1, len)), [k, d] on the store's device.
+
+        Where the index is -1 the result is any row, to be masked.
+        """
 
     def dropped(self, count: int) -> Rows:
         """The rows without the `count` oldest ones."""
@@ -68,8 +71,8 @@ class RowSpan:
         return self._buffer.data[self._start : self._stop]
 
     def gather(self, index: Tensor) -> Tensor:
-        """Copies of the rows at `index` (int64 [k]), [k, d]."""
-        return self.view().index_select(0, index.to(self._buffer.data.device))
+        """Copies of the rows at `index` (int64 [k]), [k, d]; the oldest row where it is -1."""
+        return self.view().index_select(0, index.to(self._buffer.data.device).clamp(min=0))
 
     def dropped(self, count: int) -> RowSpan:
         """The span without its `count` oldest rows."""

@@ -82,12 +82,14 @@ class ChunkFiles:
         layout: Its layout.
         record: The commit record that a reader relies on: once it is gone, so may be its rows. None while the
             store is open for writing: what is held here stays.
+        new: Whether the store is still being made, so that no commit needs its metadata yet.
     """
 
-    def __init__(self, root: Path, layout: Layout, record: Path | None) -> None:
+    def __init__(self, root: Path, layout: Layout, record: Path | None, *, new: bool = False) -> None:
         self.root = root
         self.layout = layout
         self.record = record
+        self._new = new
         self._room: dict[tuple[int, int], int] = {}
         self._maps: OrderedDict[tuple[int, int, int], _Chunk] = OrderedDict()
         self._unsynced: set[Path] = set()
@@ -160,7 +162,7 @@ class ChunkFiles:
                     path = self._path(layer, stream, chunk, kind)
                     try:
                         size = path.stat().st_size
-                    except FileNotFoundError as error:
+                    except (FileNotFoundError, NotADirectoryError) as error:
                         raise self._damaged(f"{path}: expected a chunk file, got no such file") from error
                     self._check_size(path, size, kind)
 
@@ -315,8 +317,9 @@ class ChunkFiles:
             if read_room(self.root, self.layout, layer, stream, kind) < rows:
                 path = self.root / self.layout.array_name(layer, stream, kind) / METADATA
                 document = self.layout.array_document(kind, self.layout.room_for(rows))
-                replace_file(path, encode(document), scratch=self.root / COMMITS)
-                self._unsynced.update((path, path.parent))
+                # Every durable commit needs the file that this one takes the place of: a power cut must leave
+                # the old one or the new one, whole.
+                replace_file(path, encode(document), scratch=self.root / COMMITS, durable=not self._new)
         self._check_room(layer, stream, rows)
 
     def hold(self, holder: Holder) -> None:
@@ -343,6 +346,10 @@ class ChunkFiles:
             if (chunk + 1) * self.layout.chunk_rows <= end:
                 self._delete(stream, chunk)
                 self._present[stream].discard(chunk)
+
+    def present_end(self, stream: int) -> int:
+        """The first row of a stream beyond all of its chunk files."""
+        return (max(self._list_present(stream), default=-1) + 1) * self.layout.chunk_rows
 
     def _list_present(self, stream: int) -> set[int]:
         """The chunks of a stream of which any file exists; the first call lists the folders."""

@@ -69,7 +69,7 @@ class ColdRows:
         return self._span
 
     def gather(self, index: Tensor) -> Tensor:
-        """Copies of the rows at `index` (int64 [k]), [k, d].
+        """Copies of the rows at `index` (int64 [k]), [k, d]; zeros where it is -1, for which nothing is read.
 
         Raises:
             CorruptionError: A row, or the file it is in, is damaged or missing.
@@ -80,10 +80,14 @@ class ColdRows:
         extents = np.array(self._log.extents, np.int64).reshape(-1, 3)
         counts = extents[:, 1] - extents[:, 0]
         ends = np.cumsum(counts)
-        chosen = index.cpu().numpy()
+        given = index.cpu().numpy()
+        chosen = given[given >= 0]
         extent = np.searchsorted(ends, chosen, side="right")
         rows = extents[extent, 0] + chosen - (ends - counts)[extent]
         data = self._files.read(self._layer, self.stream, rows, extents[extent, 2])
+        if chosen.size < given.size:
+            found, data = data, np.zeros((given.size, data.shape[1]), np.uint8)
+            data[given >= 0] = found
         return self._tensor(data).to(self._device)
 
     def dropped(self, count: int) -> ColdRows | RowSpan:

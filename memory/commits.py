@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ _ID = re.compile(r"\d{12}-[0-9a-f]{8}")
 _PIN = re.compile(rf"({_ID.pattern})\.[0-9a-f]{{8}}")
 _PINS = "pins"
 _SEAL = "crc32c"
-# No stream gets this far; a number beyond it is damage.
-_MAX_ROW = 1 << 48
+# No stream and no store gets this far; a number beyond it is damage.
+MAX_ROW = 1 << 48
+MAX_GENERATION = 10**12 - 1
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,16 @@ def record_path(root: Path, commit_id: str) -> Path:
 
 
 def list_commits(root: Path) -> list[str]:
-    """Ids of all records, oldest first."""
-    names = (name.removesuffix(".json") for name in os.listdir(root / COMMITS) if name.endswith(".json"))
+    """Ids of all records, oldest first.
+
+    Raises:
+        CorruptionError: The folder of the records is missing.
+    """
+    folder = root / COMMITS
+    try:
+        names = [name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json")]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptionError(f"{folder}: expected the folder of the commits, got none") from error
     return sorted(name for name in names if _ID.fullmatch(name))
 
 
@@ -93,7 +103,14 @@ def write_commit(root: Path, commit: Commit) -> None:
     """
     document = commit.document()
     data = encode({**document, _SEAL: checksum(document)})
-    replace_file(record_path(root, commit.id), data, scratch=root / COMMITS, durable=commit.durable)
+    path = record_path(root, commit.id)
+    try:
+        replace_file(path, data, scratch=root / COMMITS, durable=commit.durable)
+    except BaseException:
+        # It may have got its name before this; the caller is told that there is no such commit.
+        with suppress(OSError):
+            path.unlink()
+        raise
 
 
 def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
@@ -101,12 +118,12 @@ def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
 
     Raises:
         CommitNotFoundError: There is no such record.
-        CorruptionError: It is damaged.
+        CorruptionError: It is damaged, or the folder of the records is missing.
     """
     path = record_path(root, commit_id)
     try:
         document = read_document(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CommitNotFoundError(
             f"commit: expected one of {', '.join(list_commits(root)) or 'none'}, got {commit_id}"
         ) from error
@@ -119,10 +136,10 @@ def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
         )
     try:
         commit = Commit(
-            generation=document["generation"],
-            parent=document["parent"],
-            fingerprint=document["fingerprint"],
-            durable=document["durable"],
+            generation=_number(document["generation"], MAX_GENERATION),
+            parent=_of_types(document["parent"], str, type(None)),
+            fingerprint=_of_types(document["fingerprint"], str, type(None)),
+            durable=_of_types(document["durable"], bool),
             logs=tuple(_log(entry, layout) for entry in document["streams"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -136,16 +153,30 @@ def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
 
 def _log(entry: dict[str, Any], layout: Layout) -> StreamLog:
     """The log of one stream in a record; ValueError if no writer can have written it."""
-    log = StreamLog(tuple(Extent(*extent) for extent in entry["extents"]), entry["appended"], entry["end"])
+    extents = tuple(Extent(*(_number(n, MAX_ROW) for n in extent)) for extent in entry["extents"])
+    log = StreamLog(extents, _number(entry["appended"], MAX_ROW), _number(entry["end"], MAX_ROW))
     last = 0
     for extent in log.extents:
-        if not last <= extent.start < extent.stop <= log.end or not 0 <= extent.writer < 1 << 32:
+        if not last <= extent.start < extent.stop <= log.end or not extent.writer < 1 << 32:
             raise ValueError(f"impossible rows {list(extent)}")
         last = extent.stop
-    most = log.appended if layout.capacity is None else min(log.appended, layout.capacity)
-    if not log.held <= most or not log.end <= _MAX_ROW:
-        raise ValueError(f"impossible numbers of rows: {entry}")
+    if log.held != (log.appended if layout.capacity is None else min(log.appended, layout.capacity)):
+        raise ValueError(f"{log.held} rows held of {log.appended} with capacity {layout.capacity}")
     return log
+
+
+def _number(value: object, most: int) -> int:
+    """The value, if it is an integer that a record can hold; neither 1.0 nor True is one."""
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"expected an integer from 0 to {most}, got {value!r:.100}")
+    return value
+
+
+def _of_types(value: Any, *types: type) -> Any:
+    """The value, if it is of one of the types."""
+    if type(value) not in types:
+        raise TypeError(f"expected {' or '.join(t.__name__ for t in types)}, got {type(value).__name__}")
+    return value
 
 
 def list_pins(root: Path) -> dict[str, str]:

@@ -21,9 +21,11 @@ from filelock import Timeout
 from torch import Tensor
 
 from xlroute.memory.buffer import Rows
-from xlroute.memory.chunks import ChunkFiles
+from xlroute.memory.chunks import Bytes, ChunkFiles
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.commits import (
+    MAX_GENERATION,
+    MAX_ROW,
     Commit,
     add_pin,
     list_commits,
@@ -68,6 +70,25 @@ def _writing(path: Path) -> Iterator[None]:
         raise StoreWriteError(error.errno, text) from error
 
 
+def _make_parents(path: Path) -> None:
+    """Makes the folders that `path` will be in, so that they survive a power cut as a durable commit does."""
+    missing = []
+    folder = path.parent
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def _as_bytes(rows: Tensor) -> Bytes:
+    """The bytes of rows [k, d] on the CPU, [k, row_bytes]."""
+    rows = rows.contiguous()
+    # PyTorch calls a tensor contiguous whatever the strides of its sizes of 1 are; `view` does not.
+    return rows.as_strided(rows.shape, (rows.shape[1], 1)).view(torch.uint8).numpy()
+
+
 @contextmanager
 def _new_folder(path: Path, layout: Layout) -> Iterator[Path]:
     """The folder of an empty store under another name beside `path`; it gets its name when all went well."""
@@ -76,7 +97,7 @@ def _new_folder(path: Path, layout: Layout) -> Iterator[Path]:
     building = path.parent / f".{path.name}.{secrets.token_hex(4)}.creating"
     try:
         with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_parents(path)
             building.mkdir()
             write_layout(building, layout)
             yield building
@@ -132,12 +153,12 @@ def copy_store(
         for count, before in zip(held, appended, strict=True)
     )
     with _new_folder(path, layout) as root:
-        files = ChunkFiles(root, layout, None)
+        files = ChunkFiles(root, layout, None, new=True)
         for layer, streams in enumerate(rows):
             for stream, source in enumerate(streams):
                 for start in range(0, len(source), step):
                     index = torch.arange(start, min(start + step, len(source)))
-                    data = source.gather(index).cpu().view(torch.uint8).numpy()
+                    data = _as_bytes(source.gather(index).cpu())
                     files.write(layer, stream, start, data, writer, fresh_from=0)
         if durable:
             files.mark_unsynced([log.extents for log in logs])
@@ -182,6 +203,7 @@ class Disk:
             raise FormatError(f"{root}: expected the folder of a memory store, got a file")
         self.root = root
         self.layout = read_layout(root)
+        self._process = os.getpid()
         self._lock: WriterLock | None = None
         if not writable:
             commit_id, opened = self._read(commit)
@@ -214,8 +236,22 @@ class Disk:
             self._commits[name] = None
             with suppress(CorruptionError):
                 self._commits[name] = read_commit(self.root, name, self.layout)
-        known = [known.logs for known in self._commits.values() if known is not None]
-        self._ends = [max(log.end for log in logs) for logs in zip(*known, strict=True)]
+        # Two commits of one generation would leave open which of them is the last.
+        self._generation = int(max(self._commits)[:12])
+        known = [known for known in self._commits.values() if known is not None]
+        if any(known.durable for known in known):
+            # Its writer may have been killed before this; the records of earlier durable commits go because
+            # of it.
+            sync(self.root / COMMITS)
+        self._ends = [
+            max(log.end for log in logs) for logs in zip(*(known.logs for known in known), strict=True)
+        ]
+        if commit_id != max(self._commits) and len(known) < len(self._commits):
+            # Nobody knows which rows the damaged records refer to; they may be restored.
+            self._ends = [
+                end if (beyond := self.files.present_end(stream)) > MAX_ROW else max(end, beyond)
+                for stream, end in enumerate(self._ends)
+            ]
         if commit_id != max(self._commits):
             logs = [replace(log, end=end) for log, end in zip(opened.logs, self._ends, strict=True)]
             self.commit(logs, opened.fingerprint, durable=False)
@@ -225,16 +261,22 @@ class Disk:
     def _read(self, commit: str | None) -> tuple[str, Commit]:
         """Reads the commit that was asked for: its id and what it says."""
         if commit is not None:
-            return commit, read_commit(self.root, commit, self.layout)
+            return commit, self._read_checked(commit)
         for _ in range(_OPEN_ATTEMPTS):
-            try:
-                names = list_commits(self.root)
-            except FileNotFoundError:
-                names = []
+            names = list_commits(self.root)
             if names:
                 with suppress(CommitNotFoundError):
-                    return names[-1], read_commit(self.root, names[-1], self.layout)
+                    return names[-1], self._read_checked(names[-1])
         raise CorruptionError(f"{self.root / COMMITS}: expected the record of a commit, got none")
+
+    def _read_checked(self, commit_id: str) -> Commit:
+        """Reads a commit whose rows are there, as far as one can tell from the files of the first layer."""
+        opened = read_commit(self.root, commit_id, self.layout)
+        files = ChunkFiles(self.root, self.layout, record_path(self.root, commit_id))
+        # Before anyone makes room for as many rows as the record says.
+        for stream, log in enumerate(opened.logs):
+            files.check_present(0, stream, log.extents)
+        return opened
 
     def _check_fingerprint(self, opened: Commit, fingerprint: str | None) -> None:
         if fingerprint is not None and fingerprint != opened.fingerprint:
@@ -262,10 +304,17 @@ class Disk:
         Raises:
             StoreWriteError: The operating system refused to write.
             CorruptionError: A file to write to is damaged.
+            StoreLockedError: Another process opened the store.
         """
+        self.check_process()
+        if max(log.end + rows.shape[1], log.appended + appended) > MAX_ROW:
+            raise CorruptionError(
+                f"{self.root}: expected stream {stream} to have at most {MAX_ROW} rows, got {log.end} "
+                f"in its log and {log.appended} appended"
+            )
         with _writing(self.root):
             for layer, part in enumerate(rows):
-                data = part.contiguous().view(torch.uint8).numpy()
+                data = _as_bytes(part)
                 fresh = self._ends[stream]
                 self.files.write(layer, stream, log.end, data, self._writer, fresh_from=fresh)
         return log.extended(rows.shape[1], self._writer, appended=appended)
@@ -275,18 +324,31 @@ class Disk:
 
         Raises:
             StoreWriteError: The operating system refused to write; there is no such commit.
+            StoreLockedError: Another process opened the store.
+            CorruptionError: A damaged record leaves no number for the commit.
         """
+        self.check_process()
+        if self._generation >= MAX_GENERATION:
+            raise CorruptionError(
+                f"{self.root / COMMITS}: expected generations below {MAX_GENERATION}, got {self._generation}"
+            )
         with _writing(self.root):
             if durable:
                 if not self._synced:
                     self.files.mark_unsynced([log.extents for log in logs])
                 self.files.sync()
-            generation = int(max(self._commits)[:12]) + 1
-            commit = Commit(generation, self._last, fingerprint, durable, tuple(logs))
-            write_commit(self.root, commit)
+            self._generation += 1
+            commit = Commit(self._generation, self._last, fingerprint, durable, tuple(logs))
+            self._commits[commit.id] = commit
+            try:
+                write_commit(self.root, commit)
+            except BaseException:
+                # A record that could not be taken back is one like any other: its rows stay.
+                if not record_path(self.root, commit.id).exists():
+                    del self._commits[commit.id]
+                raise
         self._synced = self._synced or durable
         self._last = commit.id
-        self._commits[commit.id] = commit
         self._ends = [log.end for log in logs]
         # The commit stands. What cannot be dropped now is dropped after the next one.
         with suppress(OSError):
@@ -307,18 +369,28 @@ class Disk:
                     record_path(self.root, name).unlink(missing_ok=True)
                     del self._commits[name]
         known = [commit.logs for commit in self._commits.values() if commit is not None]
+        if len(known) < len(self._commits):
+            # Nobody knows which rows a damaged record refers to; it may be restored.
+            return
         for stream, logs in enumerate(zip(*known, strict=True)):
             needed = {extent for log in logs for extent in log.extents}
             self.files.release(stream, needed, self._ends[stream])
 
     def list_commits(self) -> list[str]:
         """Ids of the commits that can be opened, oldest first."""
-        found = []
-        for name in list_commits(self.root):
-            with suppress(CorruptionError, CommitNotFoundError):
-                read_commit(self.root, name, self.layout)
-                found.append(name)
+        found: list[str] = []
+        for _ in range(_OPEN_ATTEMPTS):
+            for name in list_commits(self.root):
+                with suppress(CorruptionError, CommitNotFoundError):
+                    read_commit(self.root, name, self.layout)
+                    found.append(name)
+            if found:
+                break
         return found
+
+    def pins(self) -> dict[str, str]:
+        """All pins: the id of the commit, by pin id."""
+        return list_pins(self.root)
 
     def pin(self, commit: str) -> str:
         """Keeps a commit readable; returns the id of the pin."""
@@ -330,8 +402,16 @@ class Disk:
         with _writing(self.root):
             remove_pin(self.root, pin)
 
+    def check_process(self) -> None:
+        """Raises StoreLockedError in another process than the one that opened the store, such as its fork."""
+        if self._process != os.getpid():
+            raise StoreLockedError(
+                f"{self.root}: expected the process that opened it, {self._process}, got {os.getpid()}, "
+                "which has no lock of its own; it can open the store with mode='r'"
+            )
+
     def close(self) -> None:
-        """Lets the next writer in."""
+        """Lets the next writer in, unless this is another process than the one that opened the store."""
         if self._lock is not None:
             # The next writer does not know who still reads here.
             self.files.record = record_path(self.root, self._last)

@@ -83,9 +83,11 @@ class MemoryLayer:
         device: torch.device,
     ) -> None:
         self._streams = tuple(streams)
-        self._appended = torch.tensor(appended, dtype=torch.int64)
         self._dim = dim
-        self.lengths = torch.tensor([len(rows) for rows in streams], dtype=torch.int64)
+        # A tensor made in inference mode could not be saved for backward later.
+        with torch.inference_mode(False):
+            self._appended = torch.tensor(appended, dtype=torch.int64)
+            self.lengths = torch.tensor([len(rows) for rows in streams], dtype=torch.int64)
         self.dtype = dtype
         self.device = device
 
@@ -97,8 +99,10 @@ class MemoryLayer:
     @cached_property
     def mask(self) -> Tensor:
         """Which rows exist, bool [b, m]."""
-        columns = torch.arange(self.shape[1], device=self.device)
-        return columns < self.lengths.to(self.device)[:, None]
+        # As in __init__: whoever reads it first, it stays for all.
+        with torch.inference_mode(False):
+            columns = torch.arange(self.shape[1], device=self.device)
+            return columns < self.lengths.to(self.device)[:, None]
 
     def views(self) -> list[Tensor]:
         """The rows of each stream, b tensors [m_i, d], oldest first, without a copy: for reading only."""
@@ -120,12 +124,16 @@ class MemoryLayer:
             CorruptionError: A row on disk is damaged.
         """
         flat = checked_indices(indices, self.lengths).reshape(len(self._streams), -1)
-        missing = flat < 0
+        # Rows on disk are read, and refused if damaged, before there is room for the result.
+        found = [
+            rows.gather(index) if len(rows) and flat.shape[1] else None
+            for rows, index in zip(self._streams, flat, strict=True)
+        ]
         out = torch.zeros(*flat.shape, self._dim, dtype=self.dtype, device=self.device)
-        for stream, rows in enumerate(self._streams):
-            if len(rows) and flat.shape[1]:
-                out[stream] = rows.gather(flat[stream].clamp(min=0))
-        out.masked_fill_(missing.to(self.device)[..., None], 0)
+        for stream, part in enumerate(found):
+            if part is not None:
+                out[stream] = part
+        out.masked_fill_((flat < 0).to(self.device)[..., None], 0)
         return out.reshape(*indices.shape, self._dim)
 
     def positions(self, indices: Tensor) -> Tensor:

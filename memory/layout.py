@@ -30,6 +30,9 @@ METADATA = "zarr.json"
 COMMITS = "commits"
 KINDS = ("rows", "crc32c")
 _KEY = "xlroute_memory"
+# Far beyond what anyone uses, and small enough that sizes and offsets computed from them are valid.
+_MAX_DIM = 2**31 - 1
+_MAX_CHUNK_BYTES = 2**46
 _SEAL = "crc32c"
 
 
@@ -75,6 +78,13 @@ class Layout:
             check_positive("capacity", self.capacity)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.dim > _MAX_DIM:
+            raise ValueError(f"dim: expected at most {_MAX_DIM}, got {self.dim}")
+        if self.chunk_rows * self.row_bytes >= _MAX_CHUNK_BYTES:
+            raise ValueError(
+                f"chunk_bytes: expected chunks of fewer than {_MAX_CHUNK_BYTES} bytes, got "
+                f"{self.chunk_rows * self.row_bytes}"
+            )
 
     @property
     def row_bytes(self) -> int:
@@ -195,11 +205,11 @@ def read_room(root: Path, layout: Layout, layer: int, stream: int, kind: str) ->
     path = root / layout.array_name(layer, stream, kind) / METADATA
     try:
         document = read_document(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptionError(f"{path}: expected the metadata of an array, got no such file") from error
     shape = document.get("shape")
     room = shape[0] if isinstance(shape, list) and shape else None
-    if not isinstance(room, int) or room < 1 or layout.room_for(room) != room:
+    if type(room) is not int or room < 1 or layout.room_for(room) != room:
         raise CorruptionError(f"{path}: expected a shape that is a power of two of chunks, got {shape}")
     if document != layout.array_document(kind, room):
         raise CorruptionError(

@@ -29,6 +29,7 @@ class WriterLock:
     """
 
     def __init__(self, root: Path) -> None:
+        self._process = os.getpid()
         self._holder = root / COMMITS / "writer.txt"
         self._lock = FileLock(root / COMMITS / "writer.lock", timeout=0, thread_local=False)
         try:
@@ -52,7 +53,9 @@ class WriterLock:
             return "one that has not written its name yet"
 
     def release(self) -> None:
-        """Lets the next writer in."""
+        """Lets the next writer in; nothing in a fork of the process that took the lock."""
+        if os.getpid() != self._process:
+            return
         with suppress(OSError):
             self._holder.unlink()
         self._lock.release()

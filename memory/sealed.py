@@ -31,6 +31,8 @@ def read_document(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_bytes())
+    except IsADirectoryError as error:
+        raise CorruptionError(f"{path}: expected a file, got a folder") from error
     except (ValueError, RecursionError) as error:
         raise CorruptionError(f"{path}: expected a JSON object, got damaged text ({error})") from error
     if not isinstance(document, dict):

@@ -98,7 +98,7 @@ class MemoryStore:
 
         Raises:
             TypeError: An argument is of the wrong type.
-            ValueError: A number is below 1, or the dtype is another one.
+            ValueError: A number is below 1 or enormous, the dtype is another one, or there is no such device.
             StoreExistsError: There is something at the path.
             StoreWriteError: The operating system refused to write.
         """
@@ -116,10 +116,10 @@ class MemoryStore:
             chunk_rows=max(1, chunk_bytes // (dim * dtype.itemsize)),
             keep_commits=keep_commits,
         )
+        device = _checked_device(device)
         if path is not None:
             create_store(Path(path).absolute(), layout, fingerprint)
             return cls.open(path, mode="r+", device=device)
-        device = torch.device(device)
         empty = [[RowSpan.empty(dim, dtype, device) for _ in range(streams)] for _ in range(layers)]
         logs = [StreamLog() for _ in range(streams)]
         return cls(layout, device=device, fingerprint=fingerprint, logs=logs, rows=empty)
@@ -145,7 +145,8 @@ class MemoryStore:
                 at once: its contents become the last commit, and commits in between age out like others.
 
         Raises:
-            ValueError: `mode` is another one, or `commit` cannot be an id.
+            TypeError: `device` or `fingerprint` is of the wrong type.
+            ValueError: `mode` is another one, `commit` cannot be an id, or there is no such device.
             StoreNotFoundError: There is nothing at the path.
             FormatError: There is something else, or a store of a newer format.
             CorruptionError: The metadata or the commit record is damaged.
@@ -157,9 +158,18 @@ class MemoryStore:
         if mode not in ("r", "r+"):
             raise ValueError(f"mode: expected 'r' or 'r+', got {mode!r}")
         _check_fingerprint(fingerprint)
-        device = torch.device(device)
+        device = _checked_device(device)
         root = Path(path).absolute()
         disk = Disk(root, commit=commit, writable=mode == "r+", fingerprint=fingerprint)
+        try:
+            return cls._opened(root, disk, mode, device)
+        except BaseException:
+            disk.close()
+            raise
+
+    @classmethod
+    def _opened(cls, root: Path, disk: Disk, mode: Mode, device: torch.device) -> MemoryStore:
+        """The store at the commit that `disk` is at."""
         layout = disk.layout
         empty = RowSpan.empty(layout.dim, DTYPES[layout.dtype], device)
         rows: list[list[Rows]] = [
@@ -276,7 +286,7 @@ class MemoryStore:
             raise ValueError(f"states: expected shape {expected}, got {shape}")
         if lengths is None:
             return [shape[2]] * self.streams
-        valid = torch.as_tensor(lengths)
+        valid = _as_tensor("lengths", lengths, "integers")
         if valid.is_floating_point() or valid.is_complex() or valid.dtype == torch.bool:
             raise TypeError(f"lengths: expected integers, got {valid.dtype}")
         if valid.shape != (self.streams,):
@@ -352,12 +362,12 @@ class MemoryStore:
 
         Raises:
             TypeError: `streams` is neither.
-            ValueError: The mask has another shape.
+            ValueError: The mask has another shape, or a number does not fit into 64 bits.
             IndexError: There is no such stream.
             ReadOnlyError: The store was opened with mode "r".
         """
         self._check_writable()
-        given = torch.as_tensor(streams)
+        given = _as_tensor("streams", streams, "numbers of streams or a bool mask")
         if given.dtype == torch.bool:
             if given.shape != (self.streams,):
                 raise ValueError(f"streams: expected a mask [{self.streams}], got shape {list(given.shape)}")
@@ -368,10 +378,13 @@ class MemoryStore:
         for number in numbers:
             if not 0 <= number < self.streams:
                 raise IndexError(f"streams: expected 0 to {self.streams - 1}, got {number}")
+        logs = list(self._logs)
+        table = [list(rows) for rows in self._rows]
         for number in numbers:
-            self._logs[number] = self._logs[number].reset()
-            for rows in self._rows:
+            logs[number] = logs[number].reset()
+            for rows in table:
                 rows[number] = rows[number].dropped(len(rows[number]))
+        self._logs, self._rows = logs, table
         self.version += 1
 
     def commit(self, durable: bool = False) -> str:
@@ -427,6 +440,11 @@ class MemoryStore:
         """
         self._check_open()
         self._on_disk("unpin").unpin(pin_id)
+
+    def pins(self) -> dict[str, str]:
+        """All pins, whoever made them: commit ids by pin id; none for a store in memory."""
+        self._check_open()
+        return {} if self._disk is None else self._disk.pins()
 
     def fork(self) -> MemoryStore:
         """An independent store in memory with the same rows; they are shared until either side writes.
@@ -487,6 +505,8 @@ class MemoryStore:
         self._check_open()
         if self.mode == "r":
             raise ReadOnlyError(f"{self.path}: expected a store opened with mode='r+', got mode='r'")
+        if self._disk is not None:
+            self._disk.check_process()
 
     def _on_disk(self, verb: str) -> Disk:
         if self._disk is None:
@@ -494,6 +514,34 @@ class MemoryStore:
                 f"{verb}: expected a store with a path, got one in memory (copy_to gives it one)"
             )
         return self._disk
+
+
+def _checked_device(device: object) -> torch.device:
+    """The device, once a tensor has been made there.
+
+    Raises:
+        TypeError: It is neither a device nor the name of one.
+        ValueError: PyTorch cannot use it.
+    """
+    if not isinstance(device, (torch.device, str)):
+        raise TypeError(f"device: expected a torch.device or a string, got {type(device).__name__}")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device: expected one that PyTorch can use here, got {str(device)!r}: {error}"
+        ) from error
+    return device
+
+
+def _as_tensor(name: str, values: object, expected: str) -> Tensor:
+    """The argument `name` as a tensor."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        kind = ValueError if "overflow" in f"{error!r}".lower() else TypeError
+        raise kind(f"{name}: expected {expected}, got {values!r:.100}") from error
 
 
 def _check_fingerprint(fingerprint: object) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +173,91 @@ def test_a_memory_without_a_path_is_copied_into_the_folder(build_model: BuildMod
     expected, _ = read(model, state, tokens[:, 20:], [5] * 4)
     again, _ = read(model, model.load_state(tmp_path / "moved"), tokens[:, 20:], [5] * 4)
     assert torch.equal(again, expected)
+
+
+def test_a_state_saved_over_the_one_it_came_from_can_be_read_on(
+    build_model: BuildModel, tmp_path: Path
+) -> None:
+    model = build_model()
+    tokens = random_tokens(2, 2, 40)
+    _, state = read(model, fresh(model, 2), tokens[:, :20], [5] * 4)
+    state.save(tmp_path)
+    expected, _ = read(model, state, tokens[:, 20:], [5] * 4)
+    state = model.load_state(tmp_path)
+    for _ in range(2):  # its rows were to be read from the copy that this replaces
+        state.save(tmp_path)
+    again, _ = read(model, state, tokens[:, 20:], [5] * 4)
+    assert torch.equal(again, expected)
+
+
+def test_states_that_share_a_copied_memory_do_not_lose_it(build_model: BuildModel, tmp_path: Path) -> None:
+    model = build_model()
+    tokens = random_tokens(2, 2, 200)
+    first, second = tmp_path / "first", tmp_path / "second"
+    _, state = read(model, fresh(model, 2), tokens[:, :20], [5] * 4)
+    state.save(first)
+    state = model.load_state(first, "r+")
+    for start in range(20, 120, 10):  # more commits than are kept, all to the copy inside the first folder
+        _, state = read(model, state, tokens[:, start : start + 10], [5, 5])
+        state.save(second)
+    assert state.memory is not None
+    state.memory.close()
+    assert model.load_state(first).positions.tolist() == [20, 20]
+
+    fresh(model, 2).save(first)  # replaces the first state, but not the memory that the second one names
+    expected, _ = read(model, model.load_state(second), tokens[:, 120:], [5] * 16)
+    again, _ = read(model, model.load_state(second), tokens[:, 120:], [5] * 16)
+    assert torch.equal(again, expected)
+    assert model.load_state(second).positions.tolist() == [120, 120]
+
+
+def test_a_copied_folder_leaves_the_state_it_was_copied_from_alone(
+    build_model: BuildModel, tmp_path: Path
+) -> None:
+    model = build_model()
+    tokens = random_tokens(2, 1, 200)
+    _, state = read(model, fresh(model, 1, path=tmp_path / "memory"), tokens[:, :20], [5] * 4)
+    state.save(tmp_path / "state")
+    shutil.copytree(tmp_path / "state", tmp_path / "copy")
+    for start in range(20, 140, 10):
+        _, state = read(model, state, tokens[:, start : start + 10], [5, 5])
+        state.save(tmp_path / "copy")
+    assert state.memory is not None
+    memory = state.memory
+    assert model.load_state(tmp_path / "state").positions.tolist() == [20]
+    state.save(tmp_path / "state")
+    state.fork().save(tmp_path / "state")
+    assert len(memory.pins()) == 1  # the last one of the copy
+    memory.close()
+
+
+def test_a_failed_save_leaves_no_pins_and_no_copies(
+    build_model: BuildModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model()
+    state = fresh(model, 1, path=tmp_path / "memory")
+    state.save(tmp_path / "state")
+    assert state.memory is not None
+    monkeypatch.setattr("xlroute.state.save_file", _full_disk)
+    for failing in (state, state.fork()):
+        with pytest.raises(OSError, match="No space left"):
+            failing.save(tmp_path / "state")
+    assert len(state.memory.pins()) == 1
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["state.safetensors"]
+    state.memory.close()
+
+
+def _full_disk(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_memory_may_be_kept_on_another_device_than_the_weights(build_model: BuildModel) -> None:
+    """The routing tokens go to the rows; on a machine without a GPU the meta device shows that they do."""
+    model = build_model()
+    memory = model.create_memory(streams=1, device="meta")
+    memory.append(torch.zeros(2, 1, 30, 16))
+    router = model.blocks[1].memory.kv_router
+    assert router._scores(memory.layer(0), router.routing_token).device.type == "meta"
 
 
 def test_a_segment_left_open_by_generate_is_saved_too(build_model: BuildModel, tmp_path: Path) -> None:
@@ -485,9 +571,10 @@ def test_a_read_only_store_refuses_to_be_written(build_model: BuildModel, tmp_pa
     model = build_model()
     _saved(model, tmp_path)
     with MemoryStore.open(tmp_path / "state" / "memory") as store:
-        state = model.initial_state(streams=2, memory=store)
-        with pytest.raises(ReadOnlyError, match="mode='r'"):
-            read(model, state, random_tokens(1, 2, 20), [5] * 4)
+        with pytest.raises(ReadOnlyError, match="memory: expected one that can be written, got mode='r'"):
+            model.initial_state(streams=2, memory=store)
+        state = model.initial_state(streams=2, memory=store.fork())
+        read(model, state, random_tokens(1, 2, 20), [5] * 4)
 
 
 def test_states_that_cannot_be_read_are_refused(build_model: BuildModel, tmp_path: Path) -> None:
@@ -497,7 +584,7 @@ def test_states_that_cannot_be_read_are_refused(build_model: BuildModel, tmp_pat
     _saved(model, tmp_path)
     with pytest.raises(ValueError, match="mode: expected 'r' or 'r\\+', got 'w'"):
         model.load_state(tmp_path / "state", "w")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected a window"):
+    with pytest.raises(ValueError, match="expected depth=3, mem_len=7, dim=16, got depth=3, mem_len=6"):
         build_model(mem_len=7).load_state(tmp_path / "state", allow_other_weights=True)
 
     from safetensors.torch import save_file
@@ -528,11 +615,8 @@ def test_a_save_that_fails_leaves_the_state_before_it(
     state.save(tmp_path / "state")
     _, state = read(model, state, tokens[:, 15:], [5] * 3)
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr("xlroute.state.save_file", full)
+        patch.setattr("xlroute.state.save_file", _full_disk)
         with pytest.raises(OSError, match="No space left"):
             state.save(tmp_path / "state")
     assert model.load_state(tmp_path / "state").positions.tolist() == [15, 15]

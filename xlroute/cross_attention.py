@@ -84,6 +84,9 @@ class ConditionalRoutedCrossAttention(nn.Module):
                 "num_sets_kv and kv_routing_tokens name the same number: expected equal values, "
                 f"got {num_sets_kv} and {kv_routing_tokens}"
             )
+        for name, number in (("num_sets_kv", num_sets_kv), ("kv_routing_tokens", kv_routing_tokens)):
+            if number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
         sets = max(num_sets_kv, kv_routing_tokens)
         if heads % sets != 0:
             raise ValueError(f"heads: expected a multiple of the {sets} routing tokens, got {heads}")
@@ -101,6 +104,9 @@ class ConditionalRoutedCrossAttention(nn.Module):
         if use_flash_attn is not None:
             self.backend = "flash" if use_flash_attn else "math"
 
+        for name in ("num_routing_tokens", "learned_routing_tokens"):
+            if name in router_kwargs:
+                raise ValueError(f"router_kwargs: expected no {name}, which this layer decides itself")
         router_options = {
             "straight_through": router_straight_through,
             "use_triton": use_triton,
@@ -108,7 +114,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         }
         self.q_router = CoordinateDescentRouter(dim, **router_options) if num_tokens_q is not None else None
         self.kv_router = CoordinateDescentRouter(
-            dim, num_routing_tokens=sets, route_block_size=route_block_size, **router_options
+            dim, num_routing_tokens=sets, **{"route_block_size": route_block_size, **router_options}
         )
         inner = heads * dim_head
         self.norm = nn.RMSNorm(dim)
@@ -138,7 +144,8 @@ class ConditionalRoutedCrossAttention(nn.Module):
             context: rows [b, m, d], or the layer of a memory.
             num_tokens_q: overrides that of the module.
             num_tokens_kv: overrides that of the module.
-            mask: bool [b, n], the queries that may be routed; the others count as not chosen.
+            mask: bool [b, n], the queries that may be routed; the others count as not chosen. Without effect
+                where every query attends (`num_tokens_q=None`).
             context_mask: bool [b, m], the rows that may be chosen; a memory layer brings its own.
 
         Returns:
@@ -147,6 +154,15 @@ class ConditionalRoutedCrossAttention(nn.Module):
         Raises:
             ValueError, TypeError: for shapes and options that do not fit together.
         """
+        if not isinstance(context, Tensor | MemoryLayer):
+            raise TypeError(
+                f"context: expected a tensor [b, m, d] or a memory's layer (store.layer(i)), "
+                f"got {type(context).__name__}"
+            )
+        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask: expected bool {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}"
+            )
         if x.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[-1] != x.shape[-1]:
             raise ValueError(
                 "x, context: expected [b, n, d] and [b, m, d], "

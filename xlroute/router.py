@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xlroute.backend import pick_backend
 from xlroute.kernels import coordinate_descent, gather_rows, row_scores, soft_topk, top_indices
 from xlroute.memory import MemoryLayer
 
@@ -20,9 +21,9 @@ from xlroute.memory import MemoryLayer
 class RoutingStats(NamedTuple):
     """How a routing went, float32 [b, r] (or [b], as the output it belongs to).
 
-    `gate_sum` is the sum of all gates over the budget: far above 1, the gates are saturated, and their
-    order says nothing. `gradient_share` is the share of the chosen rows whose gate lies below 1 and so
-    carries gradient to the router.
+    `gate_sum` is the sum of all gates over the number of chosen rows: `fetch_k_ratio` as long as there are
+    rows enough. Far above it, the gates are saturated, and their order says nothing. `gradient_share` is the
+    share of the chosen rows whose gate lies below 1 and so carries gradient to the router.
     """
 
     gate_sum: Tensor
@@ -104,7 +105,7 @@ class CoordinateDescentRouter(nn.Module):
         _require(dim >= 1, "dim", "at least 1", dim)
         _require(num_routing_tokens >= 1, "num_routing_tokens", "at least 1", num_routing_tokens)
         _require(n_iters is None or n_iters >= 1, "n_iters", "None or at least 1", n_iters)
-        _require(eps > 0, "eps", "more than 0", eps)
+        _require(0 < eps < math.inf, "eps", "more than 0", eps)
         _require(eps_init is None or eps_init >= eps, "eps_init", f"None or at least eps ({eps})", eps_init)
         _require(0 < eps_decay <= 1, "eps_decay", "more than 0 and at most 1", eps_decay)
         _require(fetch_k_ratio >= 1, "fetch_k_ratio", "at least 1", fetch_k_ratio)
@@ -137,7 +138,6 @@ class CoordinateDescentRouter(nn.Module):
         self.cosine_sim_scale = cosine_sim_scale
         self.score_scale = dim**-0.5 if score_scale == "auto" else score_scale
         self.route_block_size = route_block_size
-        self._warned_about_triton = False
         if learned_routing_tokens:
             self.register_parameter("routing_token", None)
         else:
@@ -158,7 +158,8 @@ class CoordinateDescentRouter(nn.Module):
         Args:
             x: rows [b, m, d], or the layer of a memory, of which only the chosen rows are gathered.
             num_tokens: k; all rows are chosen, and none twice, where there are fewer.
-            mask: bool [b, m], the rows that may be chosen; a memory layer brings its own.
+            mask: bool [b, m], the rows that may be chosen; a memory layer brings its own. The others must be
+                finite too.
             random_route: choose rows at random, with gates of 1 and no gradient: the negative control.
             routing_tokens: [b, d] or [b, r, d], for a router built with `learned_routing_tokens=True`.
             keep_one_route_dim: keep the dimension r although there is one routing token.
@@ -204,19 +205,18 @@ class CoordinateDescentRouter(nn.Module):
         s = self._scores(x, tokens)  # [b, r, m]
         route_mask = None if mask is None else mask[:, None].expand(s.shape)
         if self.route_block_size is None or self.route_block_size >= m:
-            budget = self._budget(num_tokens, route_mask, m)
-            gates = self._gates(s, budget, route_mask)
+            gates = self._gates(s, self._budget(num_tokens, route_mask, m), route_mask)
             chosen_by = torch.rand_like(s) if random_route else s.detach()
             indices = top_indices(chosen_by, k, mask=route_mask)
-            budget_sum = budget
         else:
-            gates, indices, budget_sum = self._route_blocks(s, route_mask, num_tokens, k, random_route)
+            gates, indices = self._route_blocks(s, route_mask, num_tokens, k, random_route)
 
         chosen = indices >= 0
+        count = chosen.sum(-1).clamp(min=1)
         picked = gates.gather(-1, indices.clamp(min=0))
         stats = RoutingStats(
-            gate_sum=(gates.detach().sum(-1) / torch.as_tensor(budget_sum).clamp(min=1)).to(torch.float32),
-            gradient_share=(((picked < 1) & chosen).sum(-1) / chosen.sum(-1).clamp(min=1)).to(torch.float32),
+            gate_sum=(gates.detach().sum(-1) / count).to(torch.float32),
+            gradient_share=(((picked < 1) & chosen).sum(-1) / count).to(torch.float32),
         )
         if random_route:
             picked = torch.ones_like(picked)
@@ -261,7 +261,8 @@ class CoordinateDescentRouter(nn.Module):
         elif scale is None:
             normalize, scale = None, 1.0
         if isinstance(x, MemoryLayer):
-            return x.scores(tokens, normalize=normalize, scale=scale)
+            # A memory may be kept elsewhere than the weights.
+            return x.scores(tokens.to(x.device), normalize=normalize, scale=scale)
         return row_scores(x, tokens, normalize=normalize, scale=scale)
 
     def _budget(self, num_tokens: int, mask: Tensor | None, m: int) -> Tensor | float:
@@ -272,10 +273,9 @@ class CoordinateDescentRouter(nn.Module):
         return mask.sum(-1).clamp(max=budget)
 
     def _gates(self, s: Tensor, budget: Tensor | float, mask: Tensor | None) -> Tensor:
-        if self.use_triton and s.device.type == "cpu":
-            self._warn_about_triton()
+        backend = pick_backend(self.use_triton, s.device)
         if self.n_iters is None:
-            return soft_topk(s, k=budget, eps=self.eps, mask=mask)
+            return soft_topk(s, k=budget, eps=self.eps, mask=mask, backend=backend)
         return coordinate_descent(
             s,
             k=budget,
@@ -284,19 +284,13 @@ class CoordinateDescentRouter(nn.Module):
             eps_init=self.eps_init,
             eps_decay=self.eps_decay,
             mask=mask,
+            backend=backend,
         )
-
-    def _warn_about_triton(self) -> None:
-        if not self._warned_about_triton:
-            warnings.warn(
-                "use_triton=True: the rows are on a CPU, so the PyTorch reference runs instead", stacklevel=5
-            )
-            self._warned_about_triton = True
 
     def _route_blocks(
         self, s: Tensor, mask: Tensor | None, num_tokens: int, k: int, random_route: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Route within blocks of rows: gates [b, r, m], indices [b, r, k], the sum of the budgets [b, r]."""
+    ) -> tuple[Tensor, Tensor]:
+        """Route within blocks of rows: gates [b, r, m], indices [b, r, k]."""
         w = self.route_block_size
         assert w is not None
         m = s.shape[-1]
@@ -318,9 +312,10 @@ class CoordinateDescentRouter(nn.Module):
         kept = (offered >= 0) & (torch.arange(offers, device=s.device) < quotas[..., None])
         offset = w * torch.arange(blocks, device=s.device)[:, None]
         candidates = torch.where(kept, offered + offset, -1).flatten(-2)
-        order = torch.argsort((candidates < 0).to(torch.int8), dim=-1, stable=True)[..., :k]
-        indices = candidates.gather(-1, order)
-        return gates.flatten(-2)[..., :m], indices, budgets.sum(-1)
+        scores = chosen_by.flatten(-2).gather(-1, candidates.clamp(min=0))
+        scores = scores.masked_fill(candidates < 0, -math.inf)
+        order = torch.argsort(scores, dim=-1, descending=True, stable=True)[..., :k]
+        return gates.flatten(-2)[..., :m], candidates.gather(-1, order)
 
 
 def block_quotas(valid: Tensor, total: int) -> Tensor:

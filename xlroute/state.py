@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,16 +20,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xlroute.memory import CorruptionError, FingerprintError, FormatError, MemoryStore, StoreNotFoundError
+from xlroute.memory import (
+    CorruptionError,
+    FingerprintError,
+    FormatError,
+    MemoryStore,
+    MemoryStoreError,
+    StoreNotFoundError,
+)
 
 if TYPE_CHECKING:
     from xlroute.transformer_xl import RoutedTransformerXL
 
 STATE_FILE = "state.safetensors"
+COPY_PREFIX = "memory-"
 FORMAT_VERSION = 1
 
 
-@dataclass
+@dataclass(eq=False)
 class TransformerXLState:
     """What a `RoutedTransformerXL` carries from one segment to the next.
 
@@ -83,8 +92,8 @@ class TransformerXLState:
         """Commit the memory, then write the rest of the state beside it: all or nothing.
 
         A memory on disk is committed where it is, with the fingerprint of the model's weights as they are
-        now, and the commit stays readable until this folder's state is replaced. A memory without a path is
-        copied into the folder. The state can be saved again and read on from.
+        now; a memory without a path is copied into the folder. Either way the commit is pinned, so it stays
+        readable until this folder's state is replaced. The state can be saved again and read on from.
 
         Args:
             folder: where the state goes; made if missing. A state saved there before is replaced.
@@ -96,16 +105,17 @@ class TransformerXLState:
         self.check()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        before = _read_header(folder) if (folder / STATE_FILE).exists() else None
+        try:
+            before, _ = _read(folder)
+        except MemoryStoreError:
+            before = None  # nothing there, or nothing that could be read again
         fingerprint = self.model.fingerprint()
         header: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
+            "folder": str(folder.resolve()),
             "fingerprint": fingerprint,
             "memory": None,
         }
-        if self.memory is not None:
-            self.memory.fingerprint = fingerprint
-            header["memory"] = self._save_memory(self.memory, folder)
         tensors = {
             "window": self.window,
             "window_lengths": self.window_lengths,
@@ -113,15 +123,24 @@ class TransformerXLState:
             "open": self.open,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        header["checksum"] = _checksum(header, tensors)
-        temporary = folder / f"{STATE_FILE}.{uuid.uuid4().hex}.tmp"
+        temporary = folder / f"{STATE_FILE}.tmp"
         try:
+            if self.memory is not None:
+                self.memory.fingerprint = fingerprint
+                header["memory"] = _save_memory(self.memory, folder)
+            header["checksum"] = _checksum(header, tensors)
             save_file(tensors, temporary, metadata={"xlroute": json.dumps(header)})
             os.replace(temporary, folder / STATE_FILE)
-        finally:
+        except BaseException:
             temporary.unlink(missing_ok=True)
-        if before is not None and before["memory"] is not None:
-            self._release(before["memory"], folder, header["memory"])
+            _release(header, folder)
+            raise
+        if before is not None:
+            if self.memory is not None and self.memory.path is None:
+                # Its rows may still have to be read from the copy that is let go of now.
+                for layer in range(self.memory.layers):
+                    self.memory.layer(layer).views()
+            _release(before, folder)
 
     def check(self) -> None:
         """Raise ValueError if the state was consumed, or if its memory was changed behind its back."""
@@ -140,24 +159,6 @@ class TransformerXLState:
             self.window, self.window_lengths, self.positions, self.open, self.memory, self.model
         )
 
-    def _save_memory(self, memory: MemoryStore, folder: Path) -> dict[str, Any]:
-        """Commit the memory, or copy it into the folder; what the header says of it."""
-        if memory.path is None:
-            path = folder / f"memory-{uuid.uuid4().hex[:12]}"
-            return {"path": None, "inside": path.name, "commit": memory.copy_to(path), "pin": None}
-        commit = memory.commit()
-        path = Path(memory.path).resolve()
-        inside = os.path.relpath(path, folder.resolve()) if path.is_relative_to(folder.resolve()) else None
-        return {"path": str(path), "inside": inside, "commit": commit, "pin": memory.pin(commit)}
-
-    def _release(self, before: dict[str, Any], folder: Path, now: dict[str, Any] | None) -> None:
-        """Let go of the memory that the replaced state named, once nothing names it."""
-        if before["pin"] is not None:
-            if self.memory is not None and now is not None and now["path"] == before["path"]:
-                self.memory.unpin(before["pin"])
-        elif now is None or now["inside"] != before["inside"]:
-            shutil.rmtree(folder / before["inside"], ignore_errors=True)
-
     def note_memory(self) -> None:
         """Remember how the memory stands, so that a change by someone else is seen."""
         self._memory_version = 0 if self.memory is None else self.memory.version
@@ -175,70 +176,96 @@ def load_state(
     if mode not in ("r", "r+"):
         raise ValueError(f"mode: expected 'r' or 'r+', got {mode!r}")
     folder = Path(folder)
-    header = _read_header(folder)
+    header, tensors = _read(folder)
     fingerprint = model.fingerprint()
     if header["fingerprint"] != fingerprint and not allow_other_weights:
         raise FingerprintError(
             f"{folder / STATE_FILE}: expected a state of these weights ({fingerprint}), "
             f"got one of other weights ({header['fingerprint']})"
         )
-    with safe_open(folder / STATE_FILE, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    if header.pop("checksum") != _checksum(header, tensors):
-        raise CorruptionError(f"{folder / STATE_FILE}: the file is damaged (its checksum does not match)")
     weight = model.embedding.weight
     device = weight.device if device is None else torch.device(device)
-    expected = (model.depth, None, model.mem_len, model.dim)
-    got = tuple(tensors["window"].shape)
-    if any(e not in (None, g) for e, g in zip(expected, got, strict=True)):
+    depth, streams, mem_len, dim = tensors["window"].shape
+    if (depth, mem_len, dim) != (model.depth, model.mem_len, model.dim):
         raise ValueError(
-            f"{folder / STATE_FILE}: expected a window [depth, b, mem_len, dim] of {expected}, got {got}"
+            f"{folder / STATE_FILE}: expected depth={model.depth}, mem_len={model.mem_len}, dim={model.dim}, "
+            f"got depth={depth}, mem_len={mem_len}, dim={dim}"
         )
     memory = None
     if header["memory"] is not None:
-        memory = _open_memory(
-            header["memory"], folder, mode, device, None if allow_other_weights else fingerprint
-        )
+        path = _find_store(header["memory"], folder)
+        commit = header["memory"]["commit"]
+        with MemoryStore.open(path, device=device, commit=commit) as committed:
+            model.check_memory_shape(committed, streams)
+            memory = committed.fork()
+        if mode == "r+":
+            memory = MemoryStore.open(path, mode="r+", device=device, commit=commit)
     return TransformerXLState(
-        window=tensors["window"].to(device),
+        window=tensors["window"].to(device, weight.dtype),
         window_lengths=tensors["window_lengths"],
         positions=tensors["positions"],
-        open=tensors["open"].to(device),
+        open=tensors["open"].to(device, weight.dtype),
         memory=memory,
         model=model,
     )
 
 
-def _open_memory(
-    named: dict[str, Any],
-    folder: Path,
-    mode: Literal["r", "r+"],
-    device: torch.device,
-    fingerprint: str | None,
-) -> MemoryStore:
-    # A folder that was moved together with its memory is found by the relative path first.
+def _save_memory(memory: MemoryStore, folder: Path) -> dict[str, Any]:
+    """Commit the memory, or copy it into the folder, and pin the commit: what the header says of it."""
+    if memory.path is not None:
+        commit = memory.commit()
+        path, pin = Path(memory.path).resolve(), memory.pin(commit)
+    else:
+        path = folder.resolve() / f"{COPY_PREFIX}{uuid.uuid4().hex[:12]}"
+        commit = memory.copy_to(path)
+        with MemoryStore.open(path) as copy:
+            pin = copy.pin(commit)
+    inside = str(path.relative_to(folder.resolve())) if path.is_relative_to(folder.resolve()) else None
+    return {"path": str(path), "inside": inside, "commit": commit, "pin": pin}
+
+
+def _release(header: dict[str, Any], folder: Path) -> None:
+    """Let go of the commit that a replaced state named, and of a copied memory that no state names any more.
+
+    A state that was copied here from another folder lets go of nothing outside: the commit is still the
+    other's.
+    """
+    named = header["memory"]
+    if named is None or (named["inside"] is None and header["folder"] != str(folder.resolve())):
+        return
+    # A pin that cannot be removed keeps rows longer than needed, which harms nothing.
+    with suppress(MemoryStoreError):
+        path = _find_store(named, folder)
+        with MemoryStore.open(path) as store:
+            store.unpin(named["pin"])
+            forgotten = not store.pins()
+        if forgotten and path.parent == folder and path.name.startswith(COPY_PREFIX):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _find_store(named: dict[str, Any], folder: Path) -> Path:
+    """Where the memory that a header names is; one that was moved together with the folder comes first."""
     candidates = [folder / named["inside"]] if named["inside"] is not None else []
-    if named["path"] is not None:
-        candidates.append(Path(named["path"]))
-    path = next((path for path in candidates if path.exists()), None)
-    if path is None:
-        raise StoreNotFoundError(
-            f"{folder / STATE_FILE}: its memory is not there (looked at {', '.join(map(str, candidates))})"
-        )
-    store = MemoryStore.open(path, mode=mode, device=device, fingerprint=fingerprint, commit=named["commit"])
-    if mode == "r+":
-        return store
-    with store:
-        return store.fork()
+    candidates.append(Path(named["path"]))
+    for path in candidates:
+        if path.exists():
+            return path
+    raise StoreNotFoundError(
+        f"{folder / STATE_FILE}: its memory is not there (looked at {', '.join(map(str, candidates))})"
+    )
 
 
-def _read_header(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a saved state, checked against their checksum."""
     path = folder / STATE_FILE
     if not path.exists():
         raise StoreNotFoundError(f"{path}: there is no saved state")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            # Cloned: the file's tensors lie at odd addresses, and the bits of a matrix product can depend on
+            # that.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CorruptionError(f"{path}: the file is damaged ({error})") from error
     if "xlroute" not in metadata:
@@ -246,11 +273,14 @@ def _read_header(folder: Path) -> dict[str, Any]:
     try:
         header: dict[str, Any] = json.loads(metadata["xlroute"])
         version = header["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        if version != FORMAT_VERSION:
+            raise FormatError(f"{path}: expected format version {FORMAT_VERSION}, got {version}")
+        intact = header.pop("checksum") == _checksum(header, tensors)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{path}: the file is damaged (its header cannot be read)") from error
-    if version != FORMAT_VERSION:
-        raise FormatError(f"{path}: expected format version {FORMAT_VERSION}, got {version}")
-    return header
+    if not intact:
+        raise CorruptionError(f"{path}: the file is damaged (its checksum does not match)")
+    return header, tensors
 
 
 def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> int:

@@ -65,8 +65,9 @@ def _read(
     while True:
         for stream in range(streams):
             if reading[stream] is None and more:
-                number, document = next(numbered, (0, None))
-                if document is None:
+                try:
+                    number, document = next(numbered)
+                except StopIteration:
                     more = False
                 else:
                     reading[stream], starts[stream] = _as_vector(document, number), 0

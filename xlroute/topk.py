@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from typing import NamedTuple
 
 from torch import Tensor
 
+from xlroute.backend import pick_backend
 from xlroute.kernels import coordinate_descent, top_indices
 
 
@@ -46,8 +45,8 @@ def topk(
         eps: ε of the last iterations.
         eps_init: ε of the first iteration; None for `eps`.
         eps_decay: factor from one ε to the next.
-        mask: bool, broadcastable to x; entries that may be chosen. Where fewer than k may be, the rest has
-            index -1, value 0 and gate 0.
+        mask: bool, broadcastable to x; entries that may be chosen, besides those of -inf. Where fewer than k
+            may be, the rest has index -1, value 0 and gate 0.
         fused: run the Triton kernel. On a CPU tensor the PyTorch reference runs, with one warning.
         non_differentiable: values and indices alone; the two gates are None.
 
@@ -57,29 +56,36 @@ def topk(
     Raises:
         ValueError: if k or coor_descent_k_ratio are out of range.
     """
+    if x.ndim == 0:
+        raise ValueError("x: expected at least one dimension, got a scalar")
     if not 1 <= k <= x.shape[-1]:
         raise ValueError(f"k: expected 1 to {x.shape[-1]}, the length of x's last dimension, got {k}")
     if coor_descent_k_ratio < 1:
         raise ValueError(f"coor_descent_k_ratio: expected at least 1, got {coor_descent_k_ratio}")
     if mask is not None:
-        mask = mask.expand(x.shape)
+        try:
+            mask = mask.expand(x.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"mask: expected a shape that broadcasts to {tuple(x.shape)}, got {tuple(mask.shape)}"
+            ) from error
     indices = top_indices(x.detach(), k, mask=mask)
     chosen = indices >= 0
     at = indices.clamp(min=0)
     values = x.gather(-1, at).masked_fill(~chosen, 0)
     if non_differentiable:
         return TopkReturn(values, indices, None, None)
-    if fused and x.device.type == "cpu":
-        _warn_about_fused()
     budget = min(k * coor_descent_k_ratio, x.shape[-1])
     descended = coordinate_descent(
-        x, k=budget, n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay, mask=mask
+        x,
+        k=budget,
+        n_iters=n_iters,
+        eps=eps,
+        eps_init=eps_init,
+        eps_decay=eps_decay,
+        mask=mask,
+        backend=pick_backend(fused or None, x.device),
     )
     descended = descended.gather(-1, at).masked_fill(~chosen, 0)
     gates = (descended + (1 - descended).detach()).masked_fill(~chosen, 0)
     return TopkReturn(values * gates, indices, descended, gates)
-
-
-@functools.cache
-def _warn_about_fused() -> None:
-    warnings.warn("fused=True: x is on a CPU, so the PyTorch reference runs instead", stacklevel=3)

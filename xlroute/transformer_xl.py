@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xlroute.blocks import Block, RoutedRows
-from xlroute.memory import FingerprintError, MemoryLayer, MemoryStore
+from xlroute.memory import FingerprintError, MemoryLayer, MemoryStore, ReadOnlyError
 from xlroute.open_segment import OpenSegment
 from xlroute.position import age_bucket
 from xlroute.sampling import SamplingOptions, sample
@@ -40,10 +41,10 @@ class Routing(NamedTuple):
 
     layer: int  # the block, counted from 1
     indices: Tensor  # int64 [b, r, k], rows held by the memory, 0 the oldest; -1 for none
-    positions: Tensor  # int64 [b, r, k], their positions in the document; -1 for none
+    positions: Tensor  # int64 [b, r, k], rows that entered the memory before them; -1 for none
     mask: Tensor  # bool [b, r, k], False for none
     gates: Tensor  # [b, r, k]
-    gate_sum: Tensor  # [b, r], the sum of all gates over the budget
+    gate_sum: Tensor  # [b, r], the sum of all gates over the number of chosen rows
     gradient_share: Tensor  # [b, r], the share of chosen rows that carry gradient to the router
 
 
@@ -243,13 +244,13 @@ class RoutedTransformerXL(nn.Module):
         if streams < 1:
             raise ValueError(f"streams: expected at least 1, got {streams}")
         weight = self.embedding.weight
-        positions = torch.zeros(streams, dtype=torch.int64)
+        positions = torch.zeros(streams, dtype=torch.int64, device="cpu")
         if memory is not None:
             self._check_memory(memory, streams)
             positions = _rows_appended(memory.layer(0))
         return TransformerXLState(
             window=weight.new_zeros(self.depth, streams, self.mem_len, self.dim),
-            window_lengths=torch.zeros(streams, dtype=torch.int64),
+            window_lengths=torch.zeros(streams, dtype=torch.int64, device="cpu"),
             positions=positions,
             open=weight.new_zeros(self.depth, streams, 0, self.dim),
             memory=memory,
@@ -296,14 +297,9 @@ class RoutedTransformerXL(nn.Module):
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config["tie_embeddings"]:
             del weights["to_logits.weight"]
-        config = {
-            "model": type(self).__name__,
-            "config_version": CONFIG_VERSION,
-            "fingerprint": self.fingerprint(),
-            **self.config,
-        }
+        config = {"model": type(self).__name__, "config_version": CONFIG_VERSION, **self.config}
         temporary = [folder / f"{name}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)]
-        save_file(weights, temporary[0])
+        save_file(weights, temporary[0], metadata={"fingerprint": self.fingerprint()})
         temporary[1].write_text(json.dumps(config, indent=2) + "\n")
         os.replace(temporary[0], folder / WEIGHTS_FILE)
         os.replace(temporary[1], folder / CONFIG_FILE)
@@ -323,24 +319,34 @@ class RoutedTransformerXL(nn.Module):
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder / name}: there is no saved model")
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        name, version = config.pop("model", None), config.pop("config_version", None)
-        fingerprint = config.pop("fingerprint", None)
-        if (name, version) != (cls.__name__, CONFIG_VERSION):
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text())
+            model_name, version = config.pop("model", None), config.pop("config_version", None)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{folder / CONFIG_FILE}: the file is damaged ({error})") from error
+        if (model_name, version) != (cls.__name__, CONFIG_VERSION):
             raise ValueError(
                 f"{folder / CONFIG_FILE}: expected model {cls.__name__} with config version "
-                f"{CONFIG_VERSION}, got {name} with {version}"
+                f"{CONFIG_VERSION}, got {model_name} with {version}"
             )
+        try:
+            with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+                fingerprint = (file.metadata() or {}).get("fingerprint")
+            weights = load_file(folder / WEIGHTS_FILE)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS_FILE}: the file is damaged ({error})") from error
         model = cls(**config)
-        weights = load_file(folder / WEIGHTS_FILE)
         if config["tie_embeddings"]:
             weights["to_logits.weight"] = weights["embedding.weight"]
-        model.to(weights["embedding.weight"].dtype)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(weights[name].dtype)
+        # Copied, not assigned: the file's tensors lie at odd addresses, and the bits of a matrix product can
+        # depend on that.
         model.load_state_dict(weights)
         if model.fingerprint() != fingerprint:
             raise ValueError(
-                f"{folder / WEIGHTS_FILE}: expected weights with fingerprint {fingerprint}, as the "
-                f"config says, got {model.fingerprint()}: the files are damaged or not of one saving"
+                f"{folder / WEIGHTS_FILE}: expected weights with fingerprint {fingerprint}, as the file "
+                f"says, got {model.fingerprint()}: it is damaged"
             )
         return model.to(device).eval()
 
@@ -380,7 +386,8 @@ class RoutedTransformerXL(nn.Module):
         """Read one segment of each stream.
 
         At its end, states that leave the XL window enter the memory, and streams whose document ends are
-        cleared. A segment that `generate` left open ends before this one.
+        cleared. A segment that `generate` left open ends before this one is read, and stays ended should the
+        call fail after that.
 
         Args:
             tokens: int64 [b, n]; n need not be `segment_len`.
@@ -455,13 +462,12 @@ class RoutedTransformerXL(nn.Module):
             ValueError, TypeError: for arguments that do not fit, or a consumed state.
         """
         self._check_segment(prompt, state, None, None)
-        if length < 1:
-            raise ValueError(f"length: expected at least 1, got {length}")
         segment_len = self.segment_len if segment_len is None else segment_len
-        if segment_len < 1:
-            raise ValueError(f"segment_len: expected at least 1, got {segment_len}")
+        for name, value in (("length", length), ("segment_len", segment_len)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {value}")
         options = SamplingOptions(temperature, top_k, top_p)
-        was_training = self.training
+        training = [module for module in self.modules() if module.training]
         segment = OpenSegment(self, state, segment_len)
         tokens = prompt
         new: list[Tensor] = []
@@ -473,7 +479,8 @@ class RoutedTransformerXL(nn.Module):
                 new.append(tokens)
         finally:
             segment.leave()
-            self.train(was_training)
+            for module in training:
+                module.training = True
         return torch.cat(new, dim=1), state.hand_over()
 
     def typed_blocks(self) -> list[Block]:
@@ -563,29 +570,40 @@ class RoutedTransformerXL(nn.Module):
         if low < 0 or high >= self.vocab_size:
             raise ValueError(f"tokens: expected 0 to {self.vocab_size - 1}, got {int(low)} to {int(high)}")
         n = tokens.shape[1]
-        lengths = torch.full((b,), n) if lengths is None else torch.as_tensor(lengths).cpu()
+        lengths = torch.full((b,), n, device="cpu") if lengths is None else torch.as_tensor(lengths).cpu()
         if lengths.shape != (b,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise ValueError(f"lengths: expected integers [{b}], got {lengths.dtype} {tuple(lengths.shape)}")
         if lengths.min() < 0 or lengths.max() > n:
             raise ValueError(f"lengths: expected 0 to {n}, got {lengths.tolist()}")
-        ends = torch.zeros(b, dtype=torch.bool) if ends is None else torch.as_tensor(ends).cpu()
+        ends = torch.zeros(b, dtype=torch.bool, device="cpu") if ends is None else torch.as_tensor(ends).cpu()
         if ends.shape != (b,) or ends.dtype != torch.bool:
             raise ValueError(f"ends: expected bool [{b}], got {ends.dtype} {tuple(ends.shape)}")
         return lengths.to(torch.int64), ends
 
-    def _check_memory(self, memory: MemoryStore, streams: int) -> None:
+    def check_memory_shape(self, memory: MemoryStore, streams: int) -> None:
+        """Raise ValueError if a memory does not fit the model, TypeError if it is none."""
+        if not isinstance(memory, MemoryStore):
+            raise TypeError(f"memory: expected a MemoryStore, got {type(memory).__name__}")
         if not self.memory_layers:
             raise ValueError("memory: expected None for a model without memory_layers, got a store")
         for name, expected in (("layers", len(self.memory_layers)), ("streams", streams), ("dim", self.dim)):
             if getattr(memory, name) != expected:
                 raise ValueError(f"memory: expected {name}={expected}, got {name}={getattr(memory, name)}")
-        if memory.fingerprint is not None and memory.lengths.any():
-            fingerprint = self.fingerprint()
-            if memory.fingerprint != fingerprint:
-                raise FingerprintError(
-                    f"memory: expected rows of these weights ({fingerprint}), got rows that other weights "
-                    f"wrote ({memory.fingerprint}); set memory.fingerprint = None to use them all the same"
-                )
+
+    def _check_memory(self, memory: MemoryStore, streams: int) -> None:
+        self.check_memory_shape(memory, streams)
+        if memory.mode == "r":
+            raise ReadOnlyError(
+                "memory: expected one that can be written, got mode='r' (memory.fork() can be)"
+            )
+        fingerprint = self.fingerprint()
+        if not memory.lengths.any():
+            memory.fingerprint = fingerprint
+        elif memory.fingerprint not in (None, fingerprint):
+            raise FingerprintError(
+                f"memory: expected rows of these weights ({fingerprint}), got rows that other weights "
+                f"wrote ({memory.fingerprint}); set memory.fingerprint = None to use them all the same"
+            )
 
 
 def _rows_appended(layer: MemoryLayer) -> Tensor:

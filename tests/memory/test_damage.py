@@ -14,9 +14,9 @@ from torch import Tensor
 
 from xlroute.memory import CommitNotFoundError, CorruptionError, FormatError, MemoryStore, MemoryStoreError
 from xlroute.memory.commits import Commit, write_commit
-from xlroute.memory.layout import Layout, read_layout
+from xlroute.memory.layout import read_layout
 from xlroute.memory.log import Extent, StreamLog
-from xlroute.memory.sealed import encode
+from xlroute.memory.sealed import checksum, encode
 
 Contents = list[Tensor]
 
@@ -152,12 +152,12 @@ def test_a_writer_does_not_write_into_a_damaged_file(path: Path) -> None:
         file = path / f"layer-0.stream-1.{name}"
         data = file.read_bytes()
         for damage in (lambda file=file: file.write_bytes(b""), file.unlink):
-            damage()
-            with (
-                MemoryStore.open(path, mode="r+") as store,
-                pytest.raises(CorruptionError, match=f"{file}: expected a chunk file"),
-            ):
-                store.append(states)
+            with MemoryStore.open(path, mode="r+") as store:
+                damage()
+                with pytest.raises(CorruptionError, match=f"{file}: expected a chunk file"):
+                    store.append(states)
+            with pytest.raises(CorruptionError, match=f"{file}: expected a chunk file"):
+                MemoryStore.open(path, mode="r+")
             file.write_bytes(data)
     assert torch.equal(MemoryStore.open(path).lengths, before)
 
@@ -185,8 +185,11 @@ def test_what_is_no_memory_store_is_refused(tmp_path: Path) -> None:
 
 def resealed(path: Path, **changes: Any) -> None:
     """Rewrites the metadata of the group with other numbers and the checksum that belongs to them."""
-    fields = {**vars(read_layout(path)), **changes}
-    (path / "zarr.json").write_bytes(encode(Layout(**fields).group_document()))
+    document = read_layout(path).group_document()
+    document["attributes"]["xlroute_memory"].update(changes)
+    del document["attributes"]["crc32c"]
+    document["attributes"]["crc32c"] = checksum(document)
+    (path / "zarr.json").write_bytes(encode(document))
 
 
 def claim_streams(path: Path) -> None:
@@ -236,3 +239,135 @@ def test_an_array_of_another_shape_is_refused(path: Path) -> None:
         with pytest.raises(CorruptionError, match=str(file)):
             MemoryStore.open(path).rows(0)
         file.write_text(text)
+
+
+def recorded(path: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    """Writes the last record once more, changed and with the checksum that belongs to it; returns its id."""
+    last = max((path / "commits").glob("*-*.json"))
+    document = json.loads(last.read_text())
+    del document["crc32c"]
+    document["generation"] = 1000
+    change(document)
+    seal = checksum(document)
+    name = f"000000001000-{seal}"
+    (path / "commits" / f"{name}.json").write_bytes(encode({**document, "crc32c": seal}))
+    return name
+
+
+NUMBERS = ("generation", "appended", "end", "start", "stop", "writer")
+VALUES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(NUMBERS, (1.0, True, -1, 1 << 70, "1", None, [1])),
+    "durable": (0, 1, 0.0, None, "true"),
+    "parent": (0, False, []),
+    "fingerprint": (0, 1.5, {}),
+}
+IMPOSSIBLE = [(key, value) for key, values in VALUES.items() for value in values]
+
+
+@pytest.mark.parametrize(("key", "value"), IMPOSSIBLE, ids=repr)
+def test_a_record_with_impossible_numbers_is_refused(path: Path, key: str, value: Any) -> None:
+    def change(document: dict[str, Any]) -> None:
+        stream = document["streams"][0]
+        if key in document:
+            document[key] = value
+        elif key in stream:
+            stream[key] = value
+        else:
+            stream["extents"][0][("start", "stop", "writer").index(key)] = value
+
+    name = recorded(path, change)
+    for mode in ("r", "r+"):
+        with pytest.raises(CorruptionError, match=f"{name}.json"):
+            MemoryStore.open(path, mode=mode, commit=name)
+
+
+def test_a_record_that_claims_rows_without_files_is_refused_before_going_back_to_it(path: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        stream = document["streams"][0]
+        stream["extents"] = [[1 << 40, (1 << 40) + 7, 0]]
+        stream["end"] = stream["appended"] = (1 << 40) + 7
+
+    name = recorded(path, change)
+    before = sorted((path / "commits").iterdir())
+    for mode in ("r", "r+"):
+        with pytest.raises(CorruptionError, match="expected a chunk file, got no such file"):
+            MemoryStore.open(path, mode=mode, commit=name)
+    assert {*(path / "commits").iterdir()} <= {*before, path / "commits" / "writer.lock"}
+
+
+def first(path: Path) -> str:
+    return min((path / "commits").glob("*-*.json")).stem
+
+
+def test_a_stream_at_the_end_of_its_numbers_is_not_written_to(path: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["streams"][0].update(extents=[], appended=0, end=1 << 48)
+
+    recorded(path, change)
+    with MemoryStore.open(path, mode="r+") as store, pytest.raises(CorruptionError, match="at most"):
+        store.append(torch.randn(1, 2, 1, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("dim", 1 << 31), ("dim", 1 << 70), ("chunk_bytes", 1 << 46)], ids=str
+)
+def test_enormous_shapes_are_refused(tmp_path: Path, name: str, value: int) -> None:
+    sizes: dict[str, Any] = {"dim": 4, "chunk_bytes": 64, name: value}
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        MemoryStore.create(tmp_path / "s", layers=1, streams=1, **sizes)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_rows_of_a_damaged_record_stay_until_it_is_restored(tmp_path: Path, pinned: bool) -> None:
+    path = tmp_path / "s"
+    with MemoryStore.create(
+        path, layers=1, streams=1, dim=4, chunk_bytes=32, keep_commits=1 if pinned else 8
+    ) as store:
+        [empty] = store.commits()
+        store.append(torch.randn(1, 1, 5, 4))
+        commit, rows = store.commit(), store.rows(0)[0]
+        if pinned:
+            store.pin(commit)
+            store.reset([0])
+            store.append(torch.randn(1, 1, 4, 4))
+            store.commit()
+    record = path / "commits" / f"{commit}.json"
+    data = record.read_bytes()
+    record.write_bytes(b"x" + data[1:])
+    with MemoryStore.open(path, mode="r+", commit=None if pinned else empty) as store:
+        for _ in range(3):
+            store.append(torch.randn(1, 1, 4, 4))
+            store.commit()
+            store.reset([0])
+    record.write_bytes(data)
+    assert torch.equal(MemoryStore.open(path, commit=commit).rows(0)[0], rows)
+
+
+def test_nothing_is_read_for_no_row(path: Path) -> None:
+    for chunk in path.glob("layer-0.stream-*.rows/c.*"):
+        chunk.write_bytes(b"\xff" * chunk.stat().st_size)
+    with MemoryStore.open(path) as store:
+        assert not store.gather(0, torch.full((2, 3), -1)).any()
+        with pytest.raises(CorruptionError, match="checksum"):
+            store.gather(0, torch.tensor([[-1, 3], [-1, -1]]))
+
+
+def test_missing_folders_and_folders_in_place_of_files_are_named(path: Path) -> None:
+    commit = first(path)
+    shutil.copytree(path, path.parent / "other")
+    metadata = path.parent / "other" / "zarr.json"
+    metadata.unlink()
+    metadata.mkdir()
+    record = path / "commits" / f"{commit}.json"
+    record.unlink()
+    record.mkdir()
+    for mode in ("r", "r+"):
+        with pytest.raises(CorruptionError, match=f"{metadata}: expected a file, got a folder"):
+            MemoryStore.open(metadata.parent, mode=mode)
+        with pytest.raises(CorruptionError, match=f"{record}: expected a file, got a folder"):
+            MemoryStore.open(path, mode=mode, commit=commit)
+    shutil.rmtree(path / "commits")
+    for given in (None, commit):
+        with pytest.raises(CorruptionError, match="commits: expected the folder of the commits"):
+            MemoryStore.open(path, commit=given)

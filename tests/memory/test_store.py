@@ -18,6 +18,7 @@ from xlroute.memory import (
     StoreExistsError,
     StoreNotFoundError,
 )
+from xlroute.memory.buffer import RowSpan
 
 Make = Callable[..., MemoryStore]
 
@@ -307,3 +308,53 @@ def test_zarr_reads_the_committed_rows(tmp_path: Path, dtype: torch.dtype) -> No
             assert array.attrs["dtype"] == str(dtype).removeprefix("torch.")
             rows = torch.from_numpy(array[:11])  # type: ignore[arg-type]
             assert torch.equal(rows.view(dtype), states[layer, stream])
+
+
+def test_rows_of_width_one_are_written_whatever_their_strides(make: Make) -> None:
+    states = torch.randn(1, 3, 1, 5).transpose(2, 3)
+    with make(layers=1, dim=1) as store:
+        store.append(states)
+        assert torch.equal(store.rows(0)[0], states[0])
+
+
+@pytest.mark.parametrize("lengths", [[None], ["a", "b", "c"], [1 << 70] * 3, object()], ids=type)
+def test_lengths_that_are_no_numbers_are_named(make: Make, lengths: Any) -> None:
+    with make() as store:
+        with pytest.raises((TypeError, ValueError), match="lengths: expected integers, got"):
+            store.append(torch.randn(2, 3, 1, 4), lengths)
+        assert store.version == 0
+
+
+@pytest.mark.parametrize("streams", [None, ["a"], [1 << 70], [[0], [1, 2]]], ids=repr)
+def test_streams_that_are_no_numbers_are_named(make: Make, streams: Any) -> None:
+    with make() as store:
+        with pytest.raises((TypeError, ValueError), match="streams: expected numbers of streams"):
+            store.reset(streams)
+        assert store.version == 0
+
+
+def test_an_interrupted_reset_changes_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make() as store:
+        store.append(torch.randn(2, 3, 4, 4))
+
+        def dropped(rows: RowSpan, count: int) -> RowSpan:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RowSpan, "dropped", dropped)
+            with pytest.raises(KeyboardInterrupt):
+                store.reset([0, 2])
+        assert store.lengths.tolist() == [4, 4, 4]
+        assert store.rows(0)[1].all()
+
+
+def test_a_layer_first_read_in_inference_mode_can_be_trained_on(make: Make) -> None:
+    with make() as store:
+        store.append(torch.randn(2, 3, 4, 4))
+        with torch.inference_mode():
+            layer = store.layer(0)
+            assert layer.mask.all()
+        scores = torch.randn(3, 4, requires_grad=True)
+        torch.where(layer.mask, scores, 0.0).sum().backward()
+        (scores.sum(1) * layer.lengths).sum().backward()
+        assert not layer.lengths.is_inference()

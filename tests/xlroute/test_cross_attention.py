@@ -172,6 +172,22 @@ def test_bad_arguments_are_refused() -> None:
         module(x, torch.randn(2, 9, 32), num_tokens_q=3)
 
 
+def test_router_options_reach_the_router() -> None:
+    module = build(router_kwargs={"route_block_size": 7, "eps": 0.5})
+    assert (module.kv_router.route_block_size, module.kv_router.eps) == (7, 0.5)
+    for name in ("num_routing_tokens", "learned_routing_tokens"):
+        with pytest.raises(ValueError, match=f"router_kwargs: expected no {name}"):
+            build(router_kwargs={name: 1})
+    with pytest.raises(ValueError, match="kv_routing_tokens: expected at least 1, got 0"):
+        build(kv_routing_tokens=0)
+
+
+def test_a_store_is_no_context_but_its_layers_are() -> None:
+    store = MemoryStore.create(layers=1, streams=2, dim=32)
+    with pytest.raises(TypeError, match=r"context: expected .* \(store\.layer\(i\)\), got MemoryStore"):
+        build()(torch.randn(2, 7, 32), store)
+
+
 def test_flash_refuses_what_it_cannot_take() -> None:
     module = build(use_flash_attn=True)
     with pytest.raises(ValueError, match="'flash' expected float16 or bfloat16 tensors on a CUDA device"):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xlroute import CoordinateDescentRouter
+from xlroute.backend import _warn_once, pick_backend
 from xlroute.memory import MemoryStore
 from xlroute.router import block_quotas
 
@@ -155,7 +156,7 @@ def test_statistics_show_saturation_of_coordinate_descent() -> None:
     usual = CoordinateDescentRouter(512, n_iters=20, eps=0.03, eps_init=4.0, eps_decay=0.7, score_scale=None)
     assert usual.route_with_stats(x, num_tokens=64)[1].gate_sum.item() > 1.5
     exact = CoordinateDescentRouter(512)
-    torch.testing.assert_close(exact.route_with_stats(x, num_tokens=64)[1].gate_sum, torch.ones(1))
+    torch.testing.assert_close(exact.route_with_stats(x, num_tokens=64)[1].gate_sum, torch.tensor([9 / 8]))
 
 
 @given(
@@ -200,6 +201,8 @@ def test_block_routing_takes_the_best_of_each_block(
             for where, quota in zip(blocks, quotas, strict=True):
                 best = [i for i in where[s[b, r, where].argsort(descending=True)].tolist() if rows[i]]
                 assert sorted(set(best) & set(chosen)) == sorted(best[:quota])
+            scores = s[b, r, chosen].tolist()
+            assert scores == sorted(scores, reverse=True)
     assert out.indices.shape[-1] == min(k, m)
     assert (out.scores[out.indices >= 0] == 1).all()
 
@@ -208,7 +211,7 @@ def test_block_routing_gates_sum_to_the_budget_and_have_gradient() -> None:
     x = torch.randn(2, 130, 8)
     router = CoordinateDescentRouter(8, route_block_size=50, straight_through=False, eps=0.5)
     out, stats = router.route_with_stats(x, num_tokens=20)
-    torch.testing.assert_close(stats.gate_sum, torch.ones(2))
+    torch.testing.assert_close(stats.gate_sum, torch.full((2,), 9 / 8))
     out.scores.sum().backward()
     assert router.routing_token is not None
     assert router.routing_token.grad is not None
@@ -242,11 +245,17 @@ def test_streams_do_not_depend_on_their_neighbours() -> None:
 def test_use_triton_on_a_cpu_warns_once() -> None:
     router = CoordinateDescentRouter(8, use_triton=True)
     x = torch.randn(1, 20, 8)
-    with pytest.warns(UserWarning, match="use_triton=True: the rows are on a CPU"):
+    _warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="Triton was asked for, but the rows are on a CPU"):
         first = router(x, num_tokens=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(router(x, num_tokens=3).indices, first.indices)
+
+
+def test_use_triton_names_the_backend_of_a_gpu() -> None:
+    gpu = torch.device("cuda")
+    assert [pick_backend(option, gpu) for option in (None, True, False)] == [None, "triton", "torch"]
 
 
 def test_checkpoint_segments_are_accepted_and_said_to_be_unneeded() -> None:

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import importlib
 import warnings
 
 import pytest
 import torch
 
 from xlroute import topk
+from xlroute.backend import _warn_once
 
 
 def test_values_and_indices_are_those_of_torch() -> None:
@@ -63,10 +63,9 @@ def test_non_differentiable_returns_no_gates() -> None:
 
 
 def test_fused_on_a_cpu_warns_once() -> None:
-    # The function hides the module of the same name in the package.
-    importlib.import_module("xlroute.topk")._warn_about_fused.cache_clear()
+    _warn_once.cache_clear()
     x = torch.randn(20)
-    with pytest.warns(UserWarning, match="fused=True: x is on a CPU"):
+    with pytest.warns(UserWarning, match="Triton was asked for"):
         topk(x, k=3, fused=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -79,3 +78,5 @@ def test_k_out_of_range_is_refused(k: int) -> None:
         topk(torch.randn(20), k=k)
     with pytest.raises(ValueError, match=r"coor_descent_k_ratio: expected at least 1, got 0\.5"):
         topk(torch.randn(20), k=2, coor_descent_k_ratio=0.5)
+    with pytest.raises(ValueError, match=r"mask: expected a shape that broadcasts to \(20,\), got \(7,\)"):
+        topk(torch.randn(20), k=2, mask=torch.ones(7, dtype=torch.bool))

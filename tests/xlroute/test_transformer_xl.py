@@ -312,7 +312,7 @@ def test_a_damaged_or_foreign_model_is_refused(build_model: BuildModel, tmp_path
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ValueError, match="the files are damaged or not of one saving"):
+    with pytest.raises(ValueError, match="expected weights with fingerprint"):
         RoutedTransformerXL.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model": "GPT", "config_version": 1}')
     with pytest.raises(ValueError, match="expected model RoutedTransformerXL with config version 1, got GPT"):
@@ -372,11 +372,11 @@ def test_refused_calls_read_nothing(build_model: BuildModel) -> None:
         with pytest.raises(error, match=message):
             model(**{**good, **bad})  # type: ignore[call-overload]
     for options, message in (
-        ({"length": 0}, "length: expected at least 1, got 0"),
+        ({"length": 0}, "length: expected a whole number of at least 1, got 0"),
         ({"length": 3, "temperature": -1.0}, "temperature: expected at least 0, got -1.0"),
         ({"length": 3, "top_k": 0}, "top_k: expected None or at least 1, got 0"),
         ({"length": 3, "top_p": 0.0}, "top_p: expected None or more than 0 and at most 1, got 0.0"),
-        ({"length": 3, "segment_len": 0}, "segment_len: expected at least 1, got 0"),
+        ({"length": 3, "segment_len": 0}, "segment_len: expected a whole number of at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(tokens, state=state, **options)
