@@ -1,0 +1,201 @@
+"""The table and the pictures of examples/pg19.py."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+
+mpl.use("Agg")  # before pyplot: it must not look for a screen
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+LABELS = {
+    "none": "no memory",
+    "xl": "XL memory",
+    "routed": "XL + routed memory",
+    "emptied": "  the same, memory emptied",
+}
+COLOURS = {"none": "#8c8c8c", "xl": "#1f77b4", "routed": "#d62728", "emptied": "#ff9896"}
+SET_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd")
+ZOOM = 100  # segments that are drawn enlarged
+KINDS = 14  # tokens in the bar chart
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which rows each segment of a book chose to read.
+
+    Attributes:
+        starts: where each segment starts, int64 [s].
+        chosen: the positions read, int64 [s, r, k], -1 for none.
+        window: tokens of the XL window, which lie between a segment and the newest row in memory.
+        capacity: rows that the memory keeps.
+    """
+
+    starts: npt.NDArray[np.int64]
+    chosen: npt.NDArray[np.int64]
+    window: int
+    capacity: int
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results as text, one line for each mode."""
+    header = ("mode", "bits per byte", "word perplexity", "trained/s", "read/s", "memory rows", "peak memory")
+    lines = [(*header, "parameters")]
+    for row in rows:
+        trained = row["tokens_per_second"]
+        lines.append(
+            (
+                LABELS[row["mode"]],
+                f"{row['bits_per_byte']:.4f}",
+                f"{row['word_perplexity']:,.1f}",
+                "" if trained is None else f"{trained:,.0f}",
+                f"{row['read_tokens_per_second']:,.0f}",
+                f"{row['memory_rows']:,}",
+                f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+                f"{row['parameters']:,}",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    aligned = [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in lines
+    ]
+    return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
+
+
+def draw_curves(path: Path, metrics: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """Bits per byte while training, and along the held-out books."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    for row in rows:
+        mode = row["mode"]
+        steps = [line["step"] for line in metrics if line["mode"] == mode]
+        bits = [line["bits_per_byte"] for line in metrics if line["mode"] == mode]
+        if steps:
+            left.plot(steps, bits, color=COLOURS[mode], alpha=0.15, linewidth=0.8)
+            width = 3.0 if mode == "xl" else 1.5  # lines that lie on each other stay visible
+            left.plot(steps, _smooth(bits), color=COLOURS[mode], linewidth=width, label=LABELS[mode].strip())
+    ends = [line["bits_per_byte"] for line in metrics[-50:]]
+    left.set_ylim(0.9 * min(ends), 2.0 * min(ends))
+    left.set(title="training (line: moving average)", xlabel="step", ylabel="bits per byte")
+
+    reference = next((row for row in rows if row["mode"] == "xl"), rows[0])
+    for row in rows:
+        counted = [i for i, tokens in enumerate(reference["bin_tokens"]) if tokens]
+        places = [(i + 0.5) * reference["bin_width"] for i in counted]
+        difference = [row["bin_bits"][i] - reference["bin_bits"][i] for i in counted]
+        style = "--" if row["mode"] == "emptied" else "-"
+        label = f"{LABELS[row['mode']].strip()}: {row['bits_per_byte']:.4f}"
+        right.plot(places, difference, style, marker=".", color=COLOURS[row["mode"]], label=label)
+    right.set(
+        title=f"held-out books, compared with {LABELS[reference['mode']]} (below 0 is better)",
+        xlabel="tokens of the book read before",
+        ylabel="difference in bits per byte",
+    )
+    low, high = right.get_ylim()
+    right.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
+    right.legend(loc="upper center", ncols=2)
+    left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _smooth(values: list[float], window: int = 25) -> npt.NDArray[np.float64]:
+    """The mean of each value and up to `window` - 1 before it."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    stops = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, stops - window)
+    means: npt.NDArray[np.float64] = (sums[stops] - sums[starts]) / (stops - starts)
+    return means
+
+
+def draw_routing(path: Path, routing: Routing, title: str, tokens: list[str]) -> None:
+    """Which past positions each segment of a book chose to read, and what stands there.
+
+    Args:
+        path: of the picture.
+        routing: what was chosen.
+        title: of the book.
+        tokens: of the book, each as text.
+    """
+    figure = plt.figure(figsize=(13, 7.5), layout="constrained")
+    grid = figure.add_gridspec(2, 2)
+    whole, part, kinds = (figure.add_subplot(at) for at in (grid[:, 0], grid[0, 1], grid[1, 1]))
+    count = len(routing.starts)
+    _draw_positions(whole, routing, range(count), size=1.5, alpha=0.2)
+    whole.set_title(f"{title}: which past positions each segment reads")
+    middle = range(count // 2, count // 2 + min(ZOOM, count - count // 2))
+    _draw_positions(part, routing, middle, size=5, alpha=0.6)
+    part.set_title(f"the same, {len(middle)} segments enlarged")
+    legend = whole.legend(loc="upper left", markerscale=6)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
+    _draw_kinds(kinds, routing, tokens)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_positions(axes: Axes, routing: Routing, segments: range, *, size: float, alpha: float) -> None:
+    places = np.arange(segments.start, segments.stop)
+    starts, chosen = routing.starts[places], routing.chosen[places]
+    newest = np.maximum(0, starts - routing.window)
+    axes.fill_between(
+        places, np.maximum(0, newest - routing.capacity), newest, color="#e4e4e4", label="held in memory"
+    )
+    axes.plot(places, starts, color="black", linewidth=1, label="where the segment starts")
+    for number in range(chosen.shape[1]):
+        at, row = np.nonzero(chosen[:, number] >= 0)
+        axes.scatter(
+            places[at],
+            chosen[at, number, row],
+            s=size,
+            alpha=alpha,
+            linewidths=0,
+            color=SET_COLOURS[number % len(SET_COLOURS)],
+            label=f"read by routing token {number + 1}",
+            rasterized=True,
+        )
+    axes.set(xlabel="segment", ylabel="position in the book")
+
+
+def _draw_kinds(axes: Axes, routing: Routing, tokens: list[str]) -> None:
+    """Which tokens the rows that are read had just seen, beside how common these are in the book."""
+    # The row at position p is the state after reading the token before it; the row at 0 has read no text.
+    everywhere = Counter(tokens)
+    sets = [
+        Counter(tokens[p - 1] for p in routing.chosen[:, number].ravel().tolist() if p > 0)
+        for number in range(routing.chosen.shape[1])
+    ]
+    shown = sorted(everywhere, key=lambda token: -max(each[token] / max(1, each.total()) for each in sets))[
+        :KINDS
+    ]
+    bars = [("in the book", "#bbbbbb", everywhere)] + [
+        (f"read by routing token {number + 1}", SET_COLOURS[number % len(SET_COLOURS)], each)
+        for number, each in enumerate(sets)
+    ]
+    for number, (label, colour, counts) in enumerate(bars):
+        heights = [100 * counts[token] / max(1, counts.total()) for token in shown]
+        offsets = np.arange(len(shown)) + (number - (len(bars) - 1) / 2) * 0.8 / len(bars)
+        axes.bar(offsets, heights, width=0.8 / len(bars), color=colour, label=label)
+    names = [{" ": "space", "\n": "\\n", "\r": "\\r"}.get(token, token) for token in shown]
+    axes.set_xticks(range(len(shown)), names, parse_math=False)
+    axes.set(title="what the rows that are read had just seen", xlabel="last token", ylabel="share in %")
+    axes.legend()
+
+
+def word_perplexity(nats: float, words: int) -> float:
+    """exp(nats per word); infinite where that is beyond a float."""
+    try:
+        return math.exp(nats / words)
+    except OverflowError:
+        return math.inf

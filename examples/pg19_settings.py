@@ -1,0 +1,249 @@
+"""Command line, presets and the run folder of examples/pg19.py."""
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from pg19_data import UserError
+
+MODES = ("none", "xl", "routed")
+
+# What a run writes; --overwrite removes these and nothing else.
+FILES = ("settings.json", "metrics.jsonl", "results.json", "curves.png", "routing.png", "sample.txt")
+FOLDERS = (*MODES, "persistence")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the results depend on. A run remembers them, and is resumed with the same ones."""
+
+    preset: str = "small"
+    data: str = "plays"
+    tokenizer: str | None = None
+    max_books: int | None = None
+    max_bytes: int | None = None
+    split: str = "test"
+    modes: tuple[str, ...] = MODES
+    seed: int = 0
+    device: str = "cpu"
+    steps: int = 500
+    streams: int = 16
+    segment_len: int = 64
+    mem_len: int = 64
+    dim: int = 128
+    depth: int = 3
+    heads: int = 4
+    dim_head: int = 32
+    memory_layers: tuple[int, ...] = (3,)
+    num_tokens_kv: int = 64
+    routing_tokens: int = 2
+    capacity: int = 8192
+    dropout: float = 0.0
+    learning_rate: float = 3e-3
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {},
+    "base": {
+        "steps": 20_000,
+        "streams": 16,
+        "segment_len": 512,
+        "mem_len": 512,
+        "dim": 512,
+        "depth": 8,
+        "heads": 8,
+        "dim_head": 64,
+        "memory_layers": (4, 6),
+        "num_tokens_kv": 512,
+        "capacity": 65_536,
+        "learning_rate": 6e-4,
+    },
+    "large": {
+        "steps": 100_000,
+        "streams": 16,
+        "segment_len": 1024,
+        "mem_len": 1024,
+        "dim": 1024,
+        "depth": 16,
+        "heads": 16,
+        "dim_head": 64,
+        "memory_layers": (8, 12),
+        "num_tokens_kv": 1024,
+        "capacity": 262_144,
+        "dropout": 0.1,
+        "learning_rate": 3e-4,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for: the settings, and how to go about it."""
+
+    settings: Settings
+    given: dict[str, Any]  # the settings named on the command line, as they will be stored
+    out: Path
+    resume: bool
+    overwrite: bool
+    checkpoint_every: int
+    read_on: Path | None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def _number(least: int) -> Any:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _list(text: str) -> tuple[str, ...]:
+    modes = tuple(mode for mode in MODES if mode in text.split(","))
+    if not modes or len(modes) != len(text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(MODES)}, got {text!r}")
+    return modes
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    return tuple(_number(1)(part) for part in text.split(","))
+
+
+def parse(arguments: list[str] | None = None) -> Command:
+    """Read the command line.
+
+    Raises:
+        UserError: for options that do not exist or do not fit.
+    """
+    parser = _Parser(
+        prog="pg19.py",
+        description="Train and compare a Transformer-XL without memory, with XL memory, with routed memory.",
+        # Only the options that were given are set, so that presets and a resumed run fill in the rest.
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, help="the run folder (default: run)")
+    add("--resume", action="store_true", help="go on with the unfinished run in the run folder")
+    add("--overwrite", action="store_true", help="throw away the run in the run folder and start anew")
+    add(
+        "--checkpoint-every",
+        type=_number(1),
+        metavar="N",
+        help="steps between two checkpoints (default: 100)",
+    )
+    add("--preset", choices=PRESETS, help="sizes: small (2 CPU cores), base, large (one GPU)")
+    add("--data", help="plays (default), pg19 (the Hugging Face hub), or a folder in PG-19's layout")
+    add("--tokenizer", metavar="PATH", help="a tokenizers JSON (default: every byte is a token)")
+    add("--max-books", type=_number(1), metavar="N", help="read the first N books of each split only")
+    add("--max-bytes", type=_number(4), metavar="N", help="read the first N bytes of each book only")
+    add("--split", choices=("validation", "test"), help="what to evaluate on (default: test)")
+    add("--modes", type=_list, help=f"some of {','.join(MODES)} (default: all)")
+    add("--seed", type=_number(0))
+    add("--device", help="cpu (default) or cuda")
+    add("--steps", type=_number(1), help="training steps of each mode")
+    add("--streams", type=_number(1), help="documents read side by side in training")
+    add("--segment-len", type=_number(1), help="tokens of a document read in one step")
+    add("--mem-len", type=_number(1), help="tokens in the XL window")
+    for name in ("dim", "depth", "heads", "dim-head"):
+        add(f"--{name}", type=_number(1))
+    add("--memory-layers", type=_layers, metavar="N,N", help="blocks with routed memory, counted from 1")
+    add("--num-tokens-kv", type=_number(1), help="memory rows that each routing token chooses")
+    add("--routing-tokens", type=_number(1), help="sets of memory rows; divides the heads")
+    add("--capacity", type=_number(1), help="memory rows kept of each stream and layer")
+    add("--dropout", type=float)
+    add("--learning-rate", type=float)
+    # The second process of the proof of persistence is this script again.
+    add("--read-on", type=Path, help=argparse.SUPPRESS)
+
+    given = vars(parser.parse_args(arguments))
+    command = {
+        name: given.pop(name, default)
+        for name, default in (
+            ("out", Path("run")),
+            ("resume", False),
+            ("overwrite", False),
+            ("checkpoint_every", 100),
+            ("read_on", None),
+        )
+    }
+    settings = Settings(**(PRESETS[given.get("preset", "small")] | given))
+    return Command(settings=settings, given=json.loads(json.dumps(given)), **command)
+
+
+def find_settings(command: Command) -> Settings:
+    """The settings of the run: those of the run to resume, or those of the command line. Changes nothing.
+
+    Raises:
+        UserError: the folder holds a run and nobody said what to do with it, or the run to resume has other
+            settings.
+    """
+    out, stored = command.out, command.out / "settings.json"
+    if command.resume and command.overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: --out names a folder")
+    if not stored.exists() or command.overwrite:
+        return command.settings
+    if not command.resume:
+        state = "a finished run" if (out / "results.json").exists() else "an unfinished run"
+        raise UserError(f"{out} holds {state}: --resume goes on with it, --overwrite throws it away")
+    settings = load_settings(stored)
+    values = json.loads(json.dumps(asdict(settings)))
+    for name, value in command.given.items():
+        if values[name] != value:
+            raise UserError(
+                f"{out} holds a run with other settings: {name} {values[name]!r}, not {value!r} "
+                "(--resume takes them from the run)"
+            )
+    return settings
+
+
+def load_settings(path: Path) -> Settings:
+    """The settings that a run wrote."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        return Settings(**values)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def prepare_folder(command: Command, settings: Settings) -> None:
+    """Write the settings; with --overwrite, first remove the run that the folder holds and nothing else."""
+    if command.overwrite:
+        for name in FILES:
+            (command.out / name).unlink(missing_ok=True)
+        for name in FOLDERS:
+            shutil.rmtree(command.out / name, ignore_errors=True)
+    write_json(command.out / "settings.json", asdict(settings))
+
+
+def check(settings: Settings) -> None:
+    """Raise UserError for settings that no model or machine fits."""
+    if settings.device not in ("cpu", "cuda"):
+        raise UserError(f"--device: expected cpu or cuda, got {settings.device!r}")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here")
+    if "routed" in settings.modes and settings.heads % settings.routing_tokens:
+        raise UserError(
+            f"--heads must be a multiple of --routing-tokens, got {settings.heads} and "
+            f"{settings.routing_tokens}"
+        )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,365 @@
+"""Training for examples/pg19.py: models, checkpoints that survive a kill at any instant, and the loop."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pg19_data import Corpus, Tokenizer, UserError, bytes_per_token, training_segments
+from pg19_settings import Settings
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from xlroute import RoutedTransformerXL, TransformerXLState
+
+WARMUP = 0.1  # share of the steps in which the learning rate rises
+FINAL_LEARNING_RATE = 0.1  # of the highest one
+WEIGHT_DECAY = 0.1
+GRADIENT_NORM = 1.0
+GATE_RATE = 10.0  # learning rate of the memory gates, in those of the other weights
+
+
+def build_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransformerXL:
+    """An untrained model of one mode. Whatever weights two modes have in common start equal."""
+
+    def build(mode: str) -> RoutedTransformerXL:
+        torch.manual_seed(settings.seed)
+        return RoutedTransformerXL(
+            vocab_size=vocab_size,
+            dim=settings.dim,
+            depth=settings.depth,
+            heads=settings.heads,
+            dim_head=settings.dim_head,
+            mem_len=0 if mode == "none" else settings.mem_len,
+            memory_layers=settings.memory_layers if mode == "routed" else (),
+            num_tokens_kv=settings.num_tokens_kv,
+            kv_routing_tokens=settings.routing_tokens,
+            segment_len=settings.segment_len,
+            dropout=settings.dropout,
+        )
+
+    try:
+        model, full = build(mode), build("routed")
+    except ValueError as error:
+        raise UserError(f"no such model: {error}") from None
+    common = model.state_dict().keys()
+    model.load_state_dict({name: weight for name, weight in full.state_dict().items() if name in common})
+    return model.to(settings.device)
+
+
+def compile_blocks(model: RoutedTransformerXL, settings: Settings) -> None:
+    """On a GPU, compile each block in place; the memory store is read outside of the blocks."""
+    if settings.device == "cuda":
+        for block in model.blocks:
+            block.compile()
+
+
+def autocast(settings: Settings) -> AbstractContextManager[None]:
+    """Bfloat16 on a GPU, full precision on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=settings.device == "cuda")
+
+
+def initial_state(
+    model: RoutedTransformerXL, settings: Settings, streams: int, path: Path | None = None
+) -> TransformerXLState:
+    """A state that has read nothing, with an empty memory if the model has memory layers."""
+    if not model.memory_layers:
+        return model.initial_state(streams=streams)
+    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+    memory = model.create_memory(path, streams=streams, capacity=settings.capacity, dtype=dtype)
+    return model.initial_state(streams=streams, memory=memory)
+
+
+def memory_rows(state: TransformerXLState) -> int:
+    """Rows that the fullest stream holds in each memory layer."""
+    return 0 if state.memory is None else int(state.memory.lengths.max())
+
+
+def optimizer_for(model: RoutedTransformerXL) -> torch.optim.AdamW:
+    """AdamW that decays matrices alone: not gains, biases, gates and embeddings.
+
+    The gates of the memory are single numbers that start nearly shut: they learn faster than the rest.
+    """
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    gates: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim == 2 and "embedding" not in name and "age_bias" not in name
+        (gates if "memory_gate" in name else decayed if matrix else kept).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": WEIGHT_DECAY, "rate": 1.0},
+        {"params": kept, "weight_decay": 0.0, "rate": 1.0},
+        {"params": gates, "weight_decay": 0.0, "rate": GATE_RATE},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear warm-up, then a cosine down to a tenth: the rate of step `step`, counted from 0."""
+    warmup = max(1, round(WARMUP * settings.steps))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, settings.steps - warmup)
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    return settings.learning_rate * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
+
+
+def token_nats(logits: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, [b, n], 0 beyond the lengths."""
+    nats = F.cross_entropy(logits.transpose(1, 2).float(), targets.to(logits.device), reduction="none")
+    counted = torch.arange(targets.shape[1]) < lengths[:, None]
+    return nats.masked_fill(~counted.to(nats.device), 0)
+
+
+class PeakMemory:
+    """The most memory used since this was made: by the process on a CPU, by tensors on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            # Linux forgets the high-water mark of a process when told to; elsewhere the mark is that of the
+            # whole run.
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def bytes(self) -> int:
+        """The mark so far."""
+        if self._cuda:
+            return torch.cuda.max_memory_allocated()
+        try:
+            status = Path("/proc/self/status").read_text()
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        except (OSError, IndexError):
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM: KeyboardInterrupt, put off to the next safe moment inside `held`."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.signal = signal.SIGINT
+        self._held = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.asked, self.signal = True, signal.Signals(number)
+        if not self._held:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, an interrupt only sets `asked`; it is raised on leaving at the latest."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+class Metrics:
+    """metrics.jsonl: one line for every training step."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All complete lines; a kill can leave a part of one at the end."""
+        if not self._path.exists():
+            return []
+        text = self._path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def cut_back(self, mode: str, step: int) -> None:
+        """Drop the lines of `mode` beyond `step`: a resumed training writes them again."""
+        kept = [line for line in self.lines() if line["mode"] != mode or line["step"] <= step]
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+    def append(self, **line: Any) -> None:
+        """Add a line; it has left the process when this returns, so that a kill does not lose it."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same throughout a run."""
+
+    settings: Settings
+    corpus: Corpus
+    tokenizer: Tokenizer
+    out: Path
+    checkpoint_every: int  # steps
+    interrupt: Interrupt
+
+    @property
+    def metrics(self) -> Metrics:
+        """The lines written in training."""
+        return Metrics(self.out / "metrics.jsonl")
+
+
+@dataclass
+class Training:
+    """All that changes while a mode trains. What a checkpoint holds brings it back exactly."""
+
+    model: RoutedTransformerXL
+    optimizer: torch.optim.AdamW
+    state: TransformerXLState
+    step: int = 0  # steps done; also the data cursor, since the data are a function of the seed
+    tokens: int = 0  # that were trained on
+    seconds: float = 0.0  # spent in steps
+    peak_bytes: int = 0
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint of this step, all or nothing, then drop older ones."""
+        name = f"step-{self.step:08d}"
+        if not (folder / name).exists():
+            temporary = folder / f"{name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.model.save_pretrained(temporary / "model")
+            self.state.save(temporary / "state")
+            progress = {
+                "step": self.step,
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "peak_bytes": self.peak_bytes,
+            }
+            random = {"cpu": torch.get_rng_state()}
+            if torch.cuda.is_available():
+                random["cuda"] = torch.cuda.get_rng_state()
+            content = {"progress": progress, "optimizer": self.optimizer.state_dict(), "random": random}
+            torch.save(content, temporary / "training.pt")
+            os.replace(temporary, folder / name)
+        for old in folder.glob("step-*"):
+            if old.name != name:
+                shutil.rmtree(old)
+
+    @classmethod
+    def load(cls, checkpoint: Path, settings: Settings) -> "Training":
+        """The training that a checkpoint holds.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of another model.
+            MemoryStoreError: its memory is damaged, or was written by other weights.
+        """
+        try:
+            model = RoutedTransformerXL.from_pretrained(checkpoint / "model", device=settings.device)
+            content = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+            optimizer = optimizer_for(model)
+            optimizer.load_state_dict(content["optimizer"])
+        except (OSError, ValueError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
+            raise UserError(f"{checkpoint} cannot be read: {error}") from None
+        state = model.load_state(checkpoint / "state", mode="r")
+        torch.set_rng_state(content["random"]["cpu"])
+        if settings.device == "cuda":
+            torch.cuda.set_rng_state(content["random"]["cuda"])
+        return cls(model.train(), optimizer, state, **content["progress"])
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a mode."""
+    return max((path for path in folder.glob("step-*") if path.suffix != ".tmp"), default=None)
+
+
+def train(mode: str, run: Run) -> Training:
+    """Train one mode to its last step, going on from its last checkpoint if there is one."""
+    settings, corpus, tokenizer, metrics = run.settings, run.corpus, run.tokenizer, run.metrics
+    folder = run.out / mode / "checkpoints"
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        training = Training.load(checkpoint, settings)
+    else:
+        model = build_model(mode, settings, tokenizer.vocab_size + 1).train()
+        state = initial_state(model, settings, settings.streams)
+        training = Training(model, optimizer_for(model), state)
+        torch.manual_seed(settings.seed)
+    compile_blocks(training.model, settings)
+    metrics.cut_back(mode, training.step)
+    peak = PeakMemory(settings.device)
+    # Nats per token are bits per byte up to this factor, exact for bytes and for other tokens an average.
+    bits = bytes_per_token(corpus, tokenizer) * math.log(2)
+    data = training_segments(
+        corpus, tokenizer, streams=settings.streams, segment_len=settings.segment_len, skip=training.step
+    )
+    progress = tqdm(
+        total=settings.steps,
+        initial=training.step,
+        desc=f"train {mode:6}",
+        unit="step",
+        mininterval=0.2 if sys.stderr.isatty() else 15,
+        dynamic_ncols=True,
+    )
+    smooth: float | None = None
+    with run.interrupt.held(), progress:
+        while training.step < settings.steps:
+            tokens, targets, lengths, ends = next(data)
+            began = time.perf_counter()
+            loss = train_step(training, settings, tokens, targets, lengths, ends)
+            seconds = time.perf_counter() - began
+            training.step += 1
+            training.tokens += int(lengths.sum())
+            training.seconds += seconds
+            training.peak_bytes = max(training.peak_bytes, peak.bytes())
+            metrics.append(
+                mode=mode,
+                step=training.step,
+                loss=loss,
+                bits_per_byte=loss / bits,
+                learning_rate=learning_rate(training.step - 1, settings),
+                memory_rows=memory_rows(training.state),
+                tokens=training.tokens,
+                tokens_per_second=round(int(lengths.sum()) / seconds, 1),
+            )
+            smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
+            progress.set_postfix_str(
+                f"loss {smooth:.3f}, {smooth / bits:.3f} bits/byte, "
+                f"{training.tokens / training.seconds:,.0f} tokens/s, "
+                f"{memory_rows(training.state):,} memory rows",
+                refresh=False,
+            )
+            progress.update()
+            stop = run.interrupt.asked
+            if stop or training.step % run.checkpoint_every == 0 or training.step == settings.steps:
+                training.save(folder)
+            if stop:
+                break
+    return training
+
+
+def train_step(
+    training: Training, settings: Settings, tokens: Tensor, targets: Tensor, lengths: Tensor, ends: Tensor
+) -> float:
+    """Read one segment of every stream and improve the weights; the mean loss in nats per token."""
+    for group in training.optimizer.param_groups:
+        group["lr"] = group["rate"] * learning_rate(training.step, settings)
+    with autocast(settings):
+        logits, training.state = training.model(
+            tokens.to(settings.device), training.state, lengths=lengths, ends=ends
+        )
+    loss = token_nats(logits, targets, lengths).sum() / int(lengths.sum())
+    training.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(training.model.parameters(), GRADIENT_NORM)
+    training.optimizer.step()
+    return loss.item()
