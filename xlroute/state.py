@@ -245,7 +245,7 @@ def _release(header: dict[str, Any], folder: Path) -> None:
 
 def _find_store(named: dict[str, Any], folder: Path) -> Path:
     """Where the memory that a header names is; one that was moved together with the folder comes first."""
-    candidates = [folder / named["inside"]] if named["inside"] is not None else []
+    candidates: list[Path] = [folder / named["inside"]] if named["inside"] is not None else []
     candidates.append(Path(named["path"]))
     for path in candidates:
         if path.exists():
