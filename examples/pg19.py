@@ -150,8 +150,12 @@ def run_mode(mode: str, run: Run) -> list[dict[str, Any]]:
             chosen=np.stack([pad_choice(chosen, run.settings.num_tokens_kv) for chosen in result.chosen]),
         )
         peak = PeakMemory(run.settings.device)
-        result = evaluate("emptied", training.model, run, forget=True)
-        rows.append(table_row("emptied", training, result, run.corpus) | {"peak_bytes": peak.bytes()})
+        emptied = evaluate("emptied", training.model, run, forget=True)
+        changes = [abs(a - b) for a, b in zip(result.segment_nats, emptied.segment_nats, strict=True)]
+        rows.append(
+            table_row("emptied", training, emptied, run.corpus)
+            | {"peak_bytes": peak.bytes(), "change": sum(changes) / math.log(2) / run.corpus.bytes}
+        )
     write_json(finished, rows)
     return rows
 
@@ -196,6 +200,13 @@ def report(results: dict[str, Any], out: Path) -> None:
     proof = results["persistence"]
     verdict = "identical, bit for bit" if proof["identical"] else "DIFFERENT"
     print(f"\n{results['evaluation']}\n\n{table(results['rows'])}\n")
+    for row in results["rows"]:
+        if row["mode"] == "emptied":
+            gates = ", ".join(f"{gate:+.3f}" for gate in row["memory_gates"].values())
+            print(
+                f"routed memory: its gate stands at {gates} (0 is shut); emptying it changes the loss of a "
+                f"segment by {row['change']:.4f} bits per byte on average, up or down"
+            )
     print(
         f"persistence: read {proof['tokens_before']:,} tokens of {proof['book']}, saved the state with "
         f"{proof['memory_rows']:,} memory rows; a new process opened it and read the other "

@@ -40,6 +40,7 @@ class Evaluation:
     bin_width: int = 1  # tokens
     bin_nats: list[float] = field(default_factory=lambda: [0.0] * BINS)
     bin_tokens: list[int] = field(default_factory=lambda: [0] * BINS)
+    segment_nats: list[float] = field(default_factory=list)  # of each segment of each book, in reading order
     gate_sums: list[float] = field(default_factory=list)  # the sum of the gates over the budget, by segment
     gradient_shares: list[float] = field(default_factory=list)  # of the chosen rows, by segment
     # For every segment of the first book: where it starts, and the positions that the first memory layer
@@ -91,6 +92,7 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
                 state.clear_memory()
             result.seconds += time.perf_counter() - began
             result.nats += sum(nats)
+            result.segment_nats += nats
             result.tokens += int(lengths.sum())
             result.memory_rows = max(result.memory_rows, memory_rows(state))
             for stream in range(streams):

@@ -42,7 +42,7 @@ class Settings:
     memory_layers: tuple[int, ...] = (3,)
     num_tokens_kv: int = 64
     routing_tokens: int = 2
-    capacity: int = 8192
+    capacity: int = 4096
     dropout: float = 0.0
     learning_rate: float = 3e-3
 

@@ -29,7 +29,7 @@ WARMUP = 0.1  # share of the steps in which the learning rate rises
 FINAL_LEARNING_RATE = 0.1  # of the highest one
 WEIGHT_DECAY = 0.1
 GRADIENT_NORM = 1.0
-GATE_RATE = 10.0  # learning rate of the memory gates, in those of the other weights
+FAST_RATE = 10.0  # learning rate of gates and routing tokens, in those of the other weights
 
 
 def build_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransformerXL:
@@ -89,20 +89,25 @@ def memory_rows(state: TransformerXLState) -> int:
 
 
 def optimizer_for(model: RoutedTransformerXL) -> torch.optim.AdamW:
-    """AdamW that decays matrices alone: not gains, biases, gates and embeddings.
+    """AdamW that decays matrices alone: not gains, biases, embeddings, gates and routing tokens.
 
-    The gates of the memory are single numbers that start nearly shut: they learn faster than the rest.
+    Gates, which start nearly shut, and routing tokens, whose numbers are ten times as large as other weights,
+    learn faster than the rest: else a short training would leave them where they started.
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
-    gates: list[nn.Parameter] = []
+    fast: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim == 2 and "embedding" not in name and "age_bias" not in name
-        (gates if "memory_gate" in name else decayed if matrix else kept).append(parameter)
+        if "memory_gate" in name or "routing_token" in name:
+            fast.append(parameter)
+        elif parameter.ndim == 2 and "embedding" not in name and "age_bias" not in name:
+            decayed.append(parameter)
+        else:
+            kept.append(parameter)
     groups = [
         {"params": decayed, "weight_decay": WEIGHT_DECAY, "rate": 1.0},
         {"params": kept, "weight_decay": 0.0, "rate": 1.0},
-        {"params": gates, "weight_decay": 0.0, "rate": GATE_RATE},
+        {"params": fast, "weight_decay": 0.0, "rate": FAST_RATE},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+
 from xlroute.kernels.arguments import check_floating
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
 from xlroute.kernels.arguments import Backend, check_floating, compute_dtype, resolve_backend
 
 Normalize = Literal["rms", "l2"]

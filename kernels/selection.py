@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+
 from xlroute.kernels.arguments import check_mask, check_scores
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from xlroute.kernels.arguments import (
     Backend,
     budget_per_row,

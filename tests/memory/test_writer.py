@@ -111,6 +111,8 @@ def test_the_last_generation_is_refused_by_name(tmp_path: Path) -> None:
         MemoryStore.open(tmp_path / "s", mode="r+", commit=first)
 
 
+# Python 3.12 warns of every fork beside threads; this child starts none, and uses none.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_fork_of_the_process_is_no_writer(tmp_path: Path) -> None:
     path = tmp_path / "s"
     store = create(path)
