@@ -29,7 +29,7 @@ WARMUP = 0.1  # share of the steps in which the learning rate rises
 FINAL_LEARNING_RATE = 0.1  # of the highest one
 WEIGHT_DECAY = 0.1
 GRADIENT_NORM = 1.0
-FAST_RATE = 10.0  # learning rate of the routing tokens, in those of the other weights
+FAST_RATE = 10.0  # learning rate of gates and routing tokens, in those of the other weights
 
 
 def build_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransformerXL:
@@ -97,14 +97,14 @@ def memory_rows(state: TransformerXLState) -> int:
 def optimizer_for(model: RoutedTransformerXL) -> torch.optim.AdamW:
     """AdamW that decays matrices alone: not gains, biases, embeddings, gates and routing tokens.
 
-    Routing tokens, whose numbers are ten times as large as other weights, learn faster than the rest: else a
-    short training would leave them where they started.
+    Gates, which start nearly shut, and routing tokens, whose numbers are ten times as large as other weights,
+    learn faster than the rest: else a short training would leave them where they started.
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if "routing_token" in name:
+        if "memory_gate" in name or "routing_token" in name:
             fast.append(parameter)
         elif parameter.ndim == 2 and "embedding" not in name and "age_bias" not in name:
             decayed.append(parameter)
