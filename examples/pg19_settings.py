@@ -40,9 +40,9 @@ class Settings:
     heads: int = 4
     dim_head: int = 32
     memory_layers: tuple[int, ...] = (3,)
-    num_tokens_kv: int = 64
+    num_tokens_kv: int = 256
     routing_tokens: int = 2
-    capacity: int = 4096
+    capacity: int = 2048
     dropout: float = 0.0
     learning_rate: float = 3e-3
 

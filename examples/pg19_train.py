@@ -97,14 +97,15 @@ def memory_rows(state: TransformerXLState) -> int:
 def optimizer_for(model: RoutedTransformerXL) -> torch.optim.AdamW:
     """AdamW that decays matrices alone: not gains, biases, embeddings, gates and routing tokens.
 
-    Gates, which start nearly shut, and routing tokens, whose numbers are ten times as large as other weights,
-    learn faster than the rest: else a short training would leave them where they started.
+    Gates, which start nearly shut, and routing tokens and the logit of looking at nothing, whose numbers are
+    ten times as large as other weights, learn faster than the rest: else a short training would leave them
+    where they started.
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if "memory_gate" in name or "routing_token" in name:
+        if any(part in name for part in ("memory_gate", "null_logit", "routing_token")):
             fast.append(parameter)
         elif parameter.ndim == 2 and "embedding" not in name and "age_bias" not in name:
             decayed.append(parameter)

@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+# Triton's interpreter runs the kernels where there is no GPU; read when a kernel's module is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from xlroute import RoutedTransformerXL
 
 SEED = int(os.environ.get("XLROUTE_TEST_SEED", random.SystemRandom().randrange(10**6)))
@@ -23,6 +27,12 @@ def pytest_report_header() -> str:
 @pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(SEED + zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What users have: Triton takes tensors on a GPU alone."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +55,8 @@ def build_model() -> Callable[..., RoutedTransformerXL]:
         for name, parameter in model.named_parameters():
             if "memory_gate" in name:
                 torch.nn.init.constant_(parameter, 1.0)
+            elif "null_logit" in name:
+                torch.nn.init.zeros_(parameter)
             elif parameter.ndim >= 2:
                 torch.nn.init.normal_(parameter, std=0.3)
         return model

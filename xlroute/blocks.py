@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -22,9 +21,10 @@ from xlroute.router import RouterOutput
 
 
 class RoutedRows(NamedTuple):
-    """Rows of the long-term memory that were routed to a block, and how old they are."""
+    """Rows of the long-term memory that were routed to a block, what followed them, and how old they are."""
 
     routed: RouterOutput
+    followers: Tensor  # [b, r, k, d], the row after each; 0 where there is none
     age_buckets: Tensor  # int64 [b, r, k]
 
 
@@ -35,7 +35,7 @@ class BlockContext(NamedTuple):
     values: Tensor  # [b, h, w, e]
     mask: Tensor  # bool [b, w]
     memory: RoutedKeysValues | None
-    memory_bias: Tensor | None  # [b, h, 1, 1 + k]
+    memory_bias: Tensor | None  # [b, h, 1, k]
 
 
 class SelfAttention(nn.Module):
@@ -98,24 +98,30 @@ class SelfAttention(nn.Module):
 
 
 class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
-    """Routed cross-attention behind a gate, with a bias for the age of the rows.
+    """Routed cross-attention to what followed the states that resemble the present one, behind a gate.
 
-    Its output is multiplied by tanh of `memory_gate`, so that a model starts close to one without memory.
+    Keys are the routed rows, compared to the tokens by the cosine of one shared projection; values are the
+    rows that followed them, as the neighbours of RETRO (arXiv 2112.04426) come with their continuation and
+    those of the kNN language model (arXiv 1911.00172) with their next token. So the branch finds its way
+    from the start, and only has to learn what to make of what it reads.
+
+    A bias for the age of a row joins the logits. The output is multiplied by tanh of `memory_gate`, so that a
+    model starts close to one without memory.
     """
 
     def __init__(self, dim: int, *, heads: int, **options: Any) -> None:
-        super().__init__(dim, num_tokens_q=None, heads=heads, **options)
+        super().__init__(dim, num_tokens_q=None, heads=heads, share_qk=True, qk_norm=True, **options)
         self.memory_gate = nn.Parameter(torch.zeros(()))
         self.age_bias = nn.Embedding(AGE_BUCKETS, heads)
 
-    def bias(self, rows: RoutedRows) -> Tensor:
-        """The bias of each row's age on the logits of each head, [b, h, 1, 1 + k]; 0 for the null key."""
+    def context(self, rows: RoutedRows) -> tuple[RoutedKeysValues, Tensor]:
+        """Keys and values of routed rows, and the bias on their logits, [b, h, 1, k]."""
         per_set = rearrange(self.age_bias.weight, "buckets (r h) -> r h buckets", r=self.sets)
         b, _, k = rows.age_buckets.shape
         heads_per_set = per_set.shape[1]
         buckets = rows.age_buckets[:, :, None].expand(-1, -1, heads_per_set, -1)
         bias = per_set.expand(b, -1, -1, -1).gather(-1, buckets)
-        return F.pad(bias.reshape(b, self.heads, 1, k), (1, 0))
+        return self.keys_values(rows.routed, rows.followers), bias.reshape(b, self.heads, 1, k)
 
     def gated(self, x: Tensor, keys_values: RoutedKeysValues, bias: Tensor) -> Tensor:
         """The gated output [b, n, d] for x [b, n, d]."""
@@ -164,9 +170,7 @@ class Block(nn.Module):
         if rows is None:
             return BlockContext(keys, values, window_mask, None, None)
         assert self.memory is not None
-        return BlockContext(
-            keys, values, window_mask, self.memory.keys_values(rows.routed), self.memory.bias(rows)
-        )
+        return BlockContext(keys, values, window_mask, *self.memory.context(rows))
 
     def read(self, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
         """Read tokens x [b, n, d]: the output [b, n, d], and the keys and values [b, h, n, e] of x."""

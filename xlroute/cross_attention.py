@@ -5,6 +5,7 @@ Shapes: b streams, n queries, m context rows, d dim, h heads, e dim_head, r rout
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from xlroute.attend import AttentionBackend, attend
 from xlroute.memory import MemoryLayer
 from xlroute.router import CoordinateDescentRouter, RouterOutput
+
+COSINE_SCALE = 20.0  # the logit of a key that equals its query, before training: e^20 outweighs all others
+NULL_COSINE = 0.7  # before training, a query looks at nothing rather than at rows less like it than this
 
 
 class RoutedKeysValues(NamedTuple):
@@ -52,6 +56,11 @@ class ConditionalRoutedCrossAttention(nn.Module):
         use_flash_attn: None, PyTorch's fused attention; True, the flash-attn package; False, the plain
             formula.
         route_block_size: see `CoordinateDescentRouter`; for the context alone.
+        share_qk: keys are projected as queries are, so that a query finds rows like itself before anything is
+            learned (Reformer, arXiv 2001.04451).
+        qk_norm: queries and keys are normalised in each head, and the logit is their cosine times a learned
+            factor (arXiv 2010.04245), which Memorizing Transformers (arXiv 2203.08913) found stable for rows
+            that older weights wrote. The null key is then a learned logit.
         dropout: probability with which an attention weight is dropped in training.
 
     Raises:
@@ -76,6 +85,8 @@ class ConditionalRoutedCrossAttention(nn.Module):
         use_null_q_tokens: bool = True,
         use_flash_attn: bool | None = None,
         route_block_size: int | None = None,
+        share_qk: bool = False,
+        qk_norm: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -120,9 +131,18 @@ class ConditionalRoutedCrossAttention(nn.Module):
         self.norm = nn.RMSNorm(dim)
         self.context_norm = nn.RMSNorm(dim)
         self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
+        self.to_k = None if share_qk else nn.Linear(dim, inner, bias=False)
+        self.to_v = nn.Linear(dim, inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
-        self.null_kv = nn.Parameter(torch.randn(2, heads, dim_head))
+        self.null_value = nn.Parameter(torch.randn(heads, 1, dim_head))
+        self.null_key: nn.Parameter | None = None
+        self.null_logit: nn.Parameter | None = None
+        self.log_scale: nn.Parameter | None = None
+        if qk_norm:
+            self.null_logit = nn.Parameter(torch.full((heads, 1, 1), NULL_COSINE * COSINE_SCALE))
+            self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(COSINE_SCALE)))
+        else:
+            self.null_key = nn.Parameter(torch.randn(heads, 1, dim_head))
         self.null_q_token: nn.Parameter | None = None
         if num_tokens_q is not None and use_null_q_tokens:
             self.null_q_token = nn.Parameter(torch.randn(dim))
@@ -194,18 +214,32 @@ class ConditionalRoutedCrossAttention(nn.Module):
         k = self.num_tokens_kv if num_tokens_kv is None else num_tokens_kv
         return self.kv_router(context, num_tokens=k, mask=context_mask, keep_one_route_dim=True)  # type: ignore[no-any-return]
 
-    def keys_values(self, routed: RouterOutput) -> RoutedKeysValues:
-        """Keys and values of routed rows for the heads of their set, behind the null key and value."""
+    def keys_values(self, routed: RouterOutput, value_rows: Tensor | None = None) -> RoutedKeysValues:
+        """Keys and values of routed rows for the heads of their set, behind the null key and value.
+
+        Args:
+            routed: the rows, and their gates.
+            value_rows: [b, r, k, d], rows whose values stand behind the keys of the routed rows; None for the
+                routed rows themselves.
+        """
         b = routed.tokens.shape[0]
-        weight = rearrange(self.to_kv.weight, "(r o) d -> r d o", r=self.sets)
-        rows = self.context_norm(routed.tokens.to(weight))
-        kv = rearrange(rows @ weight, "b r k (h two e) -> two b (r h) k e", two=2, h=self.heads // self.sets)
-        keys, values = kv.unbind()
+        if self.to_k is None:
+            keys = self._project(self.norm, self.to_q, routed.tokens)
+        else:
+            keys = self._project(self.context_norm, self.to_k, routed.tokens)
+        values = self._project(
+            self.context_norm, self.to_v, routed.tokens if value_rows is None else value_rows
+        )
         gates = routed.scores.repeat_interleave(self.heads // self.sets, dim=1)[..., None].to(values)
         values = values * gates
+        null_value = self.null_value.to(values).expand(b, -1, -1, -1)
+        if self.null_key is None:
+            keys = F.normalize(keys, dim=-1)
+            null_key = torch.zeros_like(null_value)
+        else:
+            null_key = self.null_key.to(keys).expand(b, -1, -1, -1)
         if self.multiply_keys_by_score:
             keys = keys * gates
-        null_key, null_value = self.null_kv.to(values)[:, None, :, None].expand(-1, b, -1, -1, -1)
         mask = routed.mask
         if mask is not None:
             mask = F.pad(mask.to(keys.device), (1, 0), value=True)
@@ -213,8 +247,12 @@ class ConditionalRoutedCrossAttention(nn.Module):
         return RoutedKeysValues(torch.cat((null_key, keys), 2), torch.cat((null_value, values), 2), mask)
 
     def attend(self, x: Tensor, routed: RoutedKeysValues, bias: Tensor | None = None) -> Tensor:
-        """Attend from queries x [b, n, d], with a bias [b, h, n or 1, 1 + k] on the logits: [b, n, d]."""
+        """Attend from queries x [b, n, d], with a bias [b, h, n or 1, k] on the logits of rows: [b, n, d]."""
         q = rearrange(self.to_q(self.norm(x)), "b n (h e) -> b h n e", h=self.heads)
+        if self.log_scale is not None:
+            # Attention divides the logits by the root of the head's width.
+            q = F.normalize(q, dim=-1) * (self.log_scale.exp() * q.shape[-1] ** 0.5).to(q.dtype)
+        bias = self._with_null(bias, routed)
         out = attend(
             q,
             routed.keys.to(q.dtype),
@@ -225,6 +263,24 @@ class ConditionalRoutedCrossAttention(nn.Module):
             backend=self.backend,
         )
         return self.to_out(rearrange(out, "b h n e -> b n (h e)"))  # type: ignore[no-any-return]
+
+    def _with_null(self, bias: Tensor | None, routed: RoutedKeysValues) -> Tensor | None:
+        """The bias with that of the null key in front, [b, h, n or 1, 1 + k]; None if nothing is biased."""
+        if bias is None and self.null_logit is None:
+            return None
+        b, h, places, _ = routed.keys.shape
+        null = self.null_logit
+        if bias is None:
+            bias = routed.keys.new_zeros(b, h, 1, places - 1)
+        if null is None:
+            null = bias.new_zeros(h, 1, 1)
+        return torch.cat((null.to(bias).expand(b, -1, bias.shape[2], -1), bias), dim=-1)
+
+    def _project(self, norm: nn.RMSNorm, projection: nn.Linear, rows: Tensor) -> Tensor:
+        """Normalise rows [b, r, k, d] and project them for the heads of their set: [b, h, k, e]."""
+        weight = rearrange(projection.weight, "(r o) d -> r d o", r=self.sets)
+        out = norm(rows.to(weight)) @ weight
+        return rearrange(out, "b r k (h e) -> b (r h) k e", h=self.heads // self.sets)
 
     def _route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
         """Put the outputs of routed queries in their places; the others get the learned output, or zero."""

@@ -34,6 +34,7 @@ from xlroute.state import TransformerXLState, load_state
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_VERSION = 1
+MEMORY_EPS = 0.5  # temperature of the choice of memory rows, in scores whose spread is about 1
 
 
 class Routing(NamedTuple):
@@ -68,7 +69,8 @@ class RoutedTransformerXL(nn.Module):
         dropout: of attention weights and of each branch's output.
         tie_embeddings: the output projection is the embedding, transposed.
         gradient_checkpointing: recompute each block in the backward instead of keeping its activations.
-        router_kwargs: further arguments of `CoordinateDescentRouter`; JSON values.
+        router_kwargs: further arguments of `CoordinateDescentRouter`; JSON values. `eps` is 0.5 unless given:
+            a wide edge of the choice, so that many rows tell the router where better ones are.
 
     Raises:
         ValueError: for arguments out of range.
@@ -154,7 +156,7 @@ class RoutedTransformerXL(nn.Module):
         memory_options = {
             "num_tokens_kv": num_tokens_kv,
             "kv_routing_tokens": kv_routing_tokens,
-            "router_kwargs": dict(router_kwargs or {}),
+            "router_kwargs": {"eps": MEMORY_EPS, **(router_kwargs or {})},
         }
         self.embedding = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(
@@ -194,7 +196,7 @@ class RoutedTransformerXL(nn.Module):
             if block.memory is not None:
                 nn.init.zeros_(block.memory.to_out.weight)
                 nn.init.zeros_(block.memory.age_bias.weight)
-                nn.init.normal_(block.memory.null_kv, std=0.02)
+                nn.init.zeros_(block.memory.null_value)
                 nn.init.constant_(block.memory.memory_gate, 0.1)
 
     # ---- State ----
@@ -506,7 +508,9 @@ class RoutedTransformerXL(nn.Module):
             positions = layer.positions(routed.indices)
             start = (_rows_appended(layer) + state.window_lengths).to(positions.device)
             rows = RoutedRows(
-                routed, age_bucket(start[:, None, None] - positions).to(self.embedding.weight.device)
+                routed,
+                _followers(layer, routed.indices),
+                age_bucket(start[:, None, None] - positions).to(self.embedding.weight.device),
             )
             chosen = positions >= 0
             yield (
@@ -609,6 +613,12 @@ class RoutedTransformerXL(nn.Module):
 def _rows_appended(layer: MemoryLayer) -> Tensor:
     """Rows that each stream has appended since its reset, int64 [b]."""
     return layer.positions(layer.lengths - 1) + 1
+
+
+def _followers(layer: MemoryLayer, indices: Tensor) -> Tensor:
+    """The rows that follow those at `indices` [b, r, k], [b, r, k, d]; 0 for none and for the newest."""
+    newest = (layer.lengths - 1).to(indices.device)[:, None, None]
+    return layer.gather(torch.where((indices >= 0) & (indices < newest), indices + 1, -1))
 
 
 def _slices(t: Tensor, start: Tensor, length: int) -> Tensor:

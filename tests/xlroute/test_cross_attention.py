@@ -15,31 +15,43 @@ def build(**options: object) -> ConditionalRoutedCrossAttention:
 
 def by_hand(module: ConditionalRoutedCrossAttention, x: Tensor, context: Tensor) -> Tensor:
     """Every query to the routed rows of its head's set, head by head, in loops."""
-    heads, sets, e = module.heads, module.sets, module.null_kv.shape[-1]
+    heads, sets, e = module.heads, module.sets, module.null_value.shape[-1]
     out = module.kv_router(context, num_tokens=module.num_tokens_kv, keep_one_route_dim=True)
     q = module.to_q(module.norm(x)).unflatten(-1, (heads, e))
-    weight = module.to_kv.weight.unflatten(0, (heads, 2, e))  # [h, 2, e, d]
+    to_k, key_norm = module.to_k, module.context_norm
+    if to_k is None:
+        to_k, key_norm = module.to_q, module.norm
+    key_weight, value_weight = (each.weight.unflatten(0, (heads, e)) for each in (to_k, module.to_v))
     results = []
     for h in range(heads):
         r = h // (heads // sets)
-        rows = module.context_norm(out.tokens[:, r])
+        rows = out.tokens[:, r]
         gates = out.scores[:, r, :, None]
-        keys, values = rows @ weight[h, 0].T, (rows @ weight[h, 1].T) * gates
+        keys = key_norm(rows) @ key_weight[h].T
+        values = (module.context_norm(rows) @ value_weight[h].T) * gates
         if module.multiply_keys_by_score:
             keys = keys * gates
-        null_key, null_value = module.null_kv[:, h].expand(x.shape[0], 1, 2, e).unbind(2)
-        keys, values = torch.cat((null_key, keys), 1), torch.cat((null_value, values), 1)
-        weights = (q[:, :, h] @ keys.mT / e**0.5).softmax(-1)
+        values = torch.cat((module.null_value[h].expand(x.shape[0], 1, e), values), 1)
+        if module.log_scale is None or module.null_logit is None:
+            null = q[:, :, h] @ module.null_key[h].T / e**0.5
+            logits = q[:, :, h] @ keys.mT / e**0.5
+        else:
+            null = module.null_logit[h].expand(x.shape[0], x.shape[1], 1)
+            logits = torch.cosine_similarity(q[:, :, None, h], keys[:, None], dim=-1)
+            logits = logits * module.log_scale[h].exp()
+        weights = torch.cat((null, logits), -1).softmax(-1)
         results.append(weights @ values)
     return module.to_out(torch.cat(results, -1))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("sets", [1, 2, 4])
-@pytest.mark.parametrize("keys_too", [False, True])
-def test_it_is_attention_to_the_routed_rows(sets: int, keys_too: bool) -> None:
-    module = build(
-        kv_routing_tokens=sets, multiply_keys_by_score=keys_too, router_straight_through=False
-    ).double()
+@pytest.mark.parametrize(
+    "options", [{}, {"multiply_keys_by_score": True}, {"share_qk": True}, {"qk_norm": True}], ids=str
+)
+def test_it_is_attention_to_the_routed_rows(sets: int, options: dict[str, bool]) -> None:
+    module = build(kv_routing_tokens=sets, router_straight_through=False, **options).double()
+    for norm in (module.norm, module.context_norm):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
     x, context = torch.randn(3, 9, 32).double(), torch.randn(3, 50, 32).double()
     torch.testing.assert_close(module(x, context), by_hand(module, x, context))
 
@@ -58,7 +70,7 @@ def test_an_empty_context_leaves_the_null_key() -> None:
     module = build(kv_routing_tokens=2)
     x, context = torch.randn(2, 5, 32), torch.randn(2, 50, 32)
     nothing = module(x, context, context_mask=torch.zeros(2, 50, dtype=torch.bool))
-    expected = module.to_out(module.null_kv[1].flatten()).expand(2, 5, 32)
+    expected = module.to_out(module.null_value.flatten()).expand(2, 5, 32)
     torch.testing.assert_close(nothing, expected)
     torch.testing.assert_close(module(x, context[:, :0]), expected)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from xlroute import RoutedTransformerXL
+from xlroute import RoutedTransformerXL, RouterOutput
+from xlroute.blocks import RoutedMemoryAttention
 from xlroute.memory import FingerprintError, MemoryStore
 from xlroute.open_segment import OpenSegment
 
@@ -69,6 +70,41 @@ def test_every_kind_of_memory_is_used(build_model: BuildModel) -> None:
     assert (with_memory[:, 15:] - without[:, 15:]).abs().max() > 1e-3
     alone, _ = model(tokens[:, 20:], model.initial_state(streams=1))
     assert (without[:, 20:] - alone).abs().max() > 1e-3
+
+
+def test_routed_rows_come_with_the_rows_that_followed_them(build_model: BuildModel) -> None:
+    model = build_model(num_tokens_kv=30)
+    tokens = torch.randint(50, (2, 26))
+    state = model.initial_state(streams=2, memory=model.create_memory(streams=2))
+    _, state = model(tokens, state, lengths=torch.tensor([26, 12]))
+    assert state.memory is not None
+    layers = [routed for _, routed in model.route(state) if routed is not None]
+    assert len(layers) == 2
+    for layer, (rows, routing) in enumerate(layers):
+        held, _ = state.memory.rows(layer)
+        for stream, length in enumerate((20, 6)):
+            for indices, followers in zip(routing.indices[stream], rows.followers[stream], strict=True):
+                assert indices.max() == length - 1
+                for index, follower in zip(indices.tolist(), followers, strict=True):
+                    if 0 <= index < length - 1:
+                        assert torch.equal(follower, held[stream, index + 1])
+                    else:
+                        assert not follower.any()
+
+
+def test_an_untrained_memory_finds_what_followed_the_present_state() -> None:
+    """Queries and keys share their projection, so each token attends to the row that equals it."""
+    memory = RoutedMemoryAttention(64, heads=4, dim_head=16, num_tokens_kv=50, kv_routing_tokens=2)
+    torch.nn.init.eye_(memory.to_out.weight)
+    x, followers = torch.randn(2, 50, 64), torch.randn(2, 2, 50, 64)
+    routed = RouterOutput(
+        torch.arange(50).expand(2, 2, -1), torch.ones(2, 2, 50), x[:, None].expand(-1, 2, -1, -1), None
+    )
+    found = memory.attend(x, memory.keys_values(routed, followers))
+    values = memory.to_v(memory.context_norm(followers))  # [b, r, k, h e]
+    first, second = found.chunk(2, dim=-1)  # the heads of either set
+    assert torch.cosine_similarity(first, values[:, 0, :, :32], dim=-1).median() > 0.95
+    assert torch.cosine_similarity(second, values[:, 1, :, 32:], dim=-1).median() > 0.95
 
 
 def test_cleared_memory_changes_what_is_read_and_keeps_the_window(build_model: BuildModel) -> None:
