@@ -1,9 +1,20 @@
 """The numerical ops of routing: one plain-PyTorch reference each, behind one function each."""
 
+from xlroute.kernels.arguments import Backend
 from xlroute.kernels.descent import coordinate_descent
-from xlroute.kernels.gather import gather_rows
+from xlroute.kernels.gather import gather_gated_rows, gather_rows, scatter_rows
 from xlroute.kernels.scoring import row_scores
 from xlroute.kernels.selection import top_indices
-from xlroute.kernels.water_level import soft_topk
+from xlroute.kernels.water_level import soft_topk, soft_topk_with_indices
 
-__all__ = ["coordinate_descent", "gather_rows", "row_scores", "soft_topk", "top_indices"]
+__all__ = [
+    "Backend",
+    "coordinate_descent",
+    "gather_gated_rows",
+    "gather_rows",
+    "row_scores",
+    "scatter_rows",
+    "soft_topk",
+    "soft_topk_with_indices",
+    "top_indices",
+]

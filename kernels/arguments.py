@@ -1,12 +1,16 @@
 """The checks that every public op makes on its arguments before any work is done."""
 
+import importlib.util
 import math
+import os
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Backend = Literal["torch", "triton"]
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -107,13 +111,21 @@ def budget_per_row(k: float | Tensor, s: Tensor) -> Tensor:
 def resolve_backend(backend: Backend | None, tensor: Tensor) -> Backend:
     """The backend that runs an op on ``tensor``: the one asked for, else the best there is for its device.
 
+    That is Triton for CUDA tensors where the package is installed, and PyTorch for all others. When asked
+    for, Triton also takes CPU tensors while its interpreter is on (TRITON_INTERPRET=1, for debugging).
+
     Raises:
-        ValueError: ``backend`` is unknown, or ``"triton"`` and cannot run here.
+        ValueError: ``backend`` is unknown, or ``"triton"`` and the tensor is on another device.
+        ImportError: ``backend`` is ``"triton"`` and the package is not installed.
     """
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend must be None, 'torch' or 'triton', got {backend!r}")
+    on_gpu = tensor.device.type == "cuda"
+    if backend is None:
+        return "triton" if on_gpu and HAS_TRITON else "torch"
     if backend == "triton":
-        if tensor.device.type != "cuda":
+        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(f"backend='triton' needs a CUDA tensor, got a tensor on {tensor.device}")
-        raise ValueError("backend='triton' is not part of this version: use backend=None or 'torch'")
-    return "torch"
+        if not HAS_TRITON:
+            raise ImportError("backend='triton' needs the triton package: pip install xlroute[gpu]")
+    return backend

@@ -58,7 +58,7 @@ def coordinate_descent(
         eps_init: the first temperature, at least ``eps``.
         eps_decay: the factor from one iteration to the next, in (0, 1].
         mask: bool, broadcasts to [..., n]; False entries get a gate of 0 and no gradient.
-        backend: "torch", or None to pick by device.
+        backend: "torch", "triton", or None to pick by device.
 
     Returns:
         The gates in [0, 1], of the shape and dtype of ``s``.
@@ -79,9 +79,10 @@ def coordinate_descent(
         raise ValueError(f"eps_init must be finite and at least eps = {eps}, got {eps_init}")
     if not 0 < eps_decay <= 1:
         raise ValueError(f"eps_decay must be in (0, 1], got {eps_decay}")
-    resolve_backend(backend, s)
+    backend = resolve_backend(backend, s)
+    budget = budget_per_row(k, s)
     gates: Tensor
-    gates, _ = _forward(s, budget_per_row(k, s), mask, n_iters, float(eps), float(eps_init), float(eps_decay))
+    gates, _ = _forward(s, budget, mask, n_iters, float(eps), float(eps_init), float(eps_decay), backend)
     return gates
 
 
@@ -118,9 +119,20 @@ def _prepare(s: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]
 
 @torch.library.custom_op("xlroute::coordinate_descent", mutates_args=())
 def _forward(
-    s: Tensor, k: Tensor, mask: Tensor | None, n_iters: int, eps: float, eps_init: float, eps_decay: float
+    s: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    n_iters: int,
+    eps: float,
+    eps_init: float,
+    eps_decay: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gates [..., n], and float64 scalars [3, T, ...]: a_t, ln Σ_t and P_t of `_backward`."""
+    if backend == "triton" and s.numel() > 0:
+        from xlroute.kernels import descent_triton
+
+        return descent_triton.forward(s, k, mask, n_iters, eps, eps_init, eps_decay)
     with torch.autocast(s.device.type, enabled=False):
         state = s.new_zeros((3, n_iters, *s.shape[:-1]), dtype=torch.float64)
         if s.numel() == 0:
@@ -130,7 +142,7 @@ def _forward(
         log_k = k.masked_fill(idle, 1.0).log()
         top = scores.amax(-1).to(torch.float64).masked_fill(idle, 0.0)
         valid = (scores != -math.inf).sum(-1).to(torch.float64).masked_fill(idle, 1.0)
-        a = schedule[0] * (log_k - valid.log())
+        a = torch.where(top.isnan(), top, schedule[0] * (log_k - valid.log()))
         state[0, 0] = a
         for t in range(1, n_iters):
             # The largest exponent is 0 unless every score is below the threshold; then it is subtracted, so
@@ -162,6 +174,7 @@ def _backward(
     eps: float,
     eps_init: float,
     eps_decay: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the scores [..., n] and of the budget [...], from the scalars that `_forward` returned.
 
@@ -171,6 +184,10 @@ def _backward(
         ā_T = Σ u,    ā_{t-1} = ā_t P_t
         ds  = u - Σ_{t≥2} ā_t softmax_t [s < -a_{t-1}],    dk = Σ_t ā_t ε_t / k
     """
+    if backend == "triton" and s.numel() > 0:
+        from xlroute.kernels import descent_triton
+
+        return descent_triton.backward(grad, s, k, mask, state, n_iters, eps, eps_init, eps_decay)
     with torch.autocast(s.device.type, enabled=False):
         if s.numel() == 0:
             return s.new_zeros(s.shape), torch.zeros_like(k).contiguous()
@@ -198,7 +215,14 @@ def _backward(
 
 @_forward.register_fake
 def _(
-    s: Tensor, k: Tensor, mask: Tensor | None, n_iters: int, eps: float, eps_init: float, eps_decay: float
+    s: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    n_iters: int,
+    eps: float,
+    eps_init: float,
+    eps_decay: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return s.new_empty(s.shape), s.new_empty((3, n_iters, *s.shape[:-1]), dtype=torch.float64)
 
@@ -214,6 +238,7 @@ def _(
     eps: float,
     eps_init: float,
     eps_decay: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return s.new_empty(s.shape), k.new_empty(k.shape)
 
@@ -226,7 +251,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     s, k, mask, state = ctx.saved_tensors
     ds, dk = _backward(grad, s, k, mask, state, *ctx.settings)
-    return ds, dk, None, None, None, None, None
+    return ds, dk, None, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,12 +1,16 @@
-"""Gather of chosen rows, where an index of -1 stands for no row."""
+"""Gather of chosen rows and their gates, and scatter of rows back to their places; -1 stands for no row."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from xlroute.kernels.arguments import check_floating
+from xlroute.kernels.arguments import Backend, check_floating, resolve_backend
+
+_ALL_PAIRS = 1 << 14  # indices of a stream up to which Triton compares all pairs, instead of sorting them
 
 
-def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
+def gather_rows(x: Tensor, indices: Tensor, backend: Backend | None = None) -> Tensor:
     """The rows of each stream at its indices; -1 gathers zeros.
 
     Differentiable in ``x``: the gradients of a row that is gathered several times add up, in a fixed order.
@@ -15,31 +19,235 @@ def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
     Args:
         x: rows, [b, m, d].
         indices: int64, [b, ...], each in [-1, m).
+        backend: "torch", "triton", or None to pick by device.
 
     Returns:
         The gathered rows, [b, ..., d], in the dtype of ``x``.
 
     Raises:
         TypeError: ``x`` is not floating point or ``indices`` not int64.
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, the devices differ, or the backend cannot run here.
         IndexError: an index is outside [-1, m). Only checked on a CPU and outside torch.compile: elsewhere
-            the check would have to wait for the device.
+            the check would have to wait for the device, and Triton gathers NaN instead.
     """
-    check_floating("x", x)
+    _check("x", x, indices)
+    backend = resolve_backend(backend, x)
+    rows: Tensor
+    rows, _ = _gather(x, None, indices, backend)
+    return rows
+
+
+def gather_gated_rows(
+    x: Tensor, gates: Tensor, indices: Tensor, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """The rows of each stream at its indices, as `gather_rows`, and the gates of the same rows, at once.
+
+    Args:
+        x: rows, [b, m, d].
+        gates: the gates of all rows, [b, ..., m].
+        indices: int64, [b, ..., k], each in [-1, m); the dimensions before the last are those of ``gates``.
+        backend: "torch", "triton", or None to pick by device.
+
+    Returns:
+        The gathered rows [b, ..., k, d] and gates [b, ..., k], both 0 where the index is -1.
+
+    Raises:
+        TypeError: ``x`` or ``gates`` is not floating point or ``indices`` not int64.
+        ValueError: the shapes do not fit, the devices differ, or the backend cannot run here.
+        IndexError: as for `gather_rows`.
+    """
+    _check("x", x, indices)
+    check_floating("gates", gates)
+    if indices.ndim < 2 or gates.shape != (*indices.shape[:-1], x.shape[1]):
+        raise ValueError(
+            "gates must have shape [b, ..., m] for indices [b, ..., k] and x [b, m, d], got "
+            f"{tuple(gates.shape)} for {tuple(indices.shape)} and {tuple(x.shape)}"
+        )
+    if gates.device != x.device:
+        raise ValueError(f"gates must be on the device of x, {x.device}, got {gates.device}")
+    backend = resolve_backend(backend, x)
+    rows: Tensor
+    chosen: Tensor
+    rows, chosen = _gather(x, gates, indices, backend)
+    return rows, chosen
+
+
+def scatter_rows(base: Tensor, rows: Tensor, indices: Tensor, backend: Backend | None = None) -> Tensor:
+    """A copy of ``base`` with rows of each stream replaced; those with an index of -1 are dropped.
+
+    Differentiable in ``base`` and ``rows``.
+
+    Args:
+        base: [b, n, d]; any view, as a vector that is expanded to all places.
+        rows: [b, k, d], in the dtype of ``base``.
+        indices: int64, [b, k], the places of the rows, each in [-1, n). Those of a stream are distinct, but
+            for -1.
+        backend: "torch", "triton", or None to pick by device.
+
+    Returns:
+        [b, n, d].
+
+    Raises:
+        TypeError: ``base`` or ``rows`` is not floating point, or of another dtype than the other, or
+            ``indices`` is not int64.
+        ValueError: the shapes do not fit, the devices differ, or the backend cannot run here.
+        IndexError: an index is outside [-1, n). Only checked on a CPU and outside torch.compile: elsewhere
+            the check would have to wait for the device, and Triton drops the row instead.
+    """
+    _check("base", base, indices)
+    check_floating("rows", rows)
+    if rows.dtype != base.dtype:
+        raise TypeError(f"rows must have the dtype of base, {base.dtype}, got {rows.dtype}")
+    if indices.ndim != 2 or rows.shape != (*indices.shape, base.shape[-1]):
+        raise ValueError(
+            "rows must have shape [b, k, d] for indices [b, k] and base [b, n, d], got "
+            f"{tuple(rows.shape)} for {tuple(indices.shape)} and {tuple(base.shape)}"
+        )
+    if rows.device != base.device:
+        raise ValueError(f"rows must be on the device of base, {base.device}, got {rows.device}")
+    backend = resolve_backend(backend, base)
+    result: Tensor = _scatter(base, rows, indices, backend)
+    return result
+
+
+def _check(name: str, x: Tensor, indices: Tensor) -> None:
+    """The checks that are common to all: x [b, m, d], and indices [b, ...] into its rows."""
+    check_floating(name, x)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         given = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"indices must be an int64 tensor, got {given}")
     if x.ndim != 3 or indices.ndim < 1 or indices.shape[0] != x.shape[0]:
         raise ValueError(
-            f"x must have shape [b, m, d] and indices [b, ...] with the same b, got {tuple(x.shape)} and "
-            f"{tuple(indices.shape)}"
+            f"{name} must have shape [b, m, d] and indices [b, ...] with the same b, got {tuple(x.shape)} "
+            f"and {tuple(indices.shape)}"
         )
-    b, m, d = x.shape
+    if indices.device != x.device:
+        raise ValueError(f"indices must be on the device of {name}, {x.device}, got {indices.device}")
+    m = x.shape[1]
     if indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() > 0:
         low, high = (int(bound) for bound in indices.aminmax())
         if low < -1 or high >= m:
             raise IndexError(f"indices must be in [-1, {m}), got values from {low} to {high}")
-    if m == 0:
-        return x.new_zeros((*indices.shape, d))
+
+
+@torch.library.custom_op("xlroute::gather_rows", mutates_args=())
+def _gather(x: Tensor, gates: Tensor | None, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Rows [b, ..., d] and their gates [b, ...], without gates [0]."""
+    b, m, d = x.shape
+    if backend == "triton" and indices.numel() > 0 and d > 0:
+        from xlroute.kernels import gather_triton
+
+        return gather_triton.gather(x, gates, indices)
+    nowhere = indices < 0
+    if m == 0 or indices.numel() == 0:
+        rows = x.new_zeros((*indices.shape, d))
+        return rows, x.new_empty(0) if gates is None else gates.new_zeros(indices.shape)
+    at = indices.clamp(min=0)
     stream = torch.arange(b, device=x.device).view(b, *[1] * (indices.ndim - 1))
-    return x[stream, indices.clamp(min=0)].masked_fill((indices < 0)[..., None], 0.0)
+    rows = x[stream, at].masked_fill_(nowhere[..., None], 0.0).contiguous()
+    if gates is None:
+        return rows, x.new_empty(0)
+    return rows, gates.gather(-1, at).masked_fill_(nowhere, 0.0)
+
+
+@torch.library.custom_op("xlroute::gather_rows_backward", mutates_args=())
+def _gather_backward(grad: Tensor, indices: Tensor, m: int, backend: str) -> Tensor:
+    """Sums [b, m, d] of the gradients [b, k, d] of each row, in the order of the indices [b, k]."""
+    b, k = indices.shape
+    d = grad.shape[-1]
+    if backend == "triton" and grad.numel() > 0 and m > 0 and k <= _ALL_PAIRS:
+        from xlroute.kernels import gather_triton
+
+        return gather_triton.gather_backward(grad, indices, m)
+    result = grad.new_zeros((b * m, d))
+    if result.numel() > 0 and k > 0:
+        places = torch.arange(b, device=grad.device)[:, None] * m + indices.clamp(min=0)
+        grad = grad.masked_fill((indices < 0)[..., None], 0.0).flatten(0, 1)
+        # Each adds in the order of the indices on one kind of device, and by atomics on the other.
+        if grad.device.type == "cpu":
+            result.index_add_(0, places.flatten(), grad)
+        else:
+            result.index_put_((places.flatten(),), grad, accumulate=True)
+    return result.view(b, m, d)
+
+
+@torch.library.custom_op("xlroute::scatter_rows", mutates_args=())
+def _scatter(base: Tensor, rows: Tensor | None, indices: Tensor, backend: str) -> Tensor:
+    """``base`` [b, n, d] with ``rows`` [b, k, d], or zeros, at the indices [b, k]."""
+    b, n, d = base.shape
+    if backend == "triton" and base.numel() > 0:
+        from xlroute.kernels import gather_triton
+
+        return gather_triton.scatter(base, rows, indices)
+    # Rows without a place go to one past the end, which is cut off again.
+    result = base.new_empty((b, n + 1, d))
+    result[:, :n] = base
+    places = torch.where(indices < 0, n, indices)[..., None].expand(-1, -1, d)
+    result = result.scatter_(1, places, 0.0) if rows is None else result.scatter_(1, places, rows)
+    return result[:, :n].clone(memory_format=torch.contiguous_format)
+
+
+@_gather.register_fake
+def _(x: Tensor, gates: Tensor | None, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    rows = x.new_empty((*indices.shape, x.shape[-1]))
+    return rows, x.new_empty(0) if gates is None else gates.new_empty(indices.shape)
+
+
+@_gather_backward.register_fake
+def _(grad: Tensor, indices: Tensor, m: int, backend: str) -> Tensor:
+    return grad.new_empty((grad.shape[0], m, grad.shape[-1]))
+
+
+@_scatter.register_fake
+def _(base: Tensor, rows: Tensor | None, indices: Tensor, backend: str) -> Tensor:
+    return base.new_empty(base.shape)
+
+
+def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, gates, indices, ctx.backend = inputs
+    ctx.m = x.shape[1]
+    ctx.gates_shape = None if gates is None else gates.shape
+    ctx.save_for_backward(indices)
+
+
+def _gather_autograd(ctx: Any, grad: Tensor, grad_gates: Tensor) -> tuple[Tensor | None, ...]:
+    (indices,) = ctx.saved_tensors
+    b, *_, d = grad.shape
+    needs_x, needs_gates, *_ = ctx.needs_input_grad
+    d_x = d_gates = None
+    if needs_x:
+        places = indices.reshape(b, -1)
+        d_x = _gather_backward(grad.reshape(*places.shape, d), places, ctx.m, ctx.backend)
+    if needs_gates:
+        places = indices.flatten(0, -2)
+        d_gates = _gather_backward(grad_gates.reshape(*places.shape, 1), places, ctx.m, ctx.backend)
+        d_gates = d_gates.view(ctx.gates_shape)
+    return d_x, d_gates, None, None
+
+
+def _gather_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, indices, _, ctx.backend = inputs
+    ctx.save_for_backward(indices)
+
+
+def _gather_backward_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (indices,) = ctx.saved_tensors
+    return _gather(grad, None, indices, ctx.backend)[0], None, None, None
+
+
+def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, indices, ctx.backend = inputs
+    ctx.save_for_backward(indices)
+
+
+def _scatter_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (indices,) = ctx.saved_tensors
+    needs_base, needs_rows, *_ = ctx.needs_input_grad
+    d_base = _scatter(grad, None, indices, ctx.backend) if needs_base else None
+    d_rows = _gather(grad, None, indices, ctx.backend)[0] if needs_rows else None
+    return d_base, d_rows, None, None
+
+
+_gather.register_autograd(_gather_autograd, setup_context=_gather_setup)
+_gather_backward.register_autograd(_gather_backward_autograd, setup_context=_gather_backward_setup)
+_scatter.register_autograd(_scatter_autograd, setup_context=_scatter_setup)

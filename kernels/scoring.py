@@ -34,20 +34,20 @@ def row_scores(
     sqrt(sum(row²) + 1e-12) for "l2".
 
     The score of a row is the same, bit for bit, whatever other rows it is scored with, in whatever batch, at
-    whatever offset and stride of a larger buffer, and with any number of threads: products are taken element
-    by element and each is summed in an order that depends on d alone, which no matrix product promises. So
-    scores may be kept and compared with scores that are computed later.
+    whatever offset and stride of a larger buffer, and with any number of threads: it is summed in an order
+    that depends on d alone, and in Triton on the number of tokens and the dtypes besides, which no matrix
+    product promises. So scores may be kept and compared with scores that the same backend computes later.
 
     Rows may be a view of a buffer that grows: they are not copied, and while they need no gradient, writing
-    elsewhere into the buffer before the backward is allowed. The rows themselves must still be there. There
-    is no second derivative.
+    elsewhere into the buffer before the backward is allowed. The rows themselves must still be there. Triton
+    does not read blocks of rows whose scores all have a gradient of exactly 0. There is no second derivative.
 
     Args:
         rows: [..., m, d].
         tokens: [..., r, d]; the leading dimensions of both broadcast.
         normalize: "rms", "l2", or None to score the rows as they are.
         scale: a factor on every score.
-        backend: "torch", or None to pick by device.
+        backend: "torch", "triton", or None to pick by device.
 
     Returns:
         Scores [..., r, m], float64 for float64 rows and float32 for all others, under autocast too.
@@ -70,7 +70,7 @@ def row_scores(
         raise ValueError(f"normalize must be 'rms', 'l2' or None, got {normalize!r}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    resolve_backend(backend, rows)
+    backend = resolve_backend(backend, rows)
     try:
         lead = torch.broadcast_shapes(rows.shape[:-2], tokens.shape[:-2])  # type: ignore[no-untyped-call]
     except RuntimeError as error:
@@ -81,7 +81,7 @@ def row_scores(
     rows = rows.expand(*lead, *rows.shape[-2:])
     tokens = tokens.expand(*lead, *tokens.shape[-2:])
     scores: Tensor
-    scores, _ = _forward(rows, tokens, normalize, float(scale))
+    scores, _ = _forward(rows, tokens, normalize, float(scale), backend)
     return scores
 
 
@@ -125,8 +125,16 @@ def _block_size(rows: Tensor, width: int) -> int:
 
 
 @torch.library.custom_op("xlroute::row_scores", mutates_args=())
-def _forward(rows: Tensor, tokens: Tensor, normalize: str | None, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    rows: Tensor, tokens: Tensor, normalize: str | None, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
     """Scores [..., r, m], and 1 / norm [..., m] for the backward."""
+    if backend == "triton" and rows.numel() > 0 and tokens.numel() > 0:
+        from xlroute.kernels import scoring_triton
+
+        return scoring_triton.forward(
+            rows, tokens, normalize, scale, eps=L2_EPS if normalize == "l2" else RMS_EPS
+        )
     with torch.autocast(rows.device.type, enabled=False):
         dtype = compute_dtype(rows.dtype)
         *lead, m, d = rows.shape
@@ -155,8 +163,14 @@ def _forward(rows: Tensor, tokens: Tensor, normalize: str | None, scale: float) 
 
 
 @torch.library.custom_op("xlroute::row_scores_backward_tokens", mutates_args=())
-def _backward_tokens(grad: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor, scale: float) -> Tensor:
+def _backward_tokens(
+    grad: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor, scale: float, backend: str
+) -> Tensor:
     """Gradient of the tokens: (grad * scale / norm) @ rows, block by block of rows."""
+    if backend == "triton" and rows.numel() > 0 and tokens.numel() > 0:
+        from xlroute.kernels import scoring_triton
+
+        return scoring_triton.backward_tokens(grad, rows, tokens, inverse, scale)
     with torch.autocast(rows.device.type, enabled=False):
         *lead, m, d = rows.shape
         weights = grad * (inverse * scale)[..., None, :]
@@ -169,13 +183,23 @@ def _backward_tokens(grad: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor
 
 @torch.library.custom_op("xlroute::row_scores_backward_rows", mutates_args=())
 def _backward_rows(
-    grad: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor, normalize: str | None, scale: float
+    grad: Tensor,
+    rows: Tensor,
+    tokens: Tensor,
+    inverse: Tensor,
+    normalize: str | None,
+    scale: float,
+    backend: str,
 ) -> Tensor:
     """Gradient of the rows: with v = gradᵀ @ tokens, scale / norm * (v - row <row, v> / (norm² count)).
 
     The second term is the gradient through the norm: count is d for "rms" and 1 for "l2", and without a norm
     the term is absent.
     """
+    if backend == "triton" and rows.numel() > 0 and tokens.numel() > 0:
+        from xlroute.kernels import scoring_triton
+
+        return scoring_triton.backward_rows(grad, rows, tokens, inverse, normalize, scale)
     with torch.autocast(rows.device.type, enabled=False):
         *lead, m, d = rows.shape
         result = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
@@ -192,26 +216,34 @@ def _backward_rows(
 
 
 @_forward.register_fake
-def _(rows: Tensor, tokens: Tensor, normalize: str | None, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    rows: Tensor, tokens: Tensor, normalize: str | None, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
     *lead, m, _ = rows.shape
     dtype = compute_dtype(rows.dtype)
     return rows.new_empty((*lead, tokens.shape[-2], m), dtype=dtype), rows.new_empty((*lead, m), dtype=dtype)
 
 
 @_backward_tokens.register_fake
-def _(grad: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor, scale: float) -> Tensor:
+def _(grad: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor, scale: float, backend: str) -> Tensor:
     return tokens.new_empty(tokens.shape)
 
 
 @_backward_rows.register_fake
 def _(
-    grad: Tensor, rows: Tensor, tokens: Tensor, inverse: Tensor, normalize: str | None, scale: float
+    grad: Tensor,
+    rows: Tensor,
+    tokens: Tensor,
+    inverse: Tensor,
+    normalize: str | None,
+    scale: float,
+    backend: str,
 ) -> Tensor:
     return rows.new_empty(rows.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    rows, tokens, ctx.normalize, ctx.scale = inputs
+    rows, tokens, ctx.normalize, ctx.scale, ctx.backend = inputs
     # `data` has a version counter of its own: rows are often a view of a buffer that gets longer before the
     # backward runs, and autograd would take that for a change of the rows.
     ctx.save_for_backward(rows if rows.requires_grad else rows.data, tokens, output[1])
@@ -220,9 +252,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     rows, tokens, inverse = ctx.saved_tensors
     needs_rows, needs_tokens, *_ = ctx.needs_input_grad
-    d_rows = _backward_rows(grad, rows, tokens, inverse, ctx.normalize, ctx.scale) if needs_rows else None
-    d_tokens = _backward_tokens(grad, rows, tokens, inverse, ctx.scale) if needs_tokens else None
-    return d_rows, d_tokens, None, None
+    d_rows = d_tokens = None
+    if needs_rows:
+        d_rows = _backward_rows(grad, rows, tokens, inverse, ctx.normalize, ctx.scale, ctx.backend)
+    if needs_tokens:
+        d_tokens = _backward_tokens(grad, rows, tokens, inverse, ctx.scale, ctx.backend)
+    return d_rows, d_tokens, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -5,38 +5,74 @@ import math
 import torch
 from torch import Tensor
 
-from xlroute.kernels.arguments import check_mask, check_scores
+from xlroute.kernels.arguments import Backend, check_mask, check_scores, resolve_backend
 
 
 @torch.no_grad()
-def top_indices(s: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
+def top_indices(s: Tensor, k: int, mask: Tensor | None = None, *, backend: Backend | None = None) -> Tensor:
     """Indices of the k largest scores of each row, in descending order, equal ones by the lower index.
 
-    Masked entries, -inf and NaN are never chosen. Two partial sorts, so about O(n): one finds the k-th score,
-    the other the first of the scores that equal it.
+    Masked entries, -inf and NaN are never chosen.
 
     Args:
         s: scores, [..., n].
         k: how many, 0 <= k <= n.
         mask: bool, broadcasts to [..., n]; False entries cannot be chosen.
+        backend: "torch", "triton", or None to pick by device. Triton selects up to 8,192 from rows of more
+            than 2,048 entries; beyond, both run the PyTorch reference.
 
     Returns:
         int64 [..., k]. A row with fewer than k entries to choose from ends in -1.
 
     Raises:
         TypeError: ``s`` is not floating point, ``mask`` not bool or ``k`` not an int.
-        ValueError: ``mask`` does not broadcast to ``s``, or ``k`` is not in [0, n].
+        ValueError: ``mask`` does not broadcast to ``s``, ``k`` is not in [0, n], or the backend cannot run
+            here.
     """
     check_scores(s)
     check_mask(mask, s)
-    n = s.shape[-1]
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
-    if not 0 <= k <= n:
-        raise ValueError(f"k must be in [0, n] with n = {n}, got {k}")
-    if k == 0:
-        return torch.empty((*s.shape[:-1], 0), dtype=torch.int64, device=s.device)
+    check_count("k", k, s)
+    indices: Tensor = _top_indices(s, k, mask, resolve_backend(backend, s))
+    return indices
 
+
+def check_count(name: str, count: int, s: Tensor) -> None:
+    """Refuses anything but a number of entries that the rows of ``s`` have.
+
+    Raises:
+        TypeError: ``count`` is not an int.
+        ValueError: ``count`` is not in [0, n].
+    """
+    n = s.shape[-1]
+    if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(count).__name__}")
+    if not 0 <= count <= n:
+        raise ValueError(f"{name} must be in [0, n] with n = {n}, got {count}")
+
+
+@torch.library.custom_op("xlroute::top_indices", mutates_args=())
+def _top_indices(s: Tensor, k: int, mask: Tensor | None, backend: str) -> Tensor:
+    if k == 0 or s.numel() == 0:
+        return torch.empty((*s.shape[:-1], k), dtype=torch.int64, device=s.device)
+    if backend == "triton":
+        from xlroute.kernels import selection_triton
+
+        if selection_triton.can_select(s, k):
+            return selection_triton.top_indices(s, k, mask)
+    return select_by_sorting(s, k, mask)
+
+
+@_top_indices.register_fake
+def _(s: Tensor, k: int, mask: Tensor | None, backend: str) -> Tensor:
+    return s.new_empty((*s.shape[:-1], k), dtype=torch.int64)
+
+
+def select_by_sorting(s: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    """The reference of `top_indices` for k > 0, in two partial sorts, so about O(n).
+
+    One finds the k-th score, the other the first of the scores that equal it.
+    """
+    n = s.shape[-1]
     invalid = ~(s > -math.inf)
     if mask is not None:
         invalid = invalid | ~mask

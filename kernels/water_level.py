@@ -16,6 +16,7 @@ from xlroute.kernels.arguments import (
     resolve_backend,
 )
 from xlroute.kernels.exponential import exp_flushed_
+from xlroute.kernels.selection import check_count, select_by_sorting
 
 
 def soft_topk(
@@ -40,14 +41,16 @@ def soft_topk(
     positive (every gate 0). There is no second derivative.
 
     A score of -inf counts as masked. A NaN or +inf makes the gates of its row NaN, of no other. A tensor
-    ``k`` on a GPU is read once by the host, since the size of the top-k depends on it; a number is not.
+    ``k`` on a GPU is read once by the host, since the size of the top-k depends on it; a number is not, nor
+    are the budgets of rows that Triton sorts whole (up to 2,048 entries, not in float64).
 
     Args:
         s: scores, [..., n]. Computed in float32, or float64 if given float64, under autocast too.
         k: the budget of a row, a number or a tensor that broadcasts to [...]; it may be fractional.
         eps: the temperature, in the units of the scores.
         mask: bool, broadcasts to [..., n]; False entries get a gate of 0 and no gradient.
-        backend: "torch", or None to pick by device.
+        backend: "torch", "triton", or None to pick by device. Triton solves for budgets up to 8,192 in rows
+            that it does not sort whole; beyond, the forward of both is that of PyTorch.
 
     Returns:
         The gates in [0, 1], of the shape and dtype of ``s``.
@@ -56,15 +59,48 @@ def soft_topk(
         TypeError: ``s`` is not floating point, ``mask`` not bool or ``k`` not real.
         ValueError: a shape does not broadcast, a number is out of its range, or the backend cannot run here.
     """
+    return soft_topk_with_indices(s, k=k, num=0, eps=eps, mask=mask, backend=backend)[0]
+
+
+def soft_topk_with_indices(
+    s: Tensor,
+    *,
+    k: float | Tensor,
+    num: int,
+    eps: float = 0.1,
+    mask: Tensor | None = None,
+    backend: Backend | None = None,
+    largest: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gates of `soft_topk` and the indices of `top_indices`, from one selection.
+
+    Args:
+        s: scores, [..., n].
+        k: the budget of a row, a number or a tensor that broadcasts to [...].
+        num: how many indices, 0 <= num <= n.
+        eps: the temperature.
+        mask: bool, broadcasts to [..., n].
+        backend: "torch", "triton", or None to pick by device, as in `soft_topk`.
+        largest: a bound on a tensor ``k`` that the host knows. With it, nothing waits for the GPU. A budget
+            above it must reach all valid entries of its row; the gates of other rows are undefined.
+
+    Returns:
+        Gates of the shape and dtype of ``s``, and int64 indices [..., num].
+
+    Raises:
+        TypeError, ValueError: as `soft_topk` and `top_indices` do.
+    """
     check_scores(s)
     check_mask(mask, s)
     check_eps(eps)
-    resolve_backend(backend, s)
+    check_count("num", num, s)
+    chosen = resolve_backend(backend, s)
     budget = budget_per_row(k, s)
-    largest = None if isinstance(k, Tensor) else math.ceil(min(max(k, 0), 2**53))
+    if not isinstance(k, Tensor):
+        largest = math.ceil(min(max(k, 0), 2**53))
     gates: Tensor
-    gates, _ = _forward(s, budget, mask, float(eps), largest)
-    return gates
+    gates, _, indices = _forward(s, budget, mask, float(eps), largest, num, chosen)
+    return gates, indices
 
 
 def _offset(s: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -80,23 +116,45 @@ def _masked_scores(s: Tensor, mask: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("xlroute::soft_topk", mutates_args=())
 def _forward(
-    s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int | None
+    s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int | None, num: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates [..., n]; float64 [2, ...], the shift and the level c: ln λ = z + c; int64 indices [..., num]."""
+    lead, n = s.shape[:-1], s.shape[-1]
+    if s.numel() == 0:
+        levels = s.new_zeros((2, *lead), dtype=torch.float64)
+        return s.new_zeros(s.shape), levels, s.new_zeros((*lead, num), dtype=torch.int64)
+    if backend == "triton":
+        from xlroute.kernels import water_level_triton
+
+        if largest is None:
+            largest = n if water_level_triton.sorts_whole_rows(s) else _largest_budget(k, n)
+        if water_level_triton.can_select(s, max(largest, num)):
+            return water_level_triton.forward(s, k, mask, eps, largest, num)
+    if largest is None:
+        largest = _largest_budget(k, n)
+    gates, levels = _solve_by_sorting(s, k, mask, eps, min(max(largest, 1), n))
+    indices = select_by_sorting(s, num, mask) if num > 0 else s.new_empty((*lead, 0), dtype=torch.int64)
+    return gates, levels, indices
+
+
+def _largest_budget(k: Tensor, n: int) -> int:
+    """The largest ceil(k) of all rows, read by the host."""
+    return int(k.nan_to_num(nan=0.0).amax().clamp(0, n).ceil())
+
+
+def _solve_by_sorting(
+    s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int
 ) -> tuple[Tensor, Tensor]:
-    """Gates [..., n], and float64 scalars [2, ...]: the shift and the level c, so that ln λ = z + c."""
+    """The reference of the gates and levels: one top-k of ``largest`` and one logsumexp."""
     with torch.autocast(s.device.type, enabled=False):
-        levels = s.new_zeros((2, *s.shape[:-1]), dtype=torch.float64)
-        if s.numel() == 0:
-            return s.new_zeros(s.shape), levels
         n = s.shape[-1]
         scores = _masked_scores(s, mask)
         invalid = scores == -math.inf
         valid = n - invalid.sum(-1)
-        if largest is None:
-            largest = int(k.nan_to_num(nan=0.0).amax().clamp(0, n).ceil())
-        top = scores.topk(min(max(largest, 1), n), dim=-1).values
+        top = scores.topk(largest, dim=-1).values
 
         # Scores are taken relative to the last one that the budget can reach in its row.
-        picks = torch.minimum(k.nan_to_num(nan=0.0).clamp(0, n).ceil().long(), valid)
+        picks = torch.minimum(k.nan_to_num(nan=0.0).clamp(0, largest).ceil().long(), valid)
         shift = top.gather(-1, (picks - 1).clamp(min=0)[..., None])[..., 0]
         shift = torch.where(shift.isfinite(), shift, 0.0)
         z = _offset(scores, shift, eps)
@@ -125,16 +183,19 @@ def _forward(
         level = torch.where(k.isnan(), math.nan, level)
 
         gates = exp_flushed_(z.add_(level.to(z.dtype)[..., None]).clamp_(max=0)).masked_fill_(invalid, 0.0)
-        levels[0] = shift
-        levels[1] = level
-        return gates.to(s.dtype).contiguous(), levels
+        return gates.to(s.dtype).contiguous(), torch.stack((shift.to(torch.float64), level))
 
 
 @torch.library.custom_op("xlroute::soft_topk_backward", mutates_args=())
 def _backward(
-    grad: Tensor, s: Tensor, mask: Tensor | None, levels: Tensor, eps: float
+    grad: Tensor, s: Tensor, mask: Tensor | None, levels: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the scores [..., n] and of the budget [...], in the closed form of `soft_topk`."""
+    if backend == "triton" and s.numel() > 0:
+        from xlroute.kernels import water_level_triton
+
+        if water_level_triton.can_address(s):
+            return water_level_triton.backward(grad, s, mask, levels, eps)
     with torch.autocast(s.device.type, enabled=False):
         shift, level = levels.unbind(0)
         scores = _masked_scores(s, mask)
@@ -150,24 +211,30 @@ def _backward(
 
 
 @_forward.register_fake
-def _(s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int | None) -> tuple[Tensor, Tensor]:
-    return s.new_empty(s.shape), s.new_empty((2, *s.shape[:-1]), dtype=torch.float64)
+def _(
+    s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int | None, num: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead = s.shape[:-1]
+    levels = s.new_empty((2, *lead), dtype=torch.float64)
+    return s.new_empty(s.shape), levels, s.new_empty((*lead, num), dtype=torch.int64)
 
 
 @_backward.register_fake
-def _(grad: Tensor, s: Tensor, mask: Tensor | None, levels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, s: Tensor, mask: Tensor | None, levels: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
     return s.new_empty(s.shape), s.new_empty(s.shape[:-1], dtype=torch.float64)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    s, _, mask, ctx.eps, _ = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    s, _, mask, ctx.eps, _, _, ctx.backend = inputs
     ctx.save_for_backward(s, mask, output[1])
 
 
-def _autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     s, mask, levels = ctx.saved_tensors
-    ds, dk = _backward(grad, s, mask, levels, ctx.eps)
-    return ds, dk, None, None, None
+    ds, dk = _backward(grad, s, mask, levels, ctx.eps, ctx.backend)
+    return ds, dk, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

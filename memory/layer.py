@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xlroute.kernels import row_scores
+from xlroute.kernels import Backend, row_scores
 from xlroute.memory.buffer import Rows
 
 
@@ -152,13 +152,21 @@ class MemoryLayer:
         """
         return positions_of(indices, self.lengths, self._appended)
 
-    def scores(self, tokens: Tensor, *, normalize: Literal["rms", "l2"] | None, scale: float) -> Tensor:
+    def scores(
+        self,
+        tokens: Tensor,
+        *,
+        normalize: Literal["rms", "l2"] | None,
+        scale: float,
+        backend: Backend | None = None,
+    ) -> Tensor:
         """Scores every row against routing tokens: `scale * <normalize(row), token>`.
 
         Args:
             tokens: Routing tokens, [r, d] for all streams or [b, r, d].
             normalize: How rows are normalised first: "rms", "l2" or None.
             scale: Factor on the scores.
+            backend: As for `xlroute.kernels.row_scores`.
 
         Returns:
             Scores, [b, r, m], float32 (float64 for float64 rows), differentiable in `tokens`; columns beyond
@@ -175,7 +183,10 @@ class MemoryLayer:
             )
         per_stream = tokens.expand(streams, *tokens.shape[-2:])
         scores = [
-            pad(row_scores(view, token, normalize=normalize, scale=scale), (0, longest - view.shape[0]))
+            pad(
+                row_scores(view, token, normalize=normalize, scale=scale, backend=backend),
+                (0, longest - view.shape[0]),
+            )
             for view, token in zip(self.views(), per_stream, strict=True)
         ]
         return torch.stack(scores)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Literal
 
 import torch
 
+from xlroute.kernels import Backend
 
-def pick_backend(use_triton: bool | None, device: torch.device) -> Literal["torch", "triton"] | None:
+
+def pick_backend(use_triton: bool | None, device: torch.device) -> Backend | None:
     """The `backend` argument of the ops; on a CPU that is the reference, with one warning for True."""
     if use_triton is None:
         return None

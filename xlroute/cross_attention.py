@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from xlroute.attend import AttentionBackend, attend
+from xlroute.kernels import scatter_rows
 from xlroute.memory import MemoryLayer
 from xlroute.router import CoordinateDescentRouter, RouterOutput
 
@@ -269,24 +270,18 @@ class ConditionalRoutedCrossAttention(nn.Module):
         if bias is None and self.null_logit is None:
             return None
         b, h, places, _ = routed.keys.shape
-        null = self.null_logit
         if bias is None:
             bias = routed.keys.new_zeros(b, h, 1, places - 1)
-        if null is None:
-            null = bias.new_zeros(h, 1, 1)
+        null = bias.new_zeros(h, 1, 1) if self.null_logit is None else self.null_logit
         return torch.cat((null.to(bias).expand(b, -1, bias.shape[2], -1), bias), dim=-1)
 
     def _project(self, norm: nn.RMSNorm, projection: nn.Linear, rows: Tensor) -> Tensor:
         """Normalise rows [b, r, k, d] and project them for the heads of their set: [b, h, k, e]."""
         weight = rearrange(projection.weight, "(r o) d -> r d o", r=self.sets)
         out = norm(rows.to(weight)) @ weight
-        return rearrange(out, "b r k (h e) -> b (r h) k e", h=self.heads // self.sets)
+        return rearrange(out, "b r k (h e) -> b (r h) k e", h=self.heads // self.sets)  # type: ignore[no-any-return]
 
     def _route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
         """Put the outputs of routed queries in their places; the others get the learned output, or zero."""
-        b, n, d = x.shape
-        # Queries that are only padding of a short choice go to a place past the end, which is cut off again.
-        places = torch.where(queries.indices >= 0, queries.indices, n)
-        out = x.new_zeros(()) if self.null_q_token is None else self.null_q_token
-        out = out.to(heavy).expand(b, n + 1, d)
-        return out.scatter(1, places[..., None].expand(-1, -1, d), heavy)[:, :n]
+        base = x.new_zeros(()) if self.null_q_token is None else self.null_q_token
+        return scatter_rows(base.to(heavy).expand(x.shape), heavy, queries.indices)

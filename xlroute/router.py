@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlroute.backend import pick_backend
-from xlroute.kernels import coordinate_descent, gather_rows, row_scores, soft_topk, top_indices
+from xlroute.kernels import (
+    Backend,
+    coordinate_descent,
+    gather_gated_rows,
+    row_scores,
+    soft_topk,
+    soft_topk_with_indices,
+    top_indices,
+)
 from xlroute.memory import MemoryLayer
 
 
@@ -170,13 +178,14 @@ class CoordinateDescentRouter(nn.Module):
         Raises:
             ValueError, TypeError: for shapes and options that do not fit together.
         """
-        return self.route_with_stats(
+        return self._route(
             x,
             num_tokens=num_tokens,
             mask=mask,
             random_route=random_route,
             routing_tokens=routing_tokens,
             keep_one_route_dim=keep_one_route_dim,
+            with_stats=False,
         )[0]
 
     def route_with_stats(
@@ -190,6 +199,29 @@ class CoordinateDescentRouter(nn.Module):
         keep_one_route_dim: bool = False,
     ) -> tuple[RouterOutput, RoutingStats]:
         """Choose rows as a call of the router does, and tell how saturated the gates are."""
+        out, stats = self._route(
+            x,
+            num_tokens=num_tokens,
+            mask=mask,
+            random_route=random_route,
+            routing_tokens=routing_tokens,
+            keep_one_route_dim=keep_one_route_dim,
+            with_stats=True,
+        )
+        assert stats is not None
+        return out, stats
+
+    def _route(
+        self,
+        x: Tensor | MemoryLayer,
+        *,
+        num_tokens: int,
+        mask: Tensor | None,
+        random_route: bool,
+        routing_tokens: Tensor | None,
+        keep_one_route_dim: bool,
+        with_stats: bool,
+    ) -> tuple[RouterOutput, RoutingStats | None]:
         b, m, d = _rows_shape(x)
         _require(d == self.dim, "x", f"rows of width {self.dim}", tuple(x.shape))
         _require(num_tokens >= 1, "num_tokens", "at least 1", num_tokens)
@@ -200,34 +232,32 @@ class CoordinateDescentRouter(nn.Module):
         elif mask is not None and (mask.shape != (b, m) or mask.dtype != torch.bool):
             raise ValueError(f"mask: expected bool {(b, m)}, got {mask.dtype} {tuple(mask.shape)}")
         tokens = self._tokens(routing_tokens, b)
-        k = min(num_tokens, m)
+        backend = pick_backend(self.use_triton, x.device)
 
-        s = self._scores(x, tokens)  # [b, r, m]
+        s = self._scores(x, tokens, backend)  # [b, r, m]
         route_mask = None if mask is None else mask[:, None].expand(s.shape)
+        chosen_by = torch.rand_like(s) if random_route else None
         if self.route_block_size is None or self.route_block_size >= m:
-            gates = self._gates(s, self._budget(num_tokens, route_mask, m), route_mask)
-            chosen_by = torch.rand_like(s) if random_route else s.detach()
-            indices = top_indices(chosen_by, k, mask=route_mask)
+            budget = self._budget(num_tokens, route_mask, m)
+            gates, indices = self._select(s, budget, num_tokens, route_mask, chosen_by, backend)
         else:
-            gates, indices = self._route_blocks(s, route_mask, num_tokens, k, random_route)
+            gates, indices = self._route_blocks(s, route_mask, num_tokens, chosen_by, backend)
 
+        if isinstance(x, MemoryLayer):
+            rows, picked = x.gather(indices), gates.gather(-1, indices.clamp(min=0))
+        else:
+            rows, picked = gather_gated_rows(x, gates, indices, backend=backend)
         chosen = indices >= 0
-        count = chosen.sum(-1).clamp(min=1)
-        picked = gates.gather(-1, indices.clamp(min=0))
-        stats = RoutingStats(
-            gate_sum=(gates.detach().sum(-1) / count).to(torch.float32),
-            gradient_share=(((picked < 1) & chosen).sum(-1) / count).to(torch.float32),
-        )
+        stats = _stats(gates.detach(), picked.detach(), chosen) if with_stats else None
         if random_route:
             picked = torch.ones_like(picked)
         elif self.straight_through:
             picked = picked + (1 - picked).detach()
         picked = picked.masked_fill(~chosen, 0)
-        rows = x.gather(indices) if isinstance(x, MemoryLayer) else gather_rows(x, indices)
         out = RouterOutput(indices, picked, rows, None if mask is None else chosen)
         if self.num_routing_tokens == 1 and not keep_one_route_dim:
             out = RouterOutput(*(None if t is None else t.squeeze(1) for t in out))  # type: ignore[arg-type]
-            stats = RoutingStats(*(t.squeeze(1) for t in stats))
+            stats = None if stats is None else RoutingStats(*(t.squeeze(1) for t in stats))
         return out, stats
 
     def _tokens(self, routing_tokens: Tensor | None, b: int) -> Tensor:
@@ -250,7 +280,7 @@ class CoordinateDescentRouter(nn.Module):
         _require(routing_tokens.shape == shape, "routing_tokens", str(shape), tuple(routing_tokens.shape))
         return routing_tokens
 
-    def _scores(self, x: Tensor | MemoryLayer, tokens: Tensor) -> Tensor:
+    def _scores(self, x: Tensor | MemoryLayer, tokens: Tensor, backend: Backend | None) -> Tensor:
         """Scores [b, r, m], float32 or float64."""
         normalize: Literal["rms", "l2"] | None = "rms"
         scale = self.score_scale
@@ -262,8 +292,8 @@ class CoordinateDescentRouter(nn.Module):
             normalize, scale = None, 1.0
         if isinstance(x, MemoryLayer):
             # A memory may be kept elsewhere than the weights.
-            return x.scores(tokens.to(x.device), normalize=normalize, scale=scale)
-        return row_scores(x, tokens, normalize=normalize, scale=scale)
+            return x.scores(tokens.to(x.device), normalize=normalize, scale=scale, backend=backend)
+        return row_scores(x, tokens, normalize=normalize, scale=scale, backend=backend)
 
     def _budget(self, num_tokens: int, mask: Tensor | None, m: int) -> Tensor | float:
         """What the gates of a row sum to: fetch_k_ratio x num_tokens, at most the number of valid rows."""
@@ -272,50 +302,82 @@ class CoordinateDescentRouter(nn.Module):
             return min(budget, float(m))
         return mask.sum(-1).clamp(max=budget)
 
-    def _gates(self, s: Tensor, budget: Tensor | float, mask: Tensor | None) -> Tensor:
-        backend = pick_backend(self.use_triton, s.device)
+    def _select(
+        self,
+        s: Tensor,
+        budget: Tensor | float,
+        num_tokens: int,
+        mask: Tensor | None,
+        chosen_by: Tensor | None,
+        backend: Backend | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Gates [..., n] of scores [..., n]; the best of them, or of ``chosen_by``, as indices [..., k]."""
+        k = min(num_tokens, s.shape[-1])
+        if self.n_iters is None and chosen_by is None:
+            # No budget is larger than this, unless it reaches all valid rows.
+            largest = math.ceil(num_tokens * self.fetch_k_ratio)
+            return soft_topk_with_indices(
+                s, k=budget, num=k, eps=self.eps, mask=mask, backend=backend, largest=largest
+            )
         if self.n_iters is None:
-            return soft_topk(s, k=budget, eps=self.eps, mask=mask, backend=backend)
-        return coordinate_descent(
-            s,
-            k=budget,
-            n_iters=self.n_iters,
-            eps=self.eps,
-            eps_init=self.eps_init,
-            eps_decay=self.eps_decay,
-            mask=mask,
-            backend=backend,
-        )
+            gates = soft_topk(s, k=budget, eps=self.eps, mask=mask, backend=backend)
+        else:
+            gates = coordinate_descent(
+                s,
+                k=budget,
+                n_iters=self.n_iters,
+                eps=self.eps,
+                eps_init=self.eps_init,
+                eps_decay=self.eps_decay,
+                mask=mask,
+                backend=backend,
+            )
+        best = s.detach() if chosen_by is None else chosen_by
+        return gates, top_indices(best, k, mask=mask, backend=backend)
 
     def _route_blocks(
-        self, s: Tensor, mask: Tensor | None, num_tokens: int, k: int, random_route: bool
+        self,
+        s: Tensor,
+        mask: Tensor | None,
+        num_tokens: int,
+        chosen_by: Tensor | None,
+        backend: Backend | None,
     ) -> tuple[Tensor, Tensor]:
         """Route within blocks of rows: gates [b, r, m], indices [b, r, k]."""
         w = self.route_block_size
         assert w is not None
         m = s.shape[-1]
         blocks = math.ceil(m / w)
-        pad = blocks * w - m
-        if mask is None:
-            mask = torch.ones_like(s, dtype=torch.bool)
-        s_blocks = F.pad(s, (0, pad)).view(*s.shape[:-1], blocks, w)  # [b, r, blocks, w]
-        mask_blocks = F.pad(mask, (0, pad)).view(*s.shape[:-1], blocks, w)
+
+        def cut(t: Tensor) -> Tensor:
+            return F.pad(t, (0, blocks * w - m)).view(*t.shape[:-1], blocks, w)
+
+        s_blocks = cut(s)  # [b, r, blocks, w]
+        mask_blocks = cut(torch.ones_like(s, dtype=torch.bool) if mask is None else mask)
+        by_blocks = None if chosen_by is None else cut(chosen_by)
         valid = mask_blocks.sum(-1)
         quotas = block_quotas(valid, num_tokens)
         budgets = (quotas * self.fetch_k_ratio).clamp(max=valid)
-        gates = self._gates(s_blocks, budgets, mask_blocks)
+        gates, offered = self._select(s_blocks, budgets, num_tokens, mask_blocks, by_blocks, backend)
 
         # Each block offers its best rows; those beyond its quota are struck out.
-        offers = min(w, num_tokens)
-        chosen_by = torch.rand_like(s_blocks) if random_route else s_blocks.detach()
-        offered = top_indices(chosen_by, offers, mask=mask_blocks)
-        kept = (offered >= 0) & (torch.arange(offers, device=s.device) < quotas[..., None])
+        best = s_blocks.detach() if by_blocks is None else by_blocks
+        kept = (offered >= 0) & (torch.arange(offered.shape[-1], device=s.device) < quotas[..., None])
         offset = w * torch.arange(blocks, device=s.device)[:, None]
         candidates = torch.where(kept, offered + offset, -1).flatten(-2)
-        scores = chosen_by.flatten(-2).gather(-1, candidates.clamp(min=0))
+        scores = best.flatten(-2).gather(-1, candidates.clamp(min=0))
         scores = scores.masked_fill(candidates < 0, -math.inf)
-        order = torch.argsort(scores, dim=-1, descending=True, stable=True)[..., :k]
+        order = torch.argsort(scores, dim=-1, descending=True, stable=True)[..., : min(num_tokens, m)]
         return gates.flatten(-2)[..., :m], candidates.gather(-1, order)
+
+
+def _stats(gates: Tensor, picked: Tensor, chosen: Tensor) -> RoutingStats:
+    """How saturated gates [b, r, m] are, of which ``picked`` [b, r, k] belong to the chosen rows."""
+    count = chosen.sum(-1).clamp(min=1)
+    return RoutingStats(
+        gate_sum=(gates.sum(-1) / count).to(torch.float32),
+        gradient_share=(((picked < 1) & chosen).sum(-1) / count).to(torch.float32),
+    )
 
 
 def block_quotas(valid: Tensor, total: int) -> Tensor:

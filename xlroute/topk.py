@@ -69,7 +69,8 @@ def topk(
             raise ValueError(
                 f"mask: expected a shape that broadcasts to {tuple(x.shape)}, got {tuple(mask.shape)}"
             ) from error
-    indices = top_indices(x.detach(), k, mask=mask)
+    backend = pick_backend(fused or None, x.device)
+    indices = top_indices(x.detach(), k, mask=mask, backend=backend)
     chosen = indices >= 0
     at = indices.clamp(min=0)
     values = x.gather(-1, at).masked_fill(~chosen, 0)
@@ -84,7 +85,7 @@ def topk(
         eps_init=eps_init,
         eps_decay=eps_decay,
         mask=mask,
-        backend=pick_backend(fused or None, x.device),
+        backend=backend,
     )
     descended = descended.gather(-1, at).masked_fill(~chosen, 0)
     gates = (descended + (1 - descended).detach()).masked_fill(~chosen, 0)

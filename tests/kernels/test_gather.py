@@ -1,9 +1,9 @@
-"""gather_rows against a loop."""
+"""gather_rows, gather_gated_rows and scatter_rows against loops."""
 
 import pytest
 import torch
 
-from xlroute.kernels import gather_rows
+from xlroute.kernels import gather_gated_rows, gather_rows, scatter_rows
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 2, 4), (3, 0)], ids=str)
@@ -26,10 +26,65 @@ def test_equals_a_loop(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(x.grad, gradient)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (3, 2, 4), (3, 2, 1, 4)], ids=str)
+def test_gates_are_gathered_beside_their_rows(shape: tuple[int, ...]) -> None:
+    x = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
+    gates = torch.rand(*shape[:-1], 6, requires_grad=True)
+    indices = torch.randint(-1, 6, shape)
+    rows, chosen = gather_gated_rows(x, gates, indices)
+    assert torch.equal(rows, gather_rows(x, indices))
+    assert chosen.dtype == gates.dtype
+    cotangent = torch.randn_like(chosen)
+    gradient = torch.zeros(gates.numel() // 6, 6)
+    for place, index in enumerate(indices.flatten().tolist()):
+        i = place // shape[-1]
+        assert chosen.flatten()[place] == (gates.view(-1, 6)[i, index] if index >= 0 else 0)
+        if index >= 0:
+            gradient[i, index] += cotangent.flatten()[place]
+    (given,) = torch.autograd.grad(chosen, gates, cotangent)
+    torch.testing.assert_close(given.view(-1, 6), gradient)
+
+
+@pytest.mark.parametrize("k", [0, 1, 4])
+def test_scatter_equals_a_loop(k: int) -> None:
+    base = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(3, k, 4, dtype=torch.float64, requires_grad=True)
+    indices = torch.stack([torch.randperm(6)[:k] for _ in range(3)])
+    indices[torch.rand(3, k) < 0.3] = -1
+    expected = base.clone()
+    for stream in range(3):
+        for place, index in enumerate(indices[stream].tolist()):
+            if index >= 0:
+                expected[stream, index] = rows[stream, place]
+    given = scatter_rows(base, rows, indices)
+    cotangent = torch.randn_like(expected)
+    assert torch.equal(given, expected)
+    wanted = torch.autograd.grad(expected, (base, rows), cotangent, allow_unused=k == 0)
+    gradients = torch.autograd.grad(given, (base, rows), cotangent)
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        assert torch.equal(ours, torch.zeros_like(ours) if theirs is None else theirs)
+
+
+def test_scatter_over_one_vector() -> None:
+    vector, rows = torch.randn(4, requires_grad=True), torch.randn(2, 2, 4)
+    indices = torch.tensor([[2, 0], [-1, 1]])
+    result = scatter_rows(vector.expand(2, 3, 4), rows, indices)
+    assert torch.equal(result[0], torch.stack((rows[0, 1], vector, rows[0, 0])))
+    assert torch.equal(result[1], torch.stack((vector, rows[1, 1], vector)))
+    (gradient,) = torch.autograd.grad(result.sum(), vector)
+    assert torch.equal(gradient, torch.full((4,), 3.0))
+
+
 def test_gradcheck() -> None:
     x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    gates = torch.rand(2, 5, dtype=torch.float64, requires_grad=True)
     indices = torch.tensor([[0, 4, -1, 4], [1, 1, 1, -1]])
-    assert torch.autograd.gradcheck(lambda x: gather_rows(x, indices), x)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x, gates: gather_gated_rows(x, gates, indices), (x, gates))
+    rows = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    places = torch.tensor([[3, -1], [0, 4]])
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x, rows: scatter_rows(x, rows, places), (x, rows))
 
 
 def test_minus_one_hides_even_nan() -> None:
@@ -60,6 +115,8 @@ def test_index_out_of_range(index: int) -> None:
         gather_rows(torch.randn(2, 5, 3), torch.tensor([[0, 1], [2, index]]))
     with pytest.raises(IndexError, match=r"indices must be in \[-1, 0\)"):
         gather_rows(torch.randn(2, 0, 3), torch.tensor([[0], [-1]]))
+    with pytest.raises(IndexError, match=r"indices must be in \[-1, 5\)"):
+        scatter_rows(torch.randn(2, 5, 3), torch.randn(2, 2, 3), torch.tensor([[0, 1], [2, index]]))
 
 
 def test_errors() -> None:
@@ -70,3 +127,26 @@ def test_errors() -> None:
         gather_rows(x, torch.zeros(3, 4, dtype=torch.int64))
     with pytest.raises(TypeError, match="x must be a floating-point tensor"):
         gather_rows(x.long(), torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="indices must be on the device of x, cpu, got meta"):
+        gather_rows(x, torch.zeros(2, 4, dtype=torch.int64, device="meta"))
+    indices = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"gates must have shape \[b, ..., m\].* got \(2, 4\) for"):
+        gather_gated_rows(x, torch.rand(2, 4), indices)
+    with pytest.raises(TypeError, match="gates must be a floating-point tensor"):
+        gather_gated_rows(x, torch.ones(2, 5, dtype=torch.int64), indices)
+    with pytest.raises(TypeError, match=r"rows must have the dtype of base, torch\.float32"):
+        scatter_rows(x, torch.randn(2, 4, 3, dtype=torch.float64), indices)
+    with pytest.raises(ValueError, match=r"rows must have shape \[b, k, d\].* got \(2, 3, 3\) for \(2, 4\)"):
+        scatter_rows(x, torch.randn(2, 3, 3), indices)
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_backend_errors() -> None:
+    x, indices = torch.randn(2, 5, 3), torch.zeros(2, 4, dtype=torch.int64)
+    message = "backend='triton' needs a CUDA tensor, got a tensor on cpu"
+    with pytest.raises(ValueError, match=message):
+        gather_rows(x, indices, "triton")
+    with pytest.raises(ValueError, match=message):
+        gather_gated_rows(x, torch.rand(2, 5), indices, backend="triton")
+    with pytest.raises(ValueError, match=message):
+        scatter_rows(x, torch.randn(2, 4, 3), indices, backend="triton")

@@ -33,10 +33,9 @@ def test_opcheck_coordinate_descent(dtype: torch.dtype) -> None:
     op = torch.ops.xlroute.coordinate_descent.default
     s = torch.randn(2, 3, 9, dtype=dtype, requires_grad=True)
     k = torch.rand(2, 3, dtype=torch.float64).add_(1.0).requires_grad_()
-    torch.library.opcheck(op, (s, k, torch.rand(9) < 0.7, 3, 0.1, 1.0, 0.5))
-    torch.library.opcheck(
-        op, (s.detach().transpose(0, 2), torch.ones(1, 1).double().expand(9, 3), None, 1, 0.1, 0.1, 1.0)
-    )
+    torch.library.opcheck(op, (s, k, torch.rand(9) < 0.7, 3, 0.1, 1.0, 0.5, "torch"))
+    budget = torch.ones(1, 1).double().expand(9, 3)
+    torch.library.opcheck(op, (s.detach().transpose(0, 2), budget, None, 1, 0.1, 0.1, 1.0, "torch"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -44,10 +43,17 @@ def test_opcheck_soft_topk(dtype: torch.dtype) -> None:
     op = torch.ops.xlroute.soft_topk.default
     s = torch.randn(2, 3, 9, dtype=dtype, requires_grad=True)
     k = torch.rand(2, 3, dtype=torch.float64).add_(1.0).requires_grad_()
-    torch.library.opcheck(op, (s, k, torch.rand(9) < 0.7, 0.1, None))
+    torch.library.opcheck(op, (s, k, torch.rand(9) < 0.7, 0.1, None, 2, "torch"))
     torch.library.opcheck(
-        op, (s.detach().transpose(0, 2), torch.ones(1, 1).double().expand(9, 3), None, 0.1, 1)
+        op, (s.detach().transpose(0, 2), torch.ones(1, 1).double().expand(9, 3), None, 0.1, 1, 0, "torch")
     )
+
+
+def test_opcheck_top_indices() -> None:
+    op = torch.ops.xlroute.top_indices.default
+    s = torch.randn(2, 3, 9, requires_grad=True)
+    torch.library.opcheck(op, (s, 4, torch.rand(9) < 0.7, "torch"))
+    torch.library.opcheck(op, (s.detach().bfloat16().transpose(0, 2), 1, None, "torch"))
 
 
 @pytest.mark.parametrize("normalize", ["rms", "l2", None])
@@ -55,9 +61,24 @@ def test_opcheck_row_scores(normalize: str | None) -> None:
     op = torch.ops.xlroute.row_scores.default
     rows = torch.randn(2, 7, 5, requires_grad=True)
     tokens = torch.randn(2, 3, 5, requires_grad=True)
-    torch.library.opcheck(op, (rows, tokens, normalize, 0.5))
-    torch.library.opcheck(op, (rows.detach().bfloat16()[:, ::2], tokens, normalize, 0.5))
-    torch.library.opcheck(op, (rows, tokens.detach(), normalize, 0.5))
+    torch.library.opcheck(op, (rows, tokens, normalize, 0.5, "torch"))
+    torch.library.opcheck(op, (rows.detach().bfloat16()[:, ::2], tokens, normalize, 0.5, "torch"))
+    torch.library.opcheck(op, (rows, tokens.detach(), normalize, 0.5, "torch"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_gather_and_scatter(dtype: torch.dtype) -> None:
+    ops = torch.ops.xlroute
+    x = torch.randn(2, 6, 5, dtype=dtype, requires_grad=True)
+    gates = torch.rand(2, 2, 6, requires_grad=True)
+    indices = torch.randint(-1, 6, (2, 2, 3))
+    torch.library.opcheck(ops.gather_rows.default, (x, gates, indices, "torch"))
+    torch.library.opcheck(ops.gather_rows.default, (x.detach()[:, ::2, 1:], None, indices % 3, "torch"))
+    rows = torch.randn(2, 3, 5, dtype=dtype, requires_grad=True)
+    places = torch.tensor([[4, -1, 0], [5, 3, -1]])
+    torch.library.opcheck(ops.gather_rows_backward.default, (rows, places, 6, "torch"))
+    torch.library.opcheck(ops.scatter_rows.default, (x, rows, places, "torch"))
+    torch.library.opcheck(ops.scatter_rows.default, (x.detach()[:1].expand(2, 6, 5), None, places, "torch"))
 
 
 @pytest.mark.parametrize("solve", SOLVERS)
@@ -194,6 +215,7 @@ def test_argument_errors(solve: Callable[..., Tensor]) -> None:
         solve(s, math.nan)
 
 
+@pytest.mark.usefixtures("no_interpreter")
 @pytest.mark.parametrize("op", [partial(coordinate_descent, n_iters=1), soft_topk], ids=["descent", "exact"])
 def test_backend_errors(op: Callable[..., Tensor]) -> None:
     s = torch.randn(2, 5)

@@ -222,6 +222,7 @@ def test_few_blocks_for_many_small_batches() -> None:
     assert len(list(blocks((64, 16), 512))) == 2
 
 
+@pytest.mark.usefixtures("no_interpreter")
 @pytest.mark.parametrize(
     ("rows", "tokens", "change", "error", "message"),
     [

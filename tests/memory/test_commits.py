@@ -153,7 +153,7 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
         f"store = MemoryStore.open({str(path)!r}, mode='r+')\nprint('open', flush=True)\nsys.stdin.read()\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "open\n"
@@ -360,7 +360,7 @@ print("steps", done)
 def test_a_killed_writer_leaves_exactly_its_last_commit(tmp_path: Path) -> None:
     # A process of its own forks the writers: it has one thread, and torch is imported only once.
     result = subprocess.run(
-        [sys.executable, "-c", CRASHES, str(tmp_path / "s"), "20"],
+        [sys.executable, "-P", "-c", CRASHES, str(tmp_path / "s"), "20"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,0 +1,252 @@
+"""gather and scatter in Triton, against the reference; in Triton's interpreter where there is no GPU."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from xlroute.kernels import gather_gated_rows, gather_rows, gather_triton, scatter_rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that an op forgets to write shows as NaN."""
+    empty = torch.empty
+
+    def poisoned(*size: Any, **options: Any) -> Tensor:
+        tensor = empty(*size, **options)
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, device=DEVICE).to(dtype)
+
+
+def distinct(b: int, n: int, k: int) -> Tensor:
+    """Places [b, k] of which some are -1."""
+    places = torch.stack([torch.randperm(n, device=DEVICE)[:k] for _ in range(b)])
+    return places.masked_fill_(torch.rand(b, k, device=DEVICE) < 0.2, -1)
+
+
+def both(function: Any, inputs: tuple[Tensor, ...], *rest: Tensor) -> list[tuple[Tensor, ...]]:
+    """Outputs and gradients of the reference and of Triton, for the same cotangents."""
+    results = []
+    cotangents: list[Tensor] | None = None
+    for backend in ("torch", "triton"):
+        leaves = tuple(x.detach().requires_grad_() for x in inputs)
+        outputs = function(*leaves, *rest, backend)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        cotangents = cotangents or [torch.randn_like(out) for out in outputs]
+        results.append((*outputs, *torch.autograd.grad(outputs, leaves, cotangents)))
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 50, 33, 3, 7), (1, 1, 1, 1, 1), (3, 9, 130, 2, 20), (1, 4, 1500, 1, 3)], ids=str
+)
+def test_gather(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    b, m, d, r, k = shape
+    x, gates = randn(b, m, d, dtype=dtype), torch.rand(b, r, m, device=DEVICE)
+    indices = torch.randint(-1, m, (b, r, k), device=DEVICE)
+    expected, given = both(gather_gated_rows, (x, gates), indices)
+    assert torch.equal(given[0], expected[0])
+    assert torch.equal(given[1], expected[1])
+    # Gradients add up in float32 and in order, also where the reference adds in the dtype of the rows.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(given[2], expected[2], rtol=16 * eps, atol=16 * eps)
+    torch.testing.assert_close(given[3], expected[3])
+    assert torch.equal(gather_rows(x, indices, "triton"), expected[0])
+
+
+@pytest.mark.parametrize("k", [3, 1030 if DEVICE == "cuda" else 150])
+def test_gradients_of_one_row_add_up_in_order(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather_triton, "INDICES", 64)  # so that several blocks are compared
+    x = randn(1, 3, 5).requires_grad_()
+    indices = torch.full((1, k), 1, device=DEVICE)
+    indices[:, ::3] = 2
+    indices[:, 1::5] = -1
+    cotangent = randn(1, k, 5)
+    runs = [torch.autograd.grad(gather_rows(x, indices, "triton"), x, cotangent)[0] for _ in range(2)]
+    assert torch.equal(runs[0], runs[1])
+    for row in range(3):
+        total = torch.zeros(5, device=DEVICE)
+        for place in (indices[0] == row).nonzero()[:, 0].tolist():
+            total += cotangent[0, place]
+        assert torch.equal(runs[0][0, row], total)
+
+
+def test_more_indices_than_are_compared_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, indices = randn(2, 9, 4).requires_grad_(), torch.randint(-1, 9, (2, 30), device=DEVICE)
+    cotangent = randn(2, 30, 4)
+    (expected,) = torch.autograd.grad(gather_rows(x, indices, "triton"), x, cotangent)
+    monkeypatch.setattr("xlroute.kernels.gather._ALL_PAIRS", 10)
+    (given,) = torch.autograd.grad(gather_rows(x, indices, "triton"), x, cotangent)
+    torch.testing.assert_close(given, expected)
+
+
+def test_minus_one_hides_even_nan() -> None:
+    x = torch.full((1, 2, 3), math.nan, device=DEVICE, requires_grad=True)
+    rows = gather_rows(x, torch.tensor([[-1, -1]], device=DEVICE), "triton")
+    assert torch.equal(rows, torch.zeros(1, 2, 3, device=DEVICE))
+    rows.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.zeros(1, 2, 3, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_index_out_of_range_is_not_read(dtype: torch.dtype) -> None:
+    x, gates = randn(1, 4, 3, dtype=dtype), randn(1, 4)
+    indices = torch.tensor([[-2, 4, 1 << 40, -1, 3]], device=DEVICE)
+    rows, chosen = gather_triton.gather(x, gates, indices)
+    assert rows[0, :3].isnan().all()
+    assert chosen[0, :3].isnan().all()
+    assert torch.equal(rows[0, 3:], torch.stack((torch.zeros_like(x[0, 0]), x[0, 3])))
+    gradient = gather_triton.gather_backward(torch.ones_like(rows), indices, 4)
+    assert torch.equal(gradient.sum((0, 2)), torch.tensor([0, 0, 0, 3], device=DEVICE, dtype=dtype))
+    scattered = gather_triton.scatter(x, rows, indices)
+    assert torch.equal(scattered, torch.cat((x[:, :3], rows[:, 4:]), 1))
+
+
+def test_views() -> None:
+    buffer = randn(9, 3, 8).transpose(0, 1)
+    indices = torch.randint(-1, 5, (3, 7), device=DEVICE)
+    for x in (buffer[:, 2:7, ::2], buffer[:, 2:7], buffer[:1, 2:7].expand(3, 5, 8), buffer[:, 2:7, 1:]):
+        assert torch.equal(gather_rows(x, indices, "triton"), gather_rows(x.clone(), indices, "torch"))
+        places = distinct(3, 5, 4)
+        rows = randn(3, 4, x.shape[-1], dtype=torch.float32)
+        assert torch.equal(
+            scatter_rows(x, rows, places, "triton"), scatter_rows(x.clone(), rows, places, "torch")
+        )
+
+
+def test_nothing_to_gather() -> None:
+    minus_one = torch.full((2, 4), -1, device=DEVICE)
+    assert torch.equal(gather_rows(randn(2, 0, 3), minus_one, "triton"), torch.zeros(2, 4, 3, device=DEVICE))
+    none = minus_one[:, :0]
+    x = randn(2, 5, 3).requires_grad_()
+    rows, chosen = gather_gated_rows(x, randn(2, 5), none, "triton")
+    assert rows.shape == (2, 0, 3)
+    assert chosen.shape == (2, 0)
+    rows.sum().backward()
+    assert x.grad is not None
+    assert not x.grad.any()
+    assert torch.equal(scatter_rows(x, randn(2, 0, 3), none, "triton"), x)
+    assert gather_rows(randn(0, 5, 3), none[:0], "triton").shape == (0, 0, 3)
+    assert gather_rows(randn(2, 5, 0), minus_one, "triton").shape == (2, 4, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 50, 33, 7), (1, 1, 1, 1), (3, 9, 130, 9), (1, 300, 3, 200)], ids=str)
+def test_scatter(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    b, n, d, k = shape
+    base, rows, places = randn(b, n, d, dtype=dtype), randn(b, k, d, dtype=dtype), distinct(b, n, k)
+    expected, given = both(scatter_rows, (base, rows), places)
+    for a, b_ in zip(given, expected, strict=True):
+        assert torch.equal(a, b_)
+
+
+def test_scatter_over_one_vector() -> None:
+    vector, rows, places = randn(16), randn(2, 5, 16), distinct(2, 9, 5)
+
+    def scatter(vector: Tensor, rows: Tensor, places: Tensor, backend: Any) -> Tensor:
+        return scatter_rows(vector.expand(2, 9, 16), rows, places, backend)
+
+    expected, given = both(scatter, (vector, rows), places)
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives() -> None:
+    x, gates = randn(1, 3, 2, dtype=torch.float64), randn(1, 3, dtype=torch.float64)
+    indices = torch.tensor([[0, 2, 2, -1]], device=DEVICE)
+    rows, places = randn(1, 2, 2, dtype=torch.float64), torch.tensor([[1, -1]], device=DEVICE)
+    inputs = tuple(t.requires_grad_() for t in (x, gates, rows))
+
+    def function(x: Tensor, gates: Tensor, rows: Tensor) -> Tensor:
+        found, chosen = gather_gated_rows(x, gates, indices, "triton")
+        return (found * chosen[..., None]).sum() * scatter_rows(x, rows, places, "triton").square().sum()
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    x, rows = randn(2, 6, 5, dtype=dtype).requires_grad_(), randn(2, 3, 5, dtype=dtype).requires_grad_()
+    gates = torch.rand(2, 2, 6, device=DEVICE, requires_grad=True)
+    indices, places = torch.randint(-1, 6, (2, 2, 3), device=DEVICE), distinct(2, 6, 3)
+    ops = torch.ops.xlroute
+    torch.library.opcheck(ops.gather_rows.default, (x, gates, indices, "triton"))
+    torch.library.opcheck(ops.gather_rows.default, (x.detach()[:, ::2, 1:], None, indices % 3, "triton"))
+    torch.library.opcheck(ops.gather_rows_backward.default, (rows, places, 6, "triton"))
+    torch.library.opcheck(ops.scatter_rows.default, (x, rows, places, "triton"))
+    torch.library.opcheck(ops.scatter_rows.default, (x[:1].detach().expand(2, 6, 5), None, places, "triton"))
+
+
+def routed(x: Tensor, gates: Tensor, base: Tensor, indices: Tensor, places: Tensor) -> Tensor:
+    rows, chosen = gather_gated_rows(x, gates, indices, "triton")
+    return scatter_rows(base.expand(2, 9, 8), rows * chosen[..., None], places, "triton")
+
+
+def test_compiles_as_one_graph() -> None:
+    inputs = tuple(t.requires_grad_() for t in (randn(2, 11, 8), randn(2, 11), randn(8)))
+    rest = torch.randint(-1, 11, (2, 4), device=DEVICE), distinct(2, 9, 4)
+    compiled = torch.compile(routed, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    expected, given = routed(*inputs, *rest), compiled(*inputs, *rest)
+    torch.testing.assert_close(given, expected)
+    cotangent = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(given, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent)
+    )
+
+
+@needs_gpu
+def test_cuda_graph() -> None:
+    inputs = tuple(t.requires_grad_() for t in (randn(2, 11, 8), randn(2, 11), randn(8)))
+    rest = torch.randint(-1, 11, (2, 4), device=DEVICE), distinct(2, 9, 4)
+    cotangent = randn(2, 9, 8)
+
+    def run() -> tuple[Tensor, ...]:
+        result = routed(*inputs, *rest)
+        return result.detach(), *torch.autograd.grad(result, inputs, cotangent)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for tensor in inputs:
+        tensor.data.copy_(torch.randn_like(tensor))
+    rest[0].copy_(torch.randint(-1, 11, (2, 4), device=DEVICE))
+    rest[1].copy_(distinct(2, 9, 4))
+    graph.replay()
+    for a, b in zip(captured, run(), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_gpu
+def test_past_2_to_the_31_elements() -> None:
+    x = torch.zeros(2, (1 << 21) + 5, 512, dtype=torch.bfloat16, device=DEVICE)
+    x[1, -3:] = 7.0
+    indices = torch.tensor([[0, 1], [x.shape[1] - 2, -1]], device=DEVICE)
+    rows = gather_rows(x, indices, "triton")
+    assert torch.equal(rows.sum((0, 2)), torch.tensor([7.0 * 512, 0.0], device=DEVICE).bfloat16())
+    result = scatter_rows(x, -rows, indices, "triton")
+    assert torch.equal(result[1, -3:, 0], torch.tensor([7.0, -7.0, 7.0], device=DEVICE).bfloat16())
+    gradient = gather_triton.gather_backward(rows, indices, x.shape[1])
+    assert torch.equal(gradient[1, -3:, 0], torch.tensor([0.0, 7.0, 0.0], device=DEVICE).bfloat16())
