@@ -1,6 +1,6 @@
 """How fast routing is: one table, beside the physical floor and what else does the same work, in one run.
 
-    python benchmarks/routing.py                    on a GPU; under four minutes
+    python benchmarks/routing.py                    on a GPU; three minutes, then the picture
     python benchmarks/routing.py --quick            the table alone, without colt5-attention; under a minute
     python benchmarks/routing.py --tiny             on a CPU, to see that it runs: its times mean nothing
 

@@ -1,10 +1,11 @@
 """Coordinate descent on a GPU: what `descent` computes, in Triton.
 
 A row that fits into the registers of one program runs all its iterations there, short rows several to a
-program, in one launch each way. A longer row is cut into tiles, one program each. In the forward every
-iteration is a launch: it adds up what the tiles of its row left behind, takes one step of the threshold, and
-leaves its own tile's part behind. The backward takes two: one for the sum of the gradients of each row, one
-for everything else.
+program, in one launch each way. A longer row is cut into tiles, one program each. Where a GPU holds all
+programs of a call at once, the forward is one launch, in which the programs of a row wait for one another at
+every iteration. Otherwise every iteration is a launch: it adds up what the tiles of its row left behind,
+takes one step of the threshold, and leaves its own tile's part behind. Both give the same bits. The backward
+takes two launches: one for the sum of the gradients of each row, one for everything else.
 
 How a row is cut depends on its length and dtype alone, and what the tiles leave behind is added up in a fixed
 order: a row gets the same bits in every run and in whatever batch.
@@ -18,7 +19,7 @@ are taken in float32 over the few elements of one thread's column and in float64
 
 import math
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,10 +30,6 @@ from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.descent import temperatures
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-# How rows of several tiles are descended: in a launch an iteration, in launches that overlap (sm_90 and
-# later), or in one launch whose programs wait for one another, where a GPU can hold all of them at once.
-FORWARD: Literal["launches", "chained", "grid"] = "launches"
 
 # The longest row that one program takes, in float32; float64 takes a quarter. The backward holds two arrays.
 LARGEST_ROW = 32768
@@ -606,7 +603,6 @@ def coordinate_descent_tiles_fwd_kernel(
     inverse_next: tl.float64,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    CHAINED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     DTYPE: tl.constexpr,
     E: tl.constexpr,
@@ -621,15 +617,11 @@ def coordinate_descent_tiles_fwd_kernel(
     p_row = _rows(p_s, i_row, inner, stride_outer, stride_inner)
     p_mask_row = _rows(p_mask, i_row, inner, stride_mask_outer, stride_mask_inner)
     m_row = i_row < n_rows
-    # The scores come before what the launch before left behind, so that their loads need not wait for it.
     start, o_n, m_n = _tile_offsets(i_tile, 0, n, n_blocks, E, C)
     b_s = _load_scores(
         p_row, p_mask_row, start, o_n, m_n, stride_n, stride_mask_n, HAS_MASK, DTYPE
     )  # [1, E, C]
     b_k = tl.load(_rows(p_k, i_row, inner, stride_k_outer, stride_k_inner))  # [1]
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
     eps_t = tl.full([1], eps, tl.float64)
     if FIRST:
@@ -1022,7 +1014,7 @@ def _forward_tiles(
     (s,), k, mask, n_rows, n, inner, strides = rows
     grid = (n_rows * n_tiles,)
     fits = constants["DTYPE"] == tl.float32 and n_blocks == 1
-    if FORWARD == "grid" and fits and grid[0] <= _programs_at_once(s.device.index, TILE_WARPS):
+    if fits and grid[0] <= _programs_at_once(s.device, TILE_WARPS):
         words = torch.zeros((n_rows, 2, n_tiles), dtype=torch.int64, device=s.device)
         coordinate_descent_grid_fwd_kernel[grid](
             *(s, k, mask, gates, state, words, n_rows, n, n_tiles, n_iters, inner, *strides, *schedule),
@@ -1038,7 +1030,6 @@ def _forward_tiles(
     coordinate_descent_tiles_survey_fwd_kernel[grid](
         *(s, mask, left, n, n_tiles, n_blocks, inner, *strides[:3], *strides[5:]), **survey
     )
-    chained = FORWARD == "chained"
     for t in range(n_iters):
         coordinate_descent_tiles_fwd_kernel[grid](
             *(s, k, mask, gates, state, top, left, right, t, n_rows, n, n_tiles, n_blocks, n_iters, inner),
@@ -1047,8 +1038,6 @@ def _forward_tiles(
             **constants,
             FIRST=t == 0,
             LAST=t == n_iters - 1,
-            CHAINED=chained,
-            launch_pdl=chained,
         )
         left, right = right, left
 
@@ -1108,6 +1097,8 @@ def backward(
 
 
 @lru_cache
-def _programs_at_once(device: int, warps: int) -> int:
-    """How many programs a GPU holds at any number of registers: 8 warps a multiprocessor."""
+def _programs_at_once(device: torch.device, warps: int) -> int:
+    """How many programs a GPU holds at any number of registers: 8 warps a multiprocessor. A CPU runs one."""
+    if device.type != "cuda":
+        return 0
     return 8 // warps * int(torch.cuda.get_device_properties(device).multi_processor_count)

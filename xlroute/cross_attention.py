@@ -224,13 +224,13 @@ class ConditionalRoutedCrossAttention(nn.Module):
                 routed rows themselves.
         """
         b = routed.tokens.shape[0]
+        tokens = routed.tokens.to(self.to_v.weight)
+        rows = self.context_norm(tokens if value_rows is None else value_rows.to(tokens))
+        values = self._project(self.to_v, rows)
         if self.to_k is None:
-            keys = self._project(self.norm, self.to_q, routed.tokens)
+            keys = self._project(self.to_q, self.norm(tokens))
         else:
-            keys = self._project(self.context_norm, self.to_k, routed.tokens)
-        values = self._project(
-            self.context_norm, self.to_v, routed.tokens if value_rows is None else value_rows
-        )
+            keys = self._project(self.to_k, rows if value_rows is None else self.context_norm(tokens))
         gates = routed.scores.repeat_interleave(self.heads // self.sets, dim=1)[..., None].to(values)
         values = values * gates
         null_value = self.null_value.to(values).expand(b, -1, -1, -1)
@@ -275,11 +275,11 @@ class ConditionalRoutedCrossAttention(nn.Module):
         null = bias.new_zeros(h, 1, 1) if self.null_logit is None else self.null_logit
         return torch.cat((null.to(bias).expand(b, -1, bias.shape[2], -1), bias), dim=-1)
 
-    def _project(self, norm: nn.RMSNorm, projection: nn.Linear, rows: Tensor) -> Tensor:
-        """Normalise rows [b, r, k, d] and project them for the heads of their set: [b, h, k, e]."""
+    def _project(self, projection: nn.Linear, rows: Tensor) -> Tensor:
+        """Project the rows of all sets [b, r, k, d] for the heads of their set: [b, h, k, e]."""
         weight = rearrange(projection.weight, "(r o) d -> r d o", r=self.sets)
-        out = norm(rows.to(weight)) @ weight
-        return rearrange(out, "b r k (h e) -> b (r h) k e", h=self.heads // self.sets)  # type: ignore[no-any-return]
+        heads = self.heads // self.sets
+        return rearrange(rows @ weight, "b r k (h e) -> b (r h) k e", h=heads)  # type: ignore[no-any-return]
 
     def _route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
         """Put the outputs of routed queries in their places; the others get the learned output, or zero."""

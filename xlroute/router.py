@@ -244,16 +244,16 @@ class CoordinateDescentRouter(nn.Module):
             gates, indices = self._route_blocks(s, route_mask, num_tokens, chosen_by, backend)
 
         if isinstance(x, MemoryLayer):
-            rows, picked = x.gather(indices), gates.gather(-1, indices.clamp(min=0))
+            rows, picked = x.gather(indices), gates.gather(-1, indices.clamp(min=0)) * (indices >= 0)
         else:
             rows, picked = gather_gated_rows(x, gates, indices, backend=backend)
         chosen = indices >= 0
         stats = _stats(gates.detach(), picked.detach(), chosen) if with_stats else None
         if random_route:
-            picked = torch.ones_like(picked)
+            picked = chosen.to(picked.dtype)
         elif self.straight_through:
-            picked = picked + (1 - picked).detach()
-        picked = picked.masked_fill(~chosen, 0)
+            # Where there is no row, a gate of 0 stays 0.
+            picked = picked + (chosen.to(picked.dtype) - picked).detach()
         out = RouterOutput(indices, picked, rows, None if mask is None else chosen)
         if self.num_routing_tokens == 1 and not keep_one_route_dim:
             out = RouterOutput(*(None if t is None else t.squeeze(1) for t in out))  # type: ignore[arg-type]

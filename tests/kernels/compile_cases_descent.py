@@ -72,11 +72,9 @@ def tile_cases(n: int, dtype: torch.dtype, masked: bool) -> list[Case]:
     sums = {"BP": triton.next_power_of_2(n_tiles), **one}
     found = [case(kernels.coordinate_descent_tiles_survey_fwd_kernel, block, dtype, masked, **one)]
     for first, last in ((True, False), (False, False), (False, True)):
-        flags = {"FIRST": first, "LAST": last, "CHAINED": False, **sums}
+        flags = {"FIRST": first, "LAST": last, **sums}
         found.append(case(kernels.coordinate_descent_tiles_fwd_kernel, block, dtype, masked, **flags))
     if wide == torch.float32 and n_blocks == 1:
-        flags = {"FIRST": False, "LAST": False, "CHAINED": True, **sums}
-        found.append(case(kernels.coordinate_descent_tiles_fwd_kernel, block, dtype, masked, 90, **flags))
         grid = {"BP": triton.next_power_of_2(n_tiles)}
         found.append(case(kernels.coordinate_descent_grid_fwd_kernel, block, dtype, masked, **grid))
     block, n_blocks, n_tiles = kernels.tile_block(n, wide, kernels.TILE_BACKWARD)

@@ -83,8 +83,9 @@ def first_rows(case: dict[str, Any], rows: int) -> dict[str, Any]:
 def compare(cases: list[dict[str, Any]], dtype: torch.dtype = torch.float32, rows: int = 6) -> None:
     """Gates, ds and dk are at most twice as far from float64 as those of the reference in the same dtype.
 
-    That is the median over rows, and half a unit in the last place further, for below that it is chance which
-    one is closer. The reference takes all rows, which tells its error better, and Triton the first of them.
+    That is in the root mean square over rows, and half a unit in the last place further, for below that it is
+    chance which one is closer. The reference takes all rows, which tells its error better, and Triton the
+    first of them; where those happen to be hard rows, they are hard for both.
     """
     given: dict[str, list[Tensor]] = {"gates": [], "ds": [], "dk": []}
     plain: dict[str, list[Tensor]] = {"gates": [], "ds": [], "dk": []}
@@ -102,8 +103,13 @@ def compare(cases: list[dict[str, Any]], dtype: torch.dtype = torch.float32, row
         if dtype == torch.float64:
             assert our_errors.max() < 1e-10, name
         else:
-            assert our_errors.median() <= 2 * their_errors.median() + 2**-24, name
+            limit = max(_rms(their_errors), _rms(torch.cat([each[:rows] for each in plain[name]])))
+            assert _rms(our_errors) <= 2 * limit + 2**-24, name
             assert our_errors.max() <= 4 * their_errors.max() + 1e-6, name
+
+
+def _rms(errors: Tensor) -> float:
+    return float(errors.square().mean().sqrt())
 
 
 def random_case(rows: int, n: int, masked: bool = False, **options: Any) -> dict[str, Any]:
@@ -386,10 +392,10 @@ def test_one_launch_equals_many(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a CPU only rows of one tile: a program would wait for ever for others to start.
     n = 300 if DEVICE == "cuda" else 60
     cut_rows(monkeypatch, 64)
-    monkeypatch.setattr(descent_triton, "_programs_at_once", lambda device, warps: 64)
     case = random_case(3, n, masked=True, n_iters=6)
+    monkeypatch.setattr(descent_triton, "_programs_at_once", lambda device, warps: 0)
     many = gates_and_gradients(**case, dtype=torch.float32)
-    monkeypatch.setattr(descent_triton, "FORWARD", "grid")
+    monkeypatch.setattr(descent_triton, "_programs_at_once", lambda device, warps: 64)
     for ours, theirs in zip(gates_and_gradients(**case, dtype=torch.float32), many, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -417,19 +423,17 @@ def test_rows_and_tiles_cover_any_length() -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("mode", ["launches", "chained", "grid"])
 @pytest.mark.parametrize(("rows", "n"), [(16, 131_072), (2, 1_048_576), (3, 40_001)])
-def test_long_rows(monkeypatch: pytest.MonkeyPatch, mode: str, rows: int, n: int) -> None:
-    if mode == "chained" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("launches overlap from compute capability 9.0")
+def test_long_rows(monkeypatch: pytest.MonkeyPatch, rows: int, n: int) -> None:
     case = random_case(rows, n, masked=True, n_iters=20, schedule=SCHEDULES["constant"])
     case["k"] *= 100
+    compare([case], rows=rows)
+    monkeypatch.setattr(descent_triton, "_programs_at_once", lambda device, warps: 0)
     many = gates_and_gradients(**case, dtype=torch.float32)
-    monkeypatch.setattr(descent_triton, "FORWARD", mode)
+    monkeypatch.undo()
     for _ in range(3):
         for ours, theirs in zip(gates_and_gradients(**case, dtype=torch.float32), many, strict=True):
             assert torch.equal(ours, theirs)
-    compare([case], rows=rows)
 
 
 @on_gpu
@@ -476,12 +480,8 @@ def test_compiles_as_one_graph(n: int) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("mode", ["launches", "chained", "grid"])
 @pytest.mark.parametrize("n", [500, 100_000])
-def test_cuda_graph(monkeypatch: pytest.MonkeyPatch, n: int, mode: str) -> None:
-    if mode == "chained" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("launches overlap from compute capability 9.0")
-    monkeypatch.setattr(descent_triton, "FORWARD", mode)
+def test_cuda_graph(n: int) -> None:
     case = random_case(4, n)
     s, k, cotangent = case["s"].requires_grad_(), case["k"].requires_grad_(), case["cotangent"]
 

@@ -282,6 +282,7 @@ def test_compiles_as_one_graph(backend: str) -> None:
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match:UserWarning")
 @lengths
 def test_nothing_waits_for_the_gpu_and_a_graph_replays(n: int) -> None:
     s = torch.randn(2, n, device=DEVICE, requires_grad=True)
