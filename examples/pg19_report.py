@@ -22,7 +22,8 @@ LABELS = {
 }
 COLOURS = {"none": "#8c8c8c", "xl": "#1f77b4", "routed": "#d62728", "emptied": "#ff9896"}
 SET_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd")
-ZOOM = 100  # segments that are drawn enlarged
+SEGMENTS_DRAWN = 24  # whose choices are drawn one by one
+AGE_BINS = 32
 KINDS = 14  # tokens in the bar chart
 
 
@@ -129,43 +130,63 @@ def draw_routing(path: Path, routing: Routing, title: str, tokens: list[str]) ->
     """
     figure = plt.figure(figsize=(13, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 2)
-    whole, part, kinds = (figure.add_subplot(at) for at in (grid[:, 0], grid[0, 1], grid[1, 1]))
+    positions, ages, kinds = (figure.add_subplot(at) for at in (grid[:, 0], grid[0, 1], grid[1, 1]))
     count = len(routing.starts)
-    _draw_positions(whole, routing, range(count), size=1.5, alpha=0.2)
-    whole.set_title(f"{title}: which past positions each segment reads")
-    middle = range(count // 2, count // 2 + min(ZOOM, count - count // 2))
-    _draw_positions(part, routing, middle, size=5, alpha=0.6)
-    part.set_title(f"the same, {len(middle)} segments enlarged")
-    legend = whole.legend(loc="upper left", markerscale=6)
-    for handle in legend.legend_handles:
-        if handle is not None:
-            handle.set_alpha(1)
+    middle = range(count // 2, count // 2 + min(SEGMENTS_DRAWN, count - count // 2))
+    _draw_positions(positions, routing, middle)
+    positions.set_title(f"{title}: which past positions {len(middle)} of {count:,} segments read")
+    _draw_ages(ages, routing)
     _draw_kinds(kinds, routing, tokens)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _draw_positions(axes: Axes, routing: Routing, segments: range, *, size: float, alpha: float) -> None:
+def _draw_positions(axes: Axes, routing: Routing, segments: range) -> None:
     places = np.arange(segments.start, segments.stop)
     starts, chosen = routing.starts[places], routing.chosen[places]
     newest = np.maximum(0, starts - routing.window)
-    axes.fill_between(
-        places, np.maximum(0, newest - routing.capacity), newest, color="#e4e4e4", label="held in memory"
+    axes.bar(
+        places,
+        newest - np.maximum(0, newest - routing.capacity),
+        bottom=np.maximum(0, newest - routing.capacity),
+        width=1.0,
+        color="#ebebeb",
+        label="held in memory",
     )
-    axes.plot(places, starts, color="black", linewidth=1, label="where the segment starts")
+    axes.step(places, starts, where="mid", color="black", linewidth=1, label="where the segment starts")
     for number in range(chosen.shape[1]):
         at, row = np.nonzero(chosen[:, number] >= 0)
+        # Side by side, so that rows that several tokens chose show as such.
         axes.scatter(
-            places[at],
+            places[at] + (number + 0.5) / chosen.shape[1] - 0.5,
             chosen[at, number, row],
-            s=size,
-            alpha=alpha,
+            s=3,
             linewidths=0,
             color=SET_COLOURS[number % len(SET_COLOURS)],
             label=f"read by routing token {number + 1}",
             rasterized=True,
         )
     axes.set(xlabel="segment", ylabel="position in the book")
+    axes.legend(loc="upper left", markerscale=3)
+
+
+def _draw_ages(axes: Axes, routing: Routing) -> None:
+    """How far back the rows lie that are read, over all segments for which the memory is full."""
+    full = routing.starts >= routing.window + routing.capacity
+    for number in range(routing.chosen.shape[1]):
+        chosen = routing.chosen[full, number]
+        ages = (routing.starts[full, None] - chosen)[chosen >= 0]
+        axes.hist(
+            ages,
+            bins=AGE_BINS,
+            weights=np.full(ages.shape, 100 / max(1, ages.size)),
+            histtype="step",
+            color=SET_COLOURS[number % len(SET_COLOURS)],
+            label=f"read by routing token {number + 1}",
+        )
+    axes.set(title="how far back they lie", xlabel="tokens before the segment", ylabel="share in %")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="lower right")
 
 
 def _draw_kinds(axes: Axes, routing: Routing, tokens: list[str]) -> None:
