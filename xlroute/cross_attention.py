@@ -279,7 +279,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         """Project the rows of all sets [b, r, k, d] for the heads of their set: [b, h, k, e]."""
         weight = rearrange(projection.weight, "(r o) d -> r d o", r=self.sets)
         heads = self.heads // self.sets
-        return rearrange(rows @ weight, "b r k (h e) -> b (r h) k e", h=heads)  # type: ignore[no-any-return]
+        return rearrange(rows @ weight, "b r k (h e) -> b (r h) k e", h=heads)
 
     def _route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
         """Put the outputs of routed queries in their places; the others get the learned output, or zero."""
