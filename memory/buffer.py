@@ -7,10 +7,13 @@ may have saved a view of the rows for backward, long before the next rows come.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from xlroute.kernels import Backend, row_scores
+from xlroute.memory.scores import StoredScores
 
 
 class Rows(Protocol):
@@ -44,6 +47,7 @@ class _Buffer:
             # backward over rows that it saved, although the write is beyond all of them.
             self.target = self.data.data
         self.used = 0
+        self.scores = StoredScores(self.target)
 
 
 class RowSpan:
@@ -73,6 +77,24 @@ class RowSpan:
     def gather(self, index: Tensor) -> Tensor:
         """Copies of the rows at `index` (int64 [k]), [k, d]; the oldest row where it is -1."""
         return self.view().index_select(0, index.to(self._buffer.data.device).clamp(min=0))
+
+    def scores(
+        self,
+        tokens: Tensor,
+        *,
+        normalize: Literal["rms", "l2"] | None,
+        scale: float,
+        backend: Backend | None,
+    ) -> Tensor:
+        """Scores against routing tokens [r, d], [r, m], as from `row_scores`.
+
+        Where no gradient is asked for they are kept, and only rows that are new since the last call are read.
+        """
+        if torch.is_grad_enabled() and tokens.requires_grad:
+            return row_scores(self.view(), tokens, normalize=normalize, scale=scale, backend=backend)
+        return self._buffer.scores.of(
+            self._start, self._stop, tokens, normalize=normalize, scale=scale, backend=backend
+        )
 
     def dropped(self, count: int) -> RowSpan:
         """The span without its `count` oldest rows."""

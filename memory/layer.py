@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xlroute.kernels import Backend, row_scores
+from xlroute.kernels import Backend
 from xlroute.memory.buffer import Rows
 
 
@@ -162,6 +162,9 @@ class MemoryLayer:
     ) -> Tensor:
         """Scores every row against routing tokens: `scale * <normalize(row), token>`.
 
+        Where no gradient is asked for, scores are kept in memory beside the rows. As long as the tokens stay
+        the same, a call reads only rows that are new, and gives the same bits as one that reads all.
+
         Args:
             tokens: Routing tokens, [r, d] for all streams or [b, r, d].
             normalize: How rows are normalised first: "rms", "l2" or None.
@@ -184,9 +187,9 @@ class MemoryLayer:
         per_stream = tokens.expand(streams, *tokens.shape[-2:])
         scores = [
             pad(
-                row_scores(view, token, normalize=normalize, scale=scale, backend=backend),
-                (0, longest - view.shape[0]),
+                rows.span().scores(token, normalize=normalize, scale=scale, backend=backend),
+                (0, longest - len(rows)),
             )
-            for view, token in zip(self.views(), per_stream, strict=True)
+            for rows, token in zip(self._streams, per_stream, strict=True)
         ]
         return torch.stack(scores)
