@@ -76,7 +76,7 @@ def measure(
     verify: Callable[[T], Iterable[Check]],
     device: torch.device,
     *,
-    graph: bool = True,
+    graph: bool | None = None,
     cold: bool = False,
 ) -> Measurement:
     """Check the result of a call, and time the call if all checks are green.

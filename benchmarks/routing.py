@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 from measurement import Measurement
-from routing_layer import DTYPE, routed_attention, sweep
+from routing_layer import DTYPE, routed_attention, stored_attention, sweep
 from routing_ops import descent, gradient_error, scores, soft_topk
 from routing_report import PEERS, Machine, Point, Work, draw, failures, table, write_csv
 from routing_settings import TINY, Sizes
@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         "soft_topk": lambda: soft_topk(sizes, device),
         "scores": lambda: scores(sizes, device),
         "layer": lambda: routed_attention(sizes, device),
+        "layer with stored scores": lambda: list(stored_attention(sizes, device)),
         "gradient error": lambda: [gradient_error(sizes, device)],
     }
     works: list[Work] = []

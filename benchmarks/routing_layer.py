@@ -14,6 +14,7 @@ from routing_settings import Sizes, normal
 from torch import Tensor, nn
 
 from xlroute import ConditionalRoutedCrossAttention, RouterOutput
+from xlroute.memory import MemoryLayer, MemoryStore
 
 DTYPE = torch.bfloat16
 DENSE_CHECKED = 4  # queries of dense attention that are compared with float64
@@ -188,6 +189,31 @@ def routed_attention(sizes: Sizes, device: torch.device) -> list[Work]:
     return works
 
 
+def stored_attention(sizes: Sizes, device: torch.device) -> Iterator[Work]:
+    """The layer over a memory's rows whose scores are stored: forward, in one CUDA graph."""
+    for m, reach in zip(sizes.stored, ("0.12 ms", "0.35 ms"), strict=True):
+        layer = routed_layer(sizes, device, None).to(DTYPE)
+        x, context = _inputs(m, sizes, device)
+        expected = run(layer, x, context)
+        store = MemoryStore.create(layers=1, streams=1, dim=sizes.dim, dtype=DTYPE, device=device)
+        store.append(context[None])
+        del context
+        call = partial(run, layer, x, store.layer(0))
+        verify = partial(_same_output, expected)
+        yield Work(
+            f"layer stored {m}",
+            f"the same with stored scores, forward, {m:,} memories",
+            reach,
+            floor_bytes=m * sizes.kv_routing_tokens * torch.float32.itemsize,
+            input_bytes=m * sizes.kv_routing_tokens * torch.float32.itemsize,
+            measurements=[measure(OURS, lambda call=call: call, verify, device, graph=True)],
+        )
+
+
+def _same_output(expected: Tensor, out: Tensor) -> list[Check]:
+    return [equal("output", out, expected, "a call that scores all rows")]
+
+
 def sweep(sizes: Sizes, device: torch.device) -> Iterator[Point]:
     """Forward times over the number of memories, up to where they no longer fit."""
     routed, reference = (routed_layer(sizes, device, use_triton).to(DTYPE) for use_triton in (None, False))
@@ -296,7 +322,7 @@ def _fits(size: int, device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def run(layer: nn.Module, x: Tensor, context: Tensor) -> Tensor:
+def run(layer: nn.Module, x: Tensor, context: Tensor | MemoryLayer) -> Tensor:
     """The output, without a graph."""
     with _autocast(layer, context):
         return layer(x, context)  # type: ignore[no-any-return]
@@ -311,7 +337,7 @@ def train(layer: nn.Module, x: Tensor, context: Tensor, cotangent: Tensor) -> Tr
     return out.detach(), dict(zip(names, gradients, strict=True))
 
 
-def _autocast(layer: nn.Module, context: Tensor) -> torch.autocast:
+def _autocast(layer: nn.Module, context: Tensor | MemoryLayer) -> torch.autocast:
     """On for float32 weights beside narrower memories; no cast is kept, so that all can go into a graph."""
     narrow = next(layer.parameters()).dtype != context.dtype
     return torch.autocast(context.device.type, DTYPE, enabled=narrow, cache_enabled=False)

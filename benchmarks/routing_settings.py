@@ -25,6 +25,7 @@ class Sizes:
     gradient_iters: int = 50
     memories: int = 1_048_576
     dim: int = 512
+    stored: tuple[int, int] = (1_048_576, 16_777_216)  # memories whose scores are stored
     heads: int = 8
     dim_head: int = 64
     queries: int = 1024
@@ -47,6 +48,7 @@ TINY = Sizes(
     gradient_k=8,
     memories=512,
     dim=32,
+    stored=(512, 1024),
     heads=4,
     dim_head=8,
     queries=16,

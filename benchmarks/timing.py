@@ -39,14 +39,14 @@ def on_one_stream(device: torch.device) -> contextlib.AbstractContextManager[obj
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
-def time_call(call: Call, device: torch.device, *, graph: bool = True, cold: bool = False) -> Timing:
+def time_call(call: Call, device: torch.device, *, graph: bool | None = None, cold: bool = False) -> Timing:
     """Time a call that has run before.
 
     Args:
         call: what to time; its result is dropped.
         device: where it runs.
-        graph: replay CUDA graphs of as many calls as take about 2 ms, without the host's part, unless the
-            call waits for the device. False: CUDA events around single calls.
+        graph: replay CUDA graphs of as many calls as take about 2 ms, without the host's part. None: unless
+            the call waits for the device. False: CUDA events around single calls.
         cold: time single calls, each after the L2 cache was filled with something else. Without it, calls
             follow one upon the other, and inputs that fit in the cache stay there. Without effect on a CPU.
     """
@@ -54,7 +54,7 @@ def time_call(call: Call, device: torch.device, *, graph: bool = True, cold: boo
         return _time_on_cpu(call)
     calls, run, kind = 1, call, "CUDA events around"
     call()
-    if graph and not _waits_for_device(call):
+    if graph or (graph is None and not _waits_for_device(call)):
         with contextlib.suppress(RuntimeError):  # what no graph can hold is timed by events
             run, kind = _capture(call, 1), "replays of a CUDA graph of"
     estimate = min(_event_times(run, 3))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlroute.kernels.arguments import Backend, check_floating, resolve_backend
+from xlroute.kernels.arguments import Backend, check_floating, compute_dtype, resolve_backend
 
 _ALL_PAIRS = 1 << 14  # indices of a stream up to which Triton compares all pairs, instead of sorting them
 
@@ -33,12 +33,17 @@ def gather_rows(x: Tensor, indices: Tensor, backend: Backend | None = None) -> T
     _check("x", x, indices)
     backend = resolve_backend(backend, x)
     rows: Tensor
-    rows, _ = _gather(x, None, indices, backend)
+    rows, _ = _gather(x, None, indices, False, backend)
     return rows
 
 
 def gather_gated_rows(
-    x: Tensor, gates: Tensor, indices: Tensor, backend: Backend | None = None
+    x: Tensor,
+    gates: Tensor,
+    indices: Tensor,
+    backend: Backend | None = None,
+    *,
+    straight_through: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The rows of each stream at its indices, as `gather_rows`, and the gates of the same rows, at once.
 
@@ -47,6 +52,8 @@ def gather_gated_rows(
         gates: the gates of all rows, [b, ..., m].
         indices: int64, [b, ..., k], each in [-1, m); the dimensions before the last are those of ``gates``.
         backend: "torch", "triton", or None to pick by device.
+        straight_through: the gathered gates are 1 in value (a NaN stays), with the gradient of what they
+            were (Bengio et al., arXiv 1308.3432).
 
     Returns:
         The gathered rows [b, ..., k, d] and gates [b, ..., k], both 0 where the index is -1.
@@ -68,14 +75,21 @@ def gather_gated_rows(
     backend = resolve_backend(backend, x)
     rows: Tensor
     chosen: Tensor
-    rows, chosen = _gather(x, gates, indices, backend)
+    rows, chosen = _gather(x, gates, indices, straight_through, backend)
     return rows, chosen
 
 
-def scatter_rows(base: Tensor, rows: Tensor, indices: Tensor, backend: Backend | None = None) -> Tensor:
+def scatter_rows(
+    base: Tensor,
+    rows: Tensor,
+    indices: Tensor,
+    backend: Backend | None = None,
+    *,
+    gates: Tensor | None = None,
+) -> Tensor:
     """A copy of ``base`` with rows of each stream replaced; those with an index of -1 are dropped.
 
-    Differentiable in ``base`` and ``rows``.
+    Differentiable in ``base``, ``rows`` and ``gates``.
 
     Args:
         base: [b, n, d]; any view, as a vector that is expanded to all places.
@@ -83,13 +97,14 @@ def scatter_rows(base: Tensor, rows: Tensor, indices: Tensor, backend: Backend |
         indices: int64, [b, k], the places of the rows, each in [-1, n). Those of a stream are distinct, but
             for -1.
         backend: "torch", "triton", or None to pick by device.
+        gates: [b, k], factors on the rows. The products are rounded once, to the dtype of ``base``.
 
     Returns:
         [b, n, d].
 
     Raises:
-        TypeError: ``base`` or ``rows`` is not floating point, or of another dtype than the other, or
-            ``indices`` is not int64.
+        TypeError: ``base``, ``rows`` or ``gates`` is not floating point, ``rows`` is of another dtype than
+            ``base``, or ``indices`` is not int64.
         ValueError: the shapes do not fit, the devices differ, or the backend cannot run here.
         IndexError: an index is outside [-1, n). Only checked on a CPU and outside torch.compile: elsewhere
             the check would have to wait for the device, and Triton drops the row instead.
@@ -105,8 +120,16 @@ def scatter_rows(base: Tensor, rows: Tensor, indices: Tensor, backend: Backend |
         )
     if rows.device != base.device:
         raise ValueError(f"rows must be on the device of base, {base.device}, got {rows.device}")
+    if gates is not None:
+        check_floating("gates", gates)
+        if gates.shape != indices.shape:
+            raise ValueError(
+                f"gates must have the shape of indices, {tuple(indices.shape)}, got {tuple(gates.shape)}"
+            )
+        if gates.device != base.device:
+            raise ValueError(f"gates must be on the device of base, {base.device}, got {gates.device}")
     backend = resolve_backend(backend, base)
-    result: Tensor = _scatter(base, rows, indices, backend)
+    result: Tensor = _scatter(base, rows, gates, indices, backend)
     return result
 
 
@@ -131,13 +154,15 @@ def _check(name: str, x: Tensor, indices: Tensor) -> None:
 
 
 @torch.library.custom_op("xlroute::gather_rows", mutates_args=())
-def _gather(x: Tensor, gates: Tensor | None, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _gather(
+    x: Tensor, gates: Tensor | None, indices: Tensor, straight_through: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     """Rows [b, ..., d] and their gates [b, ...], without gates [0]."""
     b, m, d = x.shape
     if backend == "triton" and indices.numel() > 0 and d > 0:
         from xlroute.kernels import gather_triton
 
-        return gather_triton.gather(x, gates, indices)
+        return gather_triton.gather(x, gates, indices, straight_through)
     nowhere = indices < 0
     if m == 0 or indices.numel() == 0:
         rows = x.new_zeros((*indices.shape, d))
@@ -147,7 +172,20 @@ def _gather(x: Tensor, gates: Tensor | None, indices: Tensor, backend: str) -> t
     rows = x[stream, at].masked_fill_(nowhere[..., None], 0.0).contiguous()
     if gates is None:
         return rows, x.new_empty(0)
-    return rows, gates.gather(-1, at).masked_fill_(nowhere, 0.0)
+    chosen = gates.gather(-1, at)
+    if straight_through:
+        chosen = torch.where(chosen.isnan(), chosen, 1.0)
+    return rows, chosen.masked_fill_(nowhere, 0.0)
+
+
+def _gated(rows: Tensor, gates: Tensor) -> Tensor:
+    """Rows [..., d] times gates [...], rounded once to the dtype of the rows."""
+    return (rows.to(_wide(rows, gates)) * gates[..., None]).to(rows.dtype)
+
+
+def _wide(rows: Tensor, gates: Tensor) -> torch.dtype:
+    """The dtype in which rows and gates are multiplied."""
+    return torch.promote_types(compute_dtype(rows.dtype), gates.dtype)
 
 
 @torch.library.custom_op("xlroute::gather_rows_backward", mutates_args=())
@@ -172,13 +210,17 @@ def _gather_backward(grad: Tensor, indices: Tensor, m: int, backend: str) -> Ten
 
 
 @torch.library.custom_op("xlroute::scatter_rows", mutates_args=())
-def _scatter(base: Tensor, rows: Tensor | None, indices: Tensor, backend: str) -> Tensor:
-    """``base`` [b, n, d] with ``rows`` [b, k, d], or zeros, at the indices [b, k]."""
+def _scatter(
+    base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Tensor, backend: str
+) -> Tensor:
+    """``base`` [b, n, d] with ``rows`` [b, k, d] times ``gates`` [b, k], or zeros, at the indices [b, k]."""
     b, n, d = base.shape
     if backend == "triton" and base.numel() > 0:
         from xlroute.kernels import gather_triton
 
-        return gather_triton.scatter(base, rows, indices)
+        return gather_triton.scatter(base, rows, gates, indices)
+    if rows is not None and gates is not None:
+        rows = _gated(rows, gates)
     # Rows without a place go to one past the end, which is cut off again.
     result = base.new_empty((b, n + 1, d))
     result[:, :n] = base
@@ -188,7 +230,9 @@ def _scatter(base: Tensor, rows: Tensor | None, indices: Tensor, backend: str) -
 
 
 @_gather.register_fake
-def _(x: Tensor, gates: Tensor | None, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, gates: Tensor | None, indices: Tensor, straight_through: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     rows = x.new_empty((*indices.shape, x.shape[-1]))
     return rows, x.new_empty(0) if gates is None else gates.new_empty(indices.shape)
 
@@ -199,12 +243,12 @@ def _(grad: Tensor, indices: Tensor, m: int, backend: str) -> Tensor:
 
 
 @_scatter.register_fake
-def _(base: Tensor, rows: Tensor | None, indices: Tensor, backend: str) -> Tensor:
+def _(base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Tensor, backend: str) -> Tensor:
     return base.new_empty(base.shape)
 
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, gates, indices, ctx.backend = inputs
+    x, gates, indices, _, ctx.backend = inputs
     ctx.m = x.shape[1]
     ctx.gates_shape = None if gates is None else gates.shape
     ctx.save_for_backward(indices)
@@ -222,7 +266,7 @@ def _gather_autograd(ctx: Any, grad: Tensor, grad_gates: Tensor) -> tuple[Tensor
         places = indices.flatten(0, -2)
         d_gates = _gather_backward(grad_gates.reshape(*places.shape, 1), places, ctx.m, ctx.backend)
         d_gates = d_gates.view(ctx.gates_shape)
-    return d_x, d_gates, None, None
+    return d_x, d_gates, None, None, None
 
 
 def _gather_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -232,20 +276,28 @@ def _gather_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 
 def _gather_backward_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
-    return _gather(grad, None, indices, ctx.backend)[0], None, None, None
+    return _gather(grad, None, indices, False, ctx.backend)[0], None, None, None
 
 
 def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, indices, ctx.backend = inputs
-    ctx.save_for_backward(indices)
+    _, rows, gates, indices, ctx.backend = inputs
+    # Without gates, no gradient depends on the rows.
+    ctx.save_for_backward(None if gates is None else rows, gates, indices)
 
 
 def _scatter_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (indices,) = ctx.saved_tensors
-    needs_base, needs_rows, *_ = ctx.needs_input_grad
-    d_base = _scatter(grad, None, indices, ctx.backend) if needs_base else None
-    d_rows = _gather(grad, None, indices, ctx.backend)[0] if needs_rows else None
-    return d_base, d_rows, None, None
+    rows, gates, indices = ctx.saved_tensors
+    needs_base, needs_rows, needs_gates, *_ = ctx.needs_input_grad
+    d_base = _scatter(grad, None, None, indices, ctx.backend) if needs_base else None
+    d_rows = d_gates = None
+    if needs_rows or needs_gates:
+        d_rows = _gather(grad, None, indices, False, ctx.backend)[0]
+    if needs_gates:
+        wide = _wide(rows, gates)
+        d_gates = (d_rows.to(wide) * rows.to(wide)).sum(-1).to(gates.dtype)
+    if needs_rows and gates is not None:
+        d_rows = _gated(d_rows, gates)
+    return d_base, d_rows if needs_rows else None, d_gates, None, None
 
 
 _gather.register_autograd(_gather_autograd, setup_context=_gather_setup)

@@ -52,6 +52,7 @@ def gather_rows_fwd_kernel(
     stride_d: tl.tensor,
     D: tl.constexpr,
     GATED: tl.constexpr,
+    STRAIGHT: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
     ACC: tl.constexpr,
@@ -71,6 +72,8 @@ def gather_rows_fwd_kernel(
     tl.store(p_to, b_x.to(p_rows.dtype.element_ty), mask=(o_k < total)[:, None] & m_d)
     if GATED and tl.program_id(0) % CHUNKS == 0:
         b_gate = tl.load(p_gates + (o_k // per_set) * m + b_index, mask=m_k, other=0.0).to(ACC)
+        if STRAIGHT:
+            b_gate = tl.where(m_k & (b_gate == b_gate), 1.0, b_gate)
         b_gate = tl.where(m_k | (b_index == -1), b_gate, float("nan"))
         tl.store(p_chosen + o_k, b_gate.to(p_chosen.dtype.element_ty), mask=o_k < total)
 
@@ -119,6 +122,7 @@ def gather_rows_bwd_kernel(
 def scatter_rows_kernel(
     p_base: tl.tensor,
     p_rows: tl.tensor,
+    p_gates: tl.tensor,
     p_indices: tl.tensor,
     p_result: tl.tensor,
     n: tl.tensor,
@@ -129,11 +133,16 @@ def scatter_rows_kernel(
     stride_d: tl.tensor,
     D: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    GATED: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
+    ACC: tl.constexpr,
 ) -> None:
-    """BN rows of the result [b, n, D]: the rows [b, k, D] whose index names them, else those of the base."""
+    """BN rows of the result [b, n, D]: the rows [b, k, D] whose index names them, else those of the base.
+
+    The rows are multiplied by their gates [b, k].
+    """
     i_b = tl.program_id(0).to(tl.int64) // tiles
     o_n = (tl.program_id(0).to(tl.int64) % tiles) * BN + tl.arange(0, BN)
     o_k = tl.arange(0, BK)
@@ -145,6 +154,8 @@ def scatter_rows_kernel(
     m_n = o_n < n
     m_rows = m_n & (b_from >= 0)
     m_base = m_n & (b_from < 0)
+    if GATED:
+        b_gate = tl.load(p_gates + i_b * k + b_from, mask=m_rows, other=0.0).to(ACC)  # [BN]
     for i_d in tl.range(0, D, BD):
         o_d = i_d + tl.arange(0, BD)
         m_d = (o_d < D)[None, :]
@@ -153,12 +164,16 @@ def scatter_rows_kernel(
         if HAS_ROWS:
             p_r = p_rows + ((i_b * k + b_from) * D)[:, None] + o_d[None, :]
             b_rows = tl.load(p_r, mask=m_rows[:, None] & m_d, other=0.0)
+            if GATED:
+                b_rows = (b_rows.to(ACC) * b_gate[:, None]).to(b_out.dtype)
             b_out = tl.where(m_rows[:, None], b_rows, b_out)
         p_to = p_result + (i_b * n + o_n)[:, None] * D + o_d[None, :]
         tl.store(p_to, b_out, mask=m_n[:, None] & m_d)
 
 
-def gather(x: Tensor, gates: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor]:
+def gather(
+    x: Tensor, gates: Tensor | None, indices: Tensor, straight_through: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rows of x [b, m, d] at indices [b, ...], and their gates [b, ..., m], without gates [0]; b, d > 0."""
     b, m, d = x.shape
     indices = indices.contiguous()
@@ -185,6 +200,7 @@ def gather(x: Tensor, gates: Tensor | None, indices: Tensor) -> tuple[Tensor, Te
             *x.stride(),
             D=d,
             GATED=gates is not None,
+            STRAIGHT=straight_through,
             BK=bk,
             BD=bd,
             ACC=tl.float64 if wide else tl.float32,
@@ -214,16 +230,21 @@ def gather_backward(grad: Tensor, indices: Tensor, m: int) -> Tensor:
     return result
 
 
-def scatter(base: Tensor, rows: Tensor | None, indices: Tensor) -> Tensor:
-    """Base [b, n, d] with rows [b, k, d], or zeros, at the indices [b, k]; the base is not empty."""
+def scatter(base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Tensor) -> Tensor:
+    """Base [b, n, d] with rows [b, k, d] times gates [b, k], or zeros, at the indices [b, k].
+
+    The base is not empty.
+    """
     b, n, d = base.shape
     k = indices.shape[1]
     result = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     tiles = triton.cdiv(n, SCATTER_ROWS)
+    wide = torch.float64 in (base.dtype, None if gates is None else gates.dtype)
     with torch.cuda.device_of(base):  # type: ignore[no-untyped-call]
         scatter_rows_kernel[(b * tiles,)](
             base,
             None if rows is None else rows.contiguous(),
+            None if gates is None else gates.contiguous(),
             indices.contiguous(),
             result,
             n,
@@ -232,9 +253,11 @@ def scatter(base: Tensor, rows: Tensor | None, indices: Tensor) -> Tensor:
             *base.stride(),
             D=d,
             HAS_ROWS=rows is not None,
+            GATED=gates is not None,
             BN=SCATTER_ROWS,
             BK=INDICES // 2,
             BD=scatter_width(d),
+            ACC=tl.float64 if wide else tl.float32,
             num_warps=4,
         )
     return result

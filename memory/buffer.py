@@ -7,13 +7,13 @@ may have saved a view of the rows for backward, long before the next rows come.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from xlroute.kernels import Backend, row_scores
-from xlroute.memory.scores import StoredScores
+from xlroute.kernels import gather_rows, row_scores
+from xlroute.memory.scores import Scoring, StoredScores
 
 
 class Rows(Protocol):
@@ -28,7 +28,7 @@ class Rows(Protocol):
     def gather(self, index: Tensor) -> Tensor:
         """Copies of the rows at `index` (int64 [k], each in [-1, len)), [k, d] on the store's device.
 
-        Where the index is -1 the result is any row, to be masked.
+        Where the index is -1 the result is zeros.
         """
 
     def dropped(self, count: int) -> Rows:
@@ -75,26 +75,17 @@ class RowSpan:
         return self._buffer.data[self._start : self._stop]
 
     def gather(self, index: Tensor) -> Tensor:
-        """Copies of the rows at `index` (int64 [k]), [k, d]; the oldest row where it is -1."""
-        return self.view().index_select(0, index.to(self._buffer.data.device).clamp(min=0))
+        """Copies of the rows at `index` (int64 [k]), [k, d]; zeros where it is -1."""
+        return gather_rows(self.view()[None], index.to(self._buffer.data.device)[None])[0]
 
-    def scores(
-        self,
-        tokens: Tensor,
-        *,
-        normalize: Literal["rms", "l2"] | None,
-        scale: float,
-        backend: Backend | None,
-    ) -> Tensor:
+    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
         """Scores against routing tokens [r, d], [r, m], as from `row_scores`.
 
         Where no gradient is asked for they are kept, and only rows that are new since the last call are read.
         """
         if torch.is_grad_enabled() and tokens.requires_grad:
-            return row_scores(self.view(), tokens, normalize=normalize, scale=scale, backend=backend)
-        return self._buffer.scores.of(
-            self._start, self._stop, tokens, normalize=normalize, scale=scale, backend=backend
-        )
+            return row_scores(self.view(), tokens, **scoring._asdict())
+        return self._buffer.scores.of(self._start, self._stop, tokens, scoring)
 
     def dropped(self, count: int) -> RowSpan:
         """The span without its `count` oldest rows."""

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from xlroute.kernels import Backend
 from xlroute.memory.buffer import Rows
+from xlroute.memory.scores import Scoring
 
 
 def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
@@ -96,6 +97,11 @@ class MemoryLayer:
         """Streams, rows of the longest stream, and width: (b, m, d)."""
         return len(self._streams), max(len(rows) for rows in self._streams), self._dim
 
+    @property
+    def even(self) -> bool:
+        """Whether all streams hold equally many rows, and any at all: then `mask` is True everywhere."""
+        return min(len(rows) for rows in self._streams) == self.shape[1] > 0
+
     @cached_property
     def mask(self) -> Tensor:
         """Which rows exist, bool [b, m]."""
@@ -123,18 +129,30 @@ class MemoryLayer:
             IndexError: An index is below -1, or not below the number of rows of its stream.
             CorruptionError: A row on disk is damaged.
         """
-        flat = checked_indices(indices, self.lengths).reshape(len(self._streams), -1)
-        # Rows on disk are read, and refused if damaged, before there is room for the result.
+        return self.take(checked_indices(indices, self.lengths))
+
+    def take(self, indices: Tensor) -> Tensor:
+        """As `gather`, for indices that are in range for sure, as those of a router are: nothing is checked.
+
+        Args:
+            indices: int64 [b, ...]; -1 means no row and gathers zeros.
+
+        Returns:
+            Rows, [b, ..., d]. For rows on a GPU, nothing waits for it.
+
+        Raises:
+            CorruptionError: A row on disk is damaged.
+        """
+        flat = indices.reshape(len(self._streams), -1)
         found = [
-            rows.gather(index) if len(rows) and flat.shape[1] else None
+            rows.gather(index) if len(rows) else self._no_rows(index.shape[0])
             for rows, index in zip(self._streams, flat, strict=True)
         ]
-        out = torch.zeros(*flat.shape, self._dim, dtype=self.dtype, device=self.device)
-        for stream, part in enumerate(found):
-            if part is not None:
-                out[stream] = part
-        out.masked_fill_((flat < 0).to(self.device)[..., None], 0)
-        return out.reshape(*indices.shape, self._dim)
+        taken = found[0][None] if len(found) == 1 else torch.stack(found)
+        return taken.view(*indices.shape, self._dim)
+
+    def _no_rows(self, count: int) -> Tensor:
+        return torch.zeros(count, self._dim, dtype=self.dtype, device=self.device)
 
     def positions(self, indices: Tensor) -> Tensor:
         """How many rows the stream had appended before each of these since its reset.
@@ -185,11 +203,10 @@ class MemoryLayer:
                 f"tokens: expected shape [r, {dim}] or [{streams}, r, {dim}], got {list(tokens.shape)}"
             )
         per_stream = tokens.expand(streams, *tokens.shape[-2:])
+        scoring = Scoring(normalize, scale, backend)
         scores = [
-            pad(
-                rows.span().scores(token, normalize=normalize, scale=scale, backend=backend),
-                (0, longest - len(rows)),
-            )
-            for rows, token in zip(self._streams, per_stream, strict=True)
+            rows.span().scores(token, scoring) for rows, token in zip(self._streams, per_stream, strict=True)
         ]
-        return torch.stack(scores)
+        if streams == 1:
+            return scores[0][None]
+        return torch.stack([pad(each, (0, longest - each.shape[-1])) for each in scores])

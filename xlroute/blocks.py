@@ -125,7 +125,7 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
 
     def gated(self, x: Tensor, keys_values: RoutedKeysValues, bias: Tensor) -> Tensor:
         """The gated output [b, n, d] for x [b, n, d]."""
-        return self.memory_gate.tanh() * self.attend(x, keys_values, bias)
+        return self.memory_gate.tanh() * self.attend(self.queries(x), keys_values, bias)
 
 
 class FeedForward(nn.Sequential):

@@ -18,6 +18,7 @@ from xlroute.attend import AttentionBackend, attend
 from xlroute.kernels import scatter_rows
 from xlroute.memory import MemoryLayer
 from xlroute.router import CoordinateDescentRouter, RouterOutput
+from xlroute.side_stream import run_beside
 
 COSINE_SCALE = 20.0  # the logit of a key that equals its query, before training: e^20 outweighs all others
 NULL_COSINE = 0.7  # before training, a query looks at nothing rather than at rows less like it than this
@@ -189,20 +190,29 @@ class ConditionalRoutedCrossAttention(nn.Module):
                 "x, context: expected [b, n, d] and [b, m, d], "
                 f"got {tuple(x.shape)} and {tuple(context.shape)}"
             )
-        routed = self.route(context, num_tokens_kv=num_tokens_kv, context_mask=context_mask)
-        keys_values = self.keys_values(routed)
         if num_tokens_q is None:
             num_tokens_q = self.num_tokens_q
         elif self.q_router is None:
             raise ValueError(
                 f"num_tokens_q: expected None in a module built with num_tokens_q=None, got {num_tokens_q}"
             )
-        if num_tokens_q is None or (num_tokens_q >= x.shape[1] and mask is None):
-            return self.attend(x, keys_values)
-        assert self.q_router is not None
-        queries = self.q_router(x, num_tokens=num_tokens_q, mask=mask)
-        heavy = self.attend(queries.tokens, keys_values) * queries.scores[..., None].to(x.dtype)
-        return self._route_back(x, heavy, queries)
+        if num_tokens_q is not None and num_tokens_q >= x.shape[1] and mask is None:
+            num_tokens_q = None
+
+        def choose_queries(x: Tensor) -> tuple[RouterOutput | None, Tensor]:
+            if num_tokens_q is None:
+                return None, self.queries(x)
+            assert self.q_router is not None
+            chosen = self.q_router(x, num_tokens=num_tokens_q, mask=mask)
+            return chosen, self.queries(chosen.tokens)
+
+        # The queries do not wait for the memories, of which there are many.
+        chosen_queries = run_beside(choose_queries, x)
+        routed = self.route(context, num_tokens_kv=num_tokens_kv, context_mask=context_mask)
+        keys_values = self.keys_values(routed)
+        chosen, q = chosen_queries()
+        out = self.attend(q, keys_values)
+        return out if chosen is None else self._route_back(x, out, chosen)
 
     def route(
         self,
@@ -223,36 +233,37 @@ class ConditionalRoutedCrossAttention(nn.Module):
             value_rows: [b, r, k, d], rows whose values stand behind the keys of the routed rows; None for the
                 routed rows themselves.
         """
-        b = routed.tokens.shape[0]
         tokens = routed.tokens.to(self.to_v.weight)
         rows = self.context_norm(tokens if value_rows is None else value_rows.to(tokens))
+        gates = routed.scores.flatten(0, 1)[..., None, None]  # [(b r), k, 1, 1]
         values = self._project(self.to_v, rows)
+        values = values * gates.to(values)
         if self.to_k is None:
             keys = self._project(self.to_q, self.norm(tokens))
         else:
             keys = self._project(self.to_k, rows if value_rows is None else self.context_norm(tokens))
-        gates = routed.scores.repeat_interleave(self.heads // self.sets, dim=1)[..., None].to(values)
-        values = values * gates
-        null_value = self.null_value.to(values).expand(b, -1, -1, -1)
-        if self.null_key is None:
+        null_key = self.null_key
+        if null_key is None:
             keys = F.normalize(keys, dim=-1)
-            null_key = torch.zeros_like(null_value)
-        else:
-            null_key = self.null_key.to(keys).expand(b, -1, -1, -1)
+            null_key = torch.zeros_like(self.null_value)
         if self.multiply_keys_by_score:
-            keys = keys * gates
+            keys = keys * gates.to(keys)
         mask = routed.mask
         if mask is not None:
             mask = F.pad(mask.to(keys.device), (1, 0), value=True)
             mask = mask.repeat_interleave(self.heads // self.sets, dim=1)[:, :, None]
-        return RoutedKeysValues(torch.cat((null_key, keys), 2), torch.cat((null_value, values), 2), mask)
+        return RoutedKeysValues(self._behind(null_key, keys), self._behind(self.null_value, values), mask)
 
-    def attend(self, x: Tensor, routed: RoutedKeysValues, bias: Tensor | None = None) -> Tensor:
-        """Attend from queries x [b, n, d], with a bias [b, h, n or 1, k] on the logits of rows: [b, n, d]."""
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries [b, h, n, e] of x [b, n, d]."""
         q = rearrange(self.to_q(self.norm(x)), "b n (h e) -> b h n e", h=self.heads)
         if self.log_scale is not None:
             # Attention divides the logits by the root of the head's width.
             q = F.normalize(q, dim=-1) * (self.log_scale.exp() * q.shape[-1] ** 0.5).to(q.dtype)
+        return q
+
+    def attend(self, q: Tensor, routed: RoutedKeysValues, bias: Tensor | None = None) -> Tensor:
+        """Attend from queries [b, h, n, e], with a bias [b, h, n or 1, k] on the logits: [b, n, d]."""
         bias = self._with_null(bias, routed)
         out = attend(
             q,
@@ -276,12 +287,17 @@ class ConditionalRoutedCrossAttention(nn.Module):
         return torch.cat((null.to(bias).expand(b, -1, bias.shape[2], -1), bias), dim=-1)
 
     def _project(self, projection: nn.Linear, rows: Tensor) -> Tensor:
-        """Project the rows of all sets [b, r, k, d] for the heads of their set: [b, h, k, e]."""
+        """Project the rows of all sets [b, r, k, d] for the heads of their set: [(b r), k, h/r, e]."""
         weight = rearrange(projection.weight, "(r o) d -> r d o", r=self.sets)
-        heads = self.heads // self.sets
-        return rearrange(rows @ weight, "b r k (h e) -> b (r h) k e", h=heads)
+        return (rows @ weight).flatten(0, 1).unflatten(-1, (self.heads // self.sets, -1))
+
+    def _behind(self, null: Tensor, rows: Tensor) -> Tensor:
+        """The null key or value [h, 1, e] and those of rows [(b r), k, h/r, e] in one: [b, h, 1 + k, e]."""
+        b = rows.shape[0] // self.sets
+        null = null.to(rows).unflatten(0, (self.sets, -1)).repeat(b, 1, 1, 1)
+        return torch.cat((null, rows.transpose(1, 2)), dim=2).unflatten(0, (b, -1)).flatten(1, 2)
 
     def _route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
-        """Put the outputs of routed queries in their places; the others get the learned output, or zero."""
+        """Put the gated outputs of routed queries in their places; others get the learned output, or zero."""
         base = x.new_zeros(()) if self.null_q_token is None else self.null_q_token
-        return scatter_rows(base.to(heavy).expand(x.shape), heavy, queries.indices)
+        return scatter_rows(base.to(heavy).expand(x.shape), heavy, queries.indices, gates=queries.scores)

@@ -228,7 +228,7 @@ class CoordinateDescentRouter(nn.Module):
         if isinstance(x, MemoryLayer):
             if mask is not None:
                 raise ValueError("mask: expected None with the layer of a memory, which brings its own")
-            mask = x.mask
+            mask = None if x.even else x.mask
         elif mask is not None and (mask.shape != (b, m) or mask.dtype != torch.bool):
             raise ValueError(f"mask: expected bool {(b, m)}, got {mask.dtype} {tuple(mask.shape)}")
         tokens = self._tokens(routing_tokens, b)
@@ -243,18 +243,26 @@ class CoordinateDescentRouter(nn.Module):
         else:
             gates, indices = self._route_blocks(s, route_mask, num_tokens, chosen_by, backend)
 
+        straight_through = self.straight_through and not random_route
         if isinstance(x, MemoryLayer):
-            rows, picked = x.gather(indices), gates.gather(-1, indices.clamp(min=0)) * (indices >= 0)
+            rows = x.take(indices)
+            flat = gates.flatten(0, 1)
+            _, picked = gather_gated_rows(
+                flat.detach()[..., None],
+                flat,
+                indices.flatten(0, 1),
+                backend=backend,
+                straight_through=straight_through,
+            )
+            picked = picked.view(indices.shape)
         else:
-            rows, picked = gather_gated_rows(x, gates, indices, backend=backend)
-        chosen = indices >= 0
-        stats = _stats(gates.detach(), picked.detach(), chosen) if with_stats else None
+            rows, picked = gather_gated_rows(
+                x, gates, indices, backend=backend, straight_through=straight_through
+            )
+        stats = _stats(gates.detach(), indices) if with_stats else None
         if random_route:
-            picked = chosen.to(picked.dtype)
-        elif self.straight_through:
-            # Where there is no row, a gate of 0 stays 0.
-            picked = picked + (chosen.to(picked.dtype) - picked).detach()
-        out = RouterOutput(indices, picked, rows, None if mask is None else chosen)
+            picked = (indices >= 0).to(picked.dtype)
+        out = RouterOutput(indices, picked, rows, None if mask is None else indices >= 0)
         if self.num_routing_tokens == 1 and not keep_one_route_dim:
             out = RouterOutput(*(None if t is None else t.squeeze(1) for t in out))  # type: ignore[arg-type]
             stats = None if stats is None else RoutingStats(*(t.squeeze(1) for t in stats))
@@ -371,8 +379,10 @@ class CoordinateDescentRouter(nn.Module):
         return gates.flatten(-2)[..., :m], candidates.gather(-1, order)
 
 
-def _stats(gates: Tensor, picked: Tensor, chosen: Tensor) -> RoutingStats:
-    """How saturated gates [b, r, m] are, of which ``picked`` [b, r, k] belong to the chosen rows."""
+def _stats(gates: Tensor, indices: Tensor) -> RoutingStats:
+    """How saturated gates [b, r, m] are, of which those at indices [b, r, k] belong to the chosen rows."""
+    chosen = indices >= 0
+    picked = gates.gather(-1, indices.clamp(min=0))
     count = chosen.sum(-1).clamp(min=1)
     return RoutingStats(
         gate_sum=(gates.sum(-1) / count).to(torch.float32),

@@ -19,13 +19,23 @@ def cases(dtype: str, d: int) -> list[Case]:
     acc = tl.float64 if dtype == "fp64" else tl.float32
     gather = {"D": d, "BK": rows, "BD": width, "ACC": acc, "stride_d": 1}
     scatter = {"D": d, "BN": kernels.SCATTER_ROWS, "BK": kernels.INDICES // 2, "BD": kernels.scatter_width(d)}
-    scatter["stride_d"] = 1
+    scatter |= {"ACC": acc, "stride_d": 1}
     return [
-        (kernels.gather_rows_fwd_kernel, types, gather | {"GATED": True}, 4),
-        (kernels.gather_rows_fwd_kernel, types, gather | {"GATED": False, "p_gates": None}, 4),
+        (kernels.gather_rows_fwd_kernel, types, gather | {"GATED": True, "STRAIGHT": True}, 4),
+        (
+            kernels.gather_rows_fwd_kernel,
+            types,
+            gather | {"GATED": False, "STRAIGHT": False, "p_gates": None},
+            4,
+        ),
         (kernels.gather_rows_bwd_kernel, types, {"D": d, "BK": kernels.INDICES, "BD": width, "ACC": acc}, 4),
-        (kernels.scatter_rows_kernel, types, scatter | {"HAS_ROWS": True}, 4),
-        (kernels.scatter_rows_kernel, types, scatter | {"HAS_ROWS": False, "p_rows": None}, 4),
+        (kernels.scatter_rows_kernel, types, scatter | {"HAS_ROWS": True, "GATED": True}, 4),
+        (
+            kernels.scatter_rows_kernel,
+            types,
+            scatter | {"HAS_ROWS": False, "GATED": False, "p_rows": None, "p_gates": None},
+            4,
+        ),
     ]
 
 

@@ -44,6 +44,13 @@ def test_gates_are_gathered_beside_their_rows(shape: tuple[int, ...]) -> None:
     (given,) = torch.autograd.grad(chosen, gates, cotangent)
     torch.testing.assert_close(given.view(-1, 6), gradient)
 
+    _, straight = gather_gated_rows(x, gates, indices, straight_through=True)
+    assert torch.equal(straight, (indices >= 0).float())
+    assert torch.equal(torch.autograd.grad(straight, gates, cotangent)[0], given)
+    poisoned = torch.full_like(gates, torch.nan)
+    _, straight = gather_gated_rows(x, poisoned, indices, straight_through=True)
+    assert torch.equal(straight.isnan(), indices >= 0)
+
 
 @pytest.mark.parametrize("k", [0, 1, 4])
 def test_scatter_equals_a_loop(k: int) -> None:
@@ -63,6 +70,15 @@ def test_scatter_equals_a_loop(k: int) -> None:
     gradients = torch.autograd.grad(given, (base, rows), cotangent)
     for ours, theirs in zip(gradients, wanted, strict=True):
         assert torch.equal(ours, torch.zeros_like(ours) if theirs is None else theirs)
+
+
+def test_scatter_multiplies_rows_by_their_gates() -> None:
+    base, rows = torch.randn(3, 6, 4).bfloat16(), torch.randn(3, 2, 4).bfloat16()
+    gates, indices = torch.rand(3, 2), torch.tensor([[5, 0], [-1, 2], [1, -1]])
+    products = (rows.double() * gates.double()[..., None]).float().bfloat16()
+    given = scatter_rows(base, rows, indices, gates=gates)
+    torch.testing.assert_close(given, scatter_rows(base, products, indices), rtol=1e-2, atol=0)
+    assert torch.equal(given[0, 1:5], base[0, 1:5])
 
 
 def test_scatter_over_one_vector() -> None:
@@ -85,6 +101,9 @@ def test_gradcheck() -> None:
     places = torch.tensor([[3, -1], [0, 4]])
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert check(lambda x, rows: scatter_rows(x, rows, places), (x, rows))
+        assert check(
+            lambda x, rows, gates: scatter_rows(x, rows, places, gates=gates[:, :2]), (x, rows, gates)
+        )
 
 
 def test_minus_one_hides_even_nan() -> None:
@@ -138,6 +157,11 @@ def test_errors() -> None:
         scatter_rows(x, torch.randn(2, 4, 3, dtype=torch.float64), indices)
     with pytest.raises(ValueError, match=r"rows must have shape \[b, k, d\].* got \(2, 3, 3\) for \(2, 4\)"):
         scatter_rows(x, torch.randn(2, 3, 3), indices)
+    rows = torch.randn(2, 4, 3)
+    with pytest.raises(ValueError, match=r"gates must have the shape of indices, \(2, 4\), got \(2, 4, 1\)"):
+        scatter_rows(x, rows, indices, gates=torch.rand(2, 4, 1))
+    with pytest.raises(TypeError, match="gates must be a floating-point tensor"):
+        scatter_rows(x, rows, indices, gates=indices)
 
 
 @pytest.mark.usefixtures("no_interpreter")

@@ -69,6 +69,24 @@ def test_gather(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert torch.equal(gather_rows(x, indices, "triton"), expected[0])
 
 
+def test_straight_through() -> None:
+    x, gates = randn(2, 9, 5), torch.rand(2, 2, 9, device=DEVICE)
+    gates[0, 0, 3] = math.nan
+    indices = torch.randint(-1, 9, (2, 2, 20), device=DEVICE)
+    indices[0, 0, :2] = torch.tensor([3, -1])
+
+    def gather(x: Tensor, gates: Tensor, indices: Tensor, backend: Any) -> tuple[Tensor, Tensor]:
+        return gather_gated_rows(x, gates, indices, backend, straight_through=True)
+
+    expected, given = both(gather, (x, gates), indices)
+    for ours, theirs in zip(given[:2], expected[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(given[2:], expected[2:])
+    ones = torch.where(indices < 0, 0.0, 1.0)
+    ones[0, 0] = torch.where(indices[0, 0] == 3, math.nan, ones[0, 0])
+    torch.testing.assert_close(given[1], ones, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("k", [3, 1030 if DEVICE == "cuda" else 150])
 def test_gradients_of_one_row_add_up_in_order(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather_triton, "INDICES", 64)  # so that several blocks are compared
@@ -114,7 +132,7 @@ def test_index_out_of_range_is_not_read(dtype: torch.dtype) -> None:
     assert torch.equal(rows[0, 3:], torch.stack((torch.zeros_like(x[0, 0]), x[0, 3])))
     gradient = gather_triton.gather_backward(torch.ones_like(rows), indices, 4)
     assert torch.equal(gradient.sum((0, 2)), torch.tensor([0, 0, 0, 3], device=DEVICE, dtype=dtype))
-    scattered = gather_triton.scatter(x, rows, indices)
+    scattered = gather_triton.scatter(x, rows, None, indices)
     assert torch.equal(scattered, torch.cat((x[:, :3], rows[:, 4:]), 1))
 
 
@@ -156,6 +174,24 @@ def test_scatter(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert torch.equal(a, b_)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 50, 33, 7), (1, 1, 1, 1), (3, 9, 300, 9)], ids=str)
+def test_scatter_of_gated_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    b, n, d, k = shape
+    base, rows, places = randn(b, n, d, dtype=dtype), randn(b, k, d, dtype=dtype), distinct(b, n, k)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    gates = torch.rand(b, k, device=DEVICE, dtype=wide)
+
+    def scatter(base: Tensor, rows: Tensor, gates: Tensor, places: Tensor, backend: Any) -> Tensor:
+        return scatter_rows(base, rows, places, backend, gates=gates)
+
+    expected, given = both(scatter, (base, rows, gates), places)
+    # The interpreter cuts off where it should round to bfloat16.
+    rtol = torch.finfo(dtype).eps if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.0
+    for a, b_ in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b_, rtol=rtol, atol=0.0)
+
+
 def test_scatter_over_one_vector() -> None:
     vector, rows, places = randn(16), randn(2, 5, 16), distinct(2, 9, 5)
 
@@ -175,7 +211,8 @@ def test_second_derivatives() -> None:
 
     def function(x: Tensor, gates: Tensor, rows: Tensor) -> Tensor:
         found, chosen = gather_gated_rows(x, gates, indices, "triton")
-        return (found * chosen[..., None]).sum() * scatter_rows(x, rows, places, "triton").square().sum()
+        scattered = scatter_rows(x, rows, places, "triton", gates=gates[:, 1:])
+        return (found * chosen[..., None]).sum() * scattered.square().sum()
 
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
@@ -187,17 +224,22 @@ def test_opcheck(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x, rows = randn(2, 6, 5, dtype=dtype).requires_grad_(), randn(2, 3, 5, dtype=dtype).requires_grad_()
     gates = torch.rand(2, 2, 6, device=DEVICE, requires_grad=True)
     indices, places = torch.randint(-1, 6, (2, 2, 3), device=DEVICE), distinct(2, 6, 3)
+    factors = torch.rand(2, 3, device=DEVICE, requires_grad=True)
     ops = torch.ops.xlroute
-    torch.library.opcheck(ops.gather_rows.default, (x, gates, indices, "triton"))
-    torch.library.opcheck(ops.gather_rows.default, (x.detach()[:, ::2, 1:], None, indices % 3, "triton"))
+    torch.library.opcheck(ops.gather_rows.default, (x, gates, indices, True, "triton"))
+    torch.library.opcheck(
+        ops.gather_rows.default, (x.detach()[:, ::2, 1:], None, indices % 3, False, "triton")
+    )
     torch.library.opcheck(ops.gather_rows_backward.default, (rows, places, 6, "triton"))
-    torch.library.opcheck(ops.scatter_rows.default, (x, rows, places, "triton"))
-    torch.library.opcheck(ops.scatter_rows.default, (x[:1].detach().expand(2, 6, 5), None, places, "triton"))
+    torch.library.opcheck(ops.scatter_rows.default, (x, rows, factors, places, "triton"))
+    torch.library.opcheck(
+        ops.scatter_rows.default, (x[:1].detach().expand(2, 6, 5), None, None, places, "triton")
+    )
 
 
 def routed(x: Tensor, gates: Tensor, base: Tensor, indices: Tensor, places: Tensor) -> Tensor:
     rows, chosen = gather_gated_rows(x, gates, indices, "triton")
-    return scatter_rows(base.expand(2, 9, 8), rows * chosen[..., None], places, "triton")
+    return scatter_rows(base.expand(2, 9, 8), rows, places, "triton", gates=chosen)
 
 
 def test_compiles_as_one_graph() -> None:

@@ -72,13 +72,17 @@ def test_opcheck_gather_and_scatter(dtype: torch.dtype) -> None:
     x = torch.randn(2, 6, 5, dtype=dtype, requires_grad=True)
     gates = torch.rand(2, 2, 6, requires_grad=True)
     indices = torch.randint(-1, 6, (2, 2, 3))
-    torch.library.opcheck(ops.gather_rows.default, (x, gates, indices, "torch"))
-    torch.library.opcheck(ops.gather_rows.default, (x.detach()[:, ::2, 1:], None, indices % 3, "torch"))
+    torch.library.opcheck(ops.gather_rows.default, (x, gates, indices, False, "torch"))
+    torch.library.opcheck(
+        ops.gather_rows.default, (x.detach()[:, ::2, 1:], None, indices % 3, False, "torch")
+    )
     rows = torch.randn(2, 3, 5, dtype=dtype, requires_grad=True)
     places = torch.tensor([[4, -1, 0], [5, 3, -1]])
     torch.library.opcheck(ops.gather_rows_backward.default, (rows, places, 6, "torch"))
-    torch.library.opcheck(ops.scatter_rows.default, (x, rows, places, "torch"))
-    torch.library.opcheck(ops.scatter_rows.default, (x.detach()[:1].expand(2, 6, 5), None, places, "torch"))
+    torch.library.opcheck(ops.scatter_rows.default, (x, rows, None, places, "torch"))
+    torch.library.opcheck(
+        ops.scatter_rows.default, (x.detach()[:1].expand(2, 6, 5), None, None, places, "torch")
+    )
 
 
 @pytest.mark.parametrize("solve", SOLVERS)

@@ -131,13 +131,13 @@ def test_only_the_chosen_rows_leave_the_memory(monkeypatch: pytest.MonkeyPatch) 
     store.append(torch.randn(1, 2, 60, 32))
     layer = store.layer(0)
     asked: list[torch.Size] = []
-    gather = layer.gather
+    gather = layer.take
 
     def counting(indices: Tensor) -> Tensor:
         asked.append(indices.shape)
         return gather(indices)
 
-    monkeypatch.setattr(layer, "gather", counting)
+    monkeypatch.setattr(layer, "take", counting)
     build(kv_routing_tokens=2)(torch.randn(2, 7, 32), layer)
     assert asked == [(2, 2, 6)]
 

@@ -100,7 +100,7 @@ def test_an_untrained_memory_finds_what_followed_the_present_state() -> None:
     routed = RouterOutput(
         torch.arange(50).expand(2, 2, -1), torch.ones(2, 2, 50), x[:, None].expand(-1, 2, -1, -1), None
     )
-    found = memory.attend(x, memory.keys_values(routed, followers))
+    found = memory.attend(memory.queries(x), memory.keys_values(routed, followers))
     values = memory.to_v(memory.context_norm(followers))  # [b, r, k, h e]
     first, second = found.chunk(2, dim=-1)  # the heads of either set
     assert torch.cosine_similarity(first, values[:, 0, :, :32], dim=-1).median() > 0.95
