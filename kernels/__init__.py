@@ -5,7 +5,7 @@ from xlroute.kernels.descent import coordinate_descent
 from xlroute.kernels.gather import gather_gated_rows, gather_rows, scatter_rows
 from xlroute.kernels.scoring import row_scores
 from xlroute.kernels.selection import top_indices
-from xlroute.kernels.water_level import soft_topk, soft_topk_with_indices
+from xlroute.kernels.water_level import soft_topk, soft_topk_with_indices, top_gates
 
 __all__ = [
     "Backend",
@@ -16,5 +16,6 @@ __all__ = [
     "scatter_rows",
     "soft_topk",
     "soft_topk_with_indices",
+    "top_gates",
     "top_indices",
 ]

@@ -229,6 +229,21 @@ def _scatter(
     return result[:, :n].clone(memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op("xlroute::scatter_rows_backward", mutates_args=())
+def _scatter_backward(
+    grad: Tensor, rows: Tensor, gates: Tensor, indices: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows [b, k, d] and gates [b, k] that were scattered, from that of the result [b, n, d]."""
+    if backend == "triton" and grad.numel() > 0 and rows.numel() > 0:
+        from xlroute.kernels import gather_triton
+
+        return gather_triton.scatter_backward(grad, rows, gates, indices)
+    wide = _wide(rows, gates)
+    taken = _gather(grad, None, indices, False, "torch")[0].to(wide)
+    d_rows, d_gates = taken * gates[..., None], (taken * rows.to(wide)).sum(-1)
+    return d_rows.to(rows.dtype), d_gates.to(gates.dtype)
+
+
 @_gather.register_fake
 def _(
     x: Tensor, gates: Tensor | None, indices: Tensor, straight_through: bool, backend: str
@@ -245,6 +260,11 @@ def _(grad: Tensor, indices: Tensor, m: int, backend: str) -> Tensor:
 @_scatter.register_fake
 def _(base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Tensor, backend: str) -> Tensor:
     return base.new_empty(base.shape)
+
+
+@_scatter_backward.register_fake
+def _(grad: Tensor, rows: Tensor, gates: Tensor, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), gates.new_empty(gates.shape)
 
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -290,16 +310,29 @@ def _scatter_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_base, needs_rows, needs_gates, *_ = ctx.needs_input_grad
     d_base = _scatter(grad, None, None, indices, ctx.backend) if needs_base else None
     d_rows = d_gates = None
-    if needs_rows or needs_gates:
-        d_rows = _gather(grad, None, indices, False, ctx.backend)[0]
-    if needs_gates:
-        wide = _wide(rows, gates)
-        d_gates = (d_rows.to(wide) * rows.to(wide)).sum(-1).to(gates.dtype)
-    if needs_rows and gates is not None:
-        d_rows = _gated(d_rows, gates)
-    return d_base, d_rows if needs_rows else None, d_gates, None, None
+    if gates is not None and (needs_rows or needs_gates):
+        d_rows, d_gates = _scatter_backward(grad, rows, gates, indices, ctx.backend)
+    elif needs_rows:
+        d_rows, _ = _gather(grad, None, indices, False, ctx.backend)
+    return d_base, d_rows, d_gates, None, None
+
+
+def _scatter_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    grad, rows, gates, indices, ctx.backend = inputs
+    ctx.save_for_backward(grad, rows, gates, indices)
+
+
+def _scatter_backward_autograd(ctx: Any, u: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
+    grad, rows, gates, indices = ctx.saved_tensors
+    wide = _wide(rows, gates)
+    taken = _gather(grad, None, indices, False, ctx.backend)[0].to(wide)
+    d_taken = gates[..., None] * u.to(wide) + v[..., None] * rows.to(wide)
+    d_grad = _gather_backward(d_taken.to(grad.dtype), indices, grad.shape[1], ctx.backend)
+    d_rows, d_gates = (v[..., None] * taken).to(rows.dtype), (u.to(wide) * taken).sum(-1).to(gates.dtype)
+    return d_grad, d_rows, d_gates, None, None
 
 
 _gather.register_autograd(_gather_autograd, setup_context=_gather_setup)
 _gather_backward.register_autograd(_gather_backward_autograd, setup_context=_gather_backward_setup)
 _scatter.register_autograd(_scatter_autograd, setup_context=_scatter_setup)
+_scatter_backward.register_autograd(_scatter_backward_autograd, setup_context=_scatter_backward_setup)

@@ -171,6 +171,42 @@ def scatter_rows_kernel(
         tl.store(p_to, b_out, mask=m_n[:, None] & m_d)
 
 
+@triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
+def scatter_rows_bwd_kernel(
+    p_grad: tl.tensor,
+    p_rows: tl.tensor,
+    p_gates: tl.tensor,
+    p_indices: tl.tensor,
+    p_drows: tl.tensor,
+    p_dgates: tl.tensor,
+    total: tl.tensor,
+    k: tl.tensor,
+    n: tl.tensor,
+    D: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+    ACC: tl.constexpr,
+) -> None:
+    """Gradients of BK rows [total, D] and their gates [total], from the rows [b, n, D] that they went to."""
+    o_k = tl.program_id(0).to(tl.int64) * BK + tl.arange(0, BK)
+    m_k = o_k < total
+    b_index = tl.load(p_indices + o_k, mask=m_k, other=-1)  # [BK]
+    m_there = (b_index >= 0) & (b_index < n)
+    b_gate = tl.load(p_gates + o_k, mask=m_k, other=0.0).to(ACC)
+    b_dgate = tl.zeros([BK], ACC)
+    for i_d in tl.range(0, D, BD):
+        o_d = i_d + tl.arange(0, BD)
+        m_d = (o_d < D)[None, :]
+        p_from = p_grad + ((o_k // k) * n + b_index)[:, None] * D + o_d[None, :]
+        b_grad = tl.load(p_from, mask=m_there[:, None] & m_d, other=0.0).to(ACC)  # [BK, BD]
+        o_rows = (o_k * D)[:, None] + o_d[None, :]
+        b_rows = tl.load(p_rows + o_rows, mask=m_there[:, None] & m_d, other=0.0).to(ACC)
+        b_dgate += tl.sum(b_grad * b_rows, axis=1)
+        b_drows = (b_grad * b_gate[:, None]).to(p_drows.dtype.element_ty)
+        tl.store(p_drows + o_rows, b_drows, mask=m_k[:, None] & m_d)
+    tl.store(p_dgates + o_k, b_dgate.to(p_dgates.dtype.element_ty), mask=m_k)
+
+
 def gather(
     x: Tensor, gates: Tensor | None, indices: Tensor, straight_through: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -261,3 +297,31 @@ def scatter(base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Te
             num_warps=4,
         )
     return result
+
+
+def scatter_backward(grad: Tensor, rows: Tensor, gates: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows [b, k, d] and gates [b, k] from that of the result [b, n, d]; nothing is empty."""
+    _, n, d = grad.shape
+    total = indices.numel()
+    d_rows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    d_gates = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+    bk, bd = gather_block(d)
+    wide = torch.float64 in (rows.dtype, gates.dtype)
+    with torch.cuda.device_of(grad):  # type: ignore[no-untyped-call]
+        scatter_rows_bwd_kernel[(triton.cdiv(total, bk),)](
+            grad.contiguous(),
+            rows.contiguous(),
+            gates.contiguous(),
+            indices.contiguous(),
+            d_rows,
+            d_gates,
+            total,
+            indices.shape[1],
+            n,
+            D=d,
+            BK=bk,
+            BD=bd,
+            ACC=tl.float64 if wide else tl.float32,
+            num_warps=4,
+        )
+    return d_rows, d_gates

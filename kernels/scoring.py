@@ -247,12 +247,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     # `data` has a version counter of its own: rows are often a view of a buffer that gets longer before the
     # backward runs, and autograd would take that for a change of the rows.
     ctx.save_for_backward(rows if rows.requires_grad else rows.data, tokens, output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     rows, tokens, inverse = ctx.saved_tensors
     needs_rows, needs_tokens, *_ = ctx.needs_input_grad
     d_rows = d_tokens = None
+    if grad is None:
+        return None, None, None, None, None
     if needs_rows:
         d_rows = _backward_rows(grad, rows, tokens, inverse, ctx.normalize, ctx.scale, ctx.backend)
     if needs_tokens:

@@ -553,8 +553,8 @@ def solve_level(
     tail: tl.tensor,
     valid: tl.tensor,
     k: tl.tensor,
-) -> tl.tensor:
-    """The level c for which Σ min(1, exp(z + c)) = k, all in float64.
+) -> tuple[tl.tensor, tl.tensor]:
+    """The level c for which Σ min(1, exp(z + c)) = k, and what the saturated entries leave of k; float64.
 
     With the scores in descending order, let r_j be the sum of exp(z_i - z_j) over the j-th and all after it.
     r_j = 1 + exp(z_{j+1} - z_j) r_{j+1}, so all of them come from one scan of affine maps, none of which can
@@ -578,10 +578,54 @@ def solve_level(
     j = tl.sum((m_upper & (b_left > b_r)).to(tl.int32))
     m_first = m_top & (o_rank == j)
     ratio = tl.sum(tl.where(m_first, b_left / tl.where(m_first, b_r, 1.0), 0.0))
+    left = tl.sum(tl.where(m_first, b_left, 0.0))
     level = tl.log(tl.where(ratio > 0, ratio, 1.0)) - tl.sum(tl.where(m_first, b_z, 0.0))
     level = tl.where(k >= valid, float("inf"), level)
     level = tl.where(k <= 0, float("-inf"), level)
-    return tl.where((tail != tail) | (k != k), float("nan"), level)
+    return tl.where((tail != tail) | (k != k), float("nan"), level), left
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def exponents(
+    b_s: tl.tensor, shift: tl.tensor, level: tl.tensor, scale: tl.tensor, DTYPE: tl.constexpr
+) -> tl.tensor:
+    """log2 of the gates before they are cut off at 1. An entry without a score counts as one at the shift.
+
+    Scale and level, float64, go in as two parts each, so that a whole row is not off by one rounding.
+    """
+    level = level * 1.4426950408889634  # log2(e)
+    finite = tl.where((level > float("-inf")) & (level < float("inf")), level, 0.0)
+    level_low = (finite - finite.to(DTYPE).to(tl.float64)).to(DTYPE)
+    scale_low = (scale - scale.to(DTYPE).to(tl.float64)).to(DTYPE)
+    # -inf has no part in this: with a level of +inf it would make NaN.
+    b_x = tl.where(b_s == float("-inf"), 0.0, b_s - shift.to(DTYPE))
+    return (b_x * scale.to(DTYPE) + level.to(DTYPE)) + (b_x * scale_low + level_low)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def gates_at(
+    b_s: tl.tensor, shift: tl.tensor, level: tl.tensor, scale: tl.tensor, DTYPE: tl.constexpr
+) -> tl.tensor:
+    """The gates of scores: min(1, exp((s - shift) / eps + level)), 0 for -inf."""
+    b_z = exponents(b_s, shift, level, scale, DTYPE)
+    b_gate = tl.exp2(tl.where(b_z > 0, 0.0, b_z))  # not a minimum, which would drop NaN
+    return tl.where(b_s == float("-inf"), 0.0, b_gate)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def chosen_gates(
+    b_s: tl.tensor,
+    shift: tl.tensor,
+    level: tl.tensor,
+    scale: tl.tensor,
+    STRAIGHT: tl.constexpr,
+    DTYPE: tl.constexpr,
+) -> tl.tensor:
+    """The gates of scores, straight through as 1 where they are numbers; 0 for -inf."""
+    b_gate = gates_at(b_s, shift, level, scale, DTYPE)
+    if STRAIGHT:
+        b_gate = tl.where((b_s > float("-inf")) & (b_gate == b_gate), 1.0, b_gate)
+    return b_gate
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -602,6 +646,7 @@ def selection_rank_kernel(
     p_sums: tl.tensor,
     p_sorted: tl.tensor,
     p_indices: tl.tensor,
+    p_chosen: tl.tensor,
     p_k: tl.tensor,
     p_levels: tl.tensor,
     n: tl.tensor,
@@ -621,6 +666,8 @@ def selection_rank_kernel(
     scale: tl.float64,
     HAS_MASK: tl.constexpr,
     LEVEL: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    STRAIGHT: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     RANKED: tl.constexpr,
@@ -629,9 +676,10 @@ def selection_rank_kernel(
     TOP: tl.constexpr,
     COUNTERS: tl.constexpr,
 ) -> None:
-    """Sorts the candidates of a row by counting, and solves for its level: ``p_levels`` [2, rows].
+    """Sorts the candidates of a row by counting, and solves for its level: ``p_levels`` [3, rows].
 
-    The last program of a row to finish solves for the level; the counter tells which one that is.
+    The last program of a row to finish solves for the level, and may give the gates [rows, num] of the
+    largest; the counter tells which one that is.
     """
     LOWEST: tl.constexpr = -0x8000000000000000 if DTYPE == tl.float64 else -0x80000000
     pid = tl.program_id(0)
@@ -739,7 +787,7 @@ def selection_rank_kernel(
             b_score = tl.load(p_sorted + o_rank, mask=m_top, other=0.0).to(tl.float64)  # [TOP], ascending
             m_upper = m_top & (o_rank < picks - 1)
             b_below = tl.load(p_sorted + o_rank + 1, mask=m_upper, other=0.0).to(tl.float64)
-            level = solve_level(
+            level, left = solve_level(
                 tl.where(m_top, b_score - shift, 0.0) / eps,
                 tl.where(m_top, b_below - shift, 0.0) / eps,
                 o_rank,
@@ -750,6 +798,17 @@ def selection_rank_kernel(
             )
             tl.store(p_levels + i_row, shift)
             tl.store(p_levels + rows + i_row, level)
+            tl.store(p_levels + 2 * rows + i_row, left)
+            if CHOSEN:
+                for start in range(0, num, OTHERS):
+                    o_chosen = start + tl.arange(0, OTHERS)
+                    m_chosen = o_chosen < tl.minimum(count, num)
+                    b_chosen = tl.load(p_sorted + o_chosen, mask=m_chosen, other=float("-inf"))  # [OTHERS]
+                    b_gate = chosen_gates(
+                        b_chosen, shift, level, tl.full([], scale, tl.float64), STRAIGHT, DTYPE
+                    )
+                    b_gate = b_gate.to(p_chosen.dtype.element_ty)
+                    tl.store(p_chosen + i_row * num + o_chosen, b_gate, mask=o_chosen < num)
 
 
 class Rows(NamedTuple):
@@ -787,6 +846,8 @@ def select(
     eps: float = 1.0,
     k: Tensor | None = None,
     levels: Tensor | None = None,
+    chosen: Tensor | None = None,
+    straight_through: bool = False,
 ) -> Tensor:
     """Indices [rows, num] of the largest scores of each row; with budgets, solves for its level too.
 
@@ -796,7 +857,10 @@ def select(
         num: how many indices are wanted.
         eps: the temperature of the gates.
         k: the budget of each row, float64 [rows].
-        levels: filled with the shift and the level of each row, float64 [2, rows]; goes with ``k``.
+        levels: filled with the shift and the level of each row and what saturated entries leave of its
+            budget, float64 [3, rows]; goes with ``k``.
+        chosen: filled with the gates of the largest scores, [rows, num].
+        straight_through: gates that are chosen are 1.
     """
     s, mask, strides, has_mask, dtype = rows
     count, n = s.shape
@@ -875,6 +939,7 @@ def select(
             sums,
             ranked,
             indices,
+            chosen,
             k,
             levels,
             n,
@@ -890,6 +955,8 @@ def select(
             scale,
             HAS_MASK=has_mask,
             LEVEL=k is not None,
+            CHOSEN=chosen is not None,
+            STRAIGHT=straight_through,
             DTYPE=dtype,
             BLOCK=cut.block,
             RANKED=RANK_BLOCK,
@@ -920,7 +987,7 @@ def can_select(s: Tensor, largest: int) -> bool:
 def sort_block(n: int) -> tuple[int, int]:
     """The block in which a row of n entries is sorted, and the warps for it."""
     block = max(32, triton.next_power_of_2(n))
-    return block, max(1, min(8, block // 256))
+    return block, max(1, min(16, block // 128))
 
 
 def top_indices(s: Tensor, k: int, mask: Tensor | None) -> Tensor:

@@ -90,17 +90,69 @@ def soft_topk_with_indices(
     Raises:
         TypeError, ValueError: as `soft_topk` and `top_indices` do.
     """
+    budget, largest, backend = _checked(s, k, num, eps, mask, backend, largest)
+    gates: Tensor
+    gates, _, indices = _forward(s, budget, mask, float(eps), largest, num, backend)
+    return gates, indices
+
+
+def top_gates(
+    s: Tensor,
+    *,
+    k: float | Tensor,
+    num: int,
+    eps: float = 0.1,
+    mask: Tensor | None = None,
+    backend: Backend | None = None,
+    largest: int | None = None,
+    straight_through: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The largest scores of a row and their gates alone: what routing needs of `soft_topk_with_indices`.
+
+    The gates of the others are neither computed nor written. Their scores compete all the same, and get their
+    gradient.
+
+    Args:
+        s: scores, [..., n].
+        k: the budget of a row, a number or a tensor that broadcasts to [...].
+        num: how many gates, 0 <= num <= n.
+        eps: the temperature.
+        mask: bool, broadcasts to [..., n].
+        backend: "torch", "triton", or None to pick by device, as in `soft_topk`.
+        largest: a bound on a tensor ``k``, as in `soft_topk_with_indices`.
+        straight_through: the gates are 1 in value (a NaN stays), with the gradient of what they were (Bengio
+            et al., arXiv 1308.3432).
+
+    Returns:
+        Gates [..., num] in the dtype of ``s``, and int64 indices [..., num] as from `top_indices`. Where the
+        index is -1, the gate is 0.
+
+    Raises:
+        TypeError, ValueError: as `soft_topk` and `top_indices` do.
+    """
+    budget, largest, backend = _checked(s, k, num, eps, mask, backend, largest)
+    gates: Tensor
+    gates, _, indices = _forward_chosen(s, budget, mask, float(eps), largest, num, straight_through, backend)
+    return gates, indices
+
+
+def _checked(
+    s: Tensor,
+    k: float | Tensor,
+    num: int,
+    eps: float,
+    mask: Tensor | None,
+    backend: Backend | None,
+    largest: int | None,
+) -> tuple[Tensor, int | None, Backend]:
+    """Checks the arguments; the budget of each row, a bound on it, and the backend."""
     check_scores(s)
     check_mask(mask, s)
     check_eps(eps)
     check_count("num", num, s)
-    chosen = resolve_backend(backend, s)
-    budget = budget_per_row(k, s)
     if not isinstance(k, Tensor):
         largest = math.ceil(min(max(k, 0), 2**53))
-    gates: Tensor
-    gates, _, indices = _forward(s, budget, mask, float(eps), largest, num, chosen)
-    return gates, indices
+    return budget_per_row(k, s), largest, resolve_backend(backend, s)
 
 
 def _offset(s: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -118,23 +170,63 @@ def _masked_scores(s: Tensor, mask: Tensor | None) -> Tensor:
 def _forward(
     s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int | None, num: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gates [..., n]; float64 [2, ...], the shift and the level c: ln λ = z + c; int64 indices [..., num]."""
-    lead, n = s.shape[:-1], s.shape[-1]
+    """Gates [..., n]; levels [3, ...] of `_solve_by_sorting`; int64 indices [..., num]."""
+    lead = s.shape[:-1]
     if s.numel() == 0:
-        levels = s.new_zeros((2, *lead), dtype=torch.float64)
+        levels = s.new_zeros((3, *lead), dtype=torch.float64)
         return s.new_zeros(s.shape), levels, s.new_zeros((*lead, num), dtype=torch.int64)
+    largest, in_triton = _plan(s, k, largest, num, backend)
+    if in_triton:
+        from xlroute.kernels import water_level_triton
+
+        return water_level_triton.forward(s, k, mask, eps, largest, num)
+    gates, levels = _solve_by_sorting(s, k, mask, eps, largest)
+    indices = select_by_sorting(s, num, mask) if num > 0 else s.new_empty((*lead, 0), dtype=torch.int64)
+    return gates, levels, indices
+
+
+@torch.library.custom_op("xlroute::top_gates", mutates_args=())
+def _forward_chosen(
+    s: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    eps: float,
+    largest: int | None,
+    num: int,
+    straight_through: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_forward`, with the gates of the ``num`` largest scores alone, [..., num]."""
+    lead = s.shape[:-1]
+    if s.numel() == 0 or num == 0:
+        levels = s.new_zeros((3, *lead), dtype=torch.float64)
+        return s.new_zeros((*lead, num)), levels, s.new_zeros((*lead, num), dtype=torch.int64)
+    largest, in_triton = _plan(s, k, largest, num, backend)
+    if in_triton:
+        from xlroute.kernels import water_level_triton
+
+        return water_level_triton.forward_chosen(s, k, mask, eps, largest, num, straight_through)
+    gates, levels = _solve_by_sorting(s, k, mask, eps, largest)
+    indices = select_by_sorting(s, num, mask)
+    chosen = gates.gather(-1, indices.clamp(min=0))
+    if straight_through:
+        chosen = torch.where(chosen.isnan(), chosen, 1.0)
+    return chosen.masked_fill_(indices < 0, 0.0), levels, indices
+
+
+def _plan(s: Tensor, k: Tensor, largest: int | None, num: int, backend: str) -> tuple[int, bool]:
+    """A bound on the budgets, between 1 and n, and whether Triton solves for them."""
+    n = s.shape[-1]
     if backend == "triton":
         from xlroute.kernels import water_level_triton
 
         if largest is None:
             largest = n if water_level_triton.sorts_whole_rows(s) else _largest_budget(k, n)
         if water_level_triton.can_select(s, max(largest, num)):
-            return water_level_triton.forward(s, k, mask, eps, largest, num)
+            return largest, True
     if largest is None:
         largest = _largest_budget(k, n)
-    gates, levels = _solve_by_sorting(s, k, mask, eps, min(max(largest, 1), n))
-    indices = select_by_sorting(s, num, mask) if num > 0 else s.new_empty((*lead, 0), dtype=torch.int64)
-    return gates, levels, indices
+    return min(max(largest, 1), n), False
 
 
 def _largest_budget(k: Tensor, n: int) -> int:
@@ -145,7 +237,11 @@ def _largest_budget(k: Tensor, n: int) -> int:
 def _solve_by_sorting(
     s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int
 ) -> tuple[Tensor, Tensor]:
-    """The reference of the gates and levels: one top-k of ``largest`` and one logsumexp."""
+    """The reference of the gates and levels: one top-k of ``largest`` and one logsumexp.
+
+    The levels are float64 [3, ...]: the shift of the scores z = (s - shift) / eps, the level c, with ln λ = z
+    + c below saturation, and what saturated gates leave of the budget.
+    """
     with torch.autocast(s.device.type, enabled=False):
         n = s.shape[-1]
         scores = _masked_scores(s, mask)
@@ -183,7 +279,8 @@ def _solve_by_sorting(
         level = torch.where(k.isnan(), math.nan, level)
 
         gates = exp_flushed_(z.add_(level.to(z.dtype)[..., None]).clamp_(max=0)).masked_fill_(invalid, 0.0)
-        return gates.to(s.dtype).contiguous(), torch.stack((shift.to(torch.float64), level))
+        left = k - j[..., 0]
+        return gates.to(s.dtype).contiguous(), torch.stack((shift.to(torch.float64), level, left))
 
 
 @torch.library.custom_op("xlroute::soft_topk_backward", mutates_args=())
@@ -197,7 +294,7 @@ def _backward(
         if water_level_triton.can_address(s):
             return water_level_triton.backward(grad, s, mask, levels, eps)
     with torch.autocast(s.device.type, enabled=False):
-        shift, level = levels.unbind(0)
+        shift, level, _ = levels.unbind(0)
         scores = _masked_scores(s, mask)
         z = _offset(scores, shift, eps).add_(level.to(scores.dtype)[..., None])
         # ~(z < 0) would drop NaN, which has to pass on into the gradient of its row.
@@ -210,13 +307,52 @@ def _backward(
         return ds.to(s.dtype).contiguous(), dk
 
 
+@torch.library.custom_op("xlroute::top_gates_backward", mutates_args=())
+def _backward_chosen(
+    grad: Tensor,
+    indices: Tensor,
+    s: Tensor,
+    mask: Tensor | None,
+    levels: Tensor,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """As `_backward`, from the gradients [..., num] of the gates at the indices [..., num] alone."""
+    if backend == "triton" and s.numel() > 0 and indices.numel() > 0:
+        from xlroute.kernels import water_level_triton
+
+        if water_level_triton.can_address(s):
+            return water_level_triton.backward_chosen(grad, indices, s, mask, levels, eps)
+    dense = grad.new_zeros((*s.shape[:-1], s.shape[-1] + 1))
+    # Where there is no entry, the gradient goes to one past the end, which is cut off again.
+    dense.scatter_(-1, torch.where(indices < 0, s.shape[-1], indices), grad)
+    ds, dk = _backward(dense[..., :-1], s, mask, levels, eps, "torch")
+    return ds, dk
+
+
 @_forward.register_fake
 def _(
     s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int | None, num: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     lead = s.shape[:-1]
-    levels = s.new_empty((2, *lead), dtype=torch.float64)
+    levels = s.new_empty((3, *lead), dtype=torch.float64)
     return s.new_empty(s.shape), levels, s.new_empty((*lead, num), dtype=torch.int64)
+
+
+@_forward_chosen.register_fake
+def _(
+    s: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    eps: float,
+    largest: int | None,
+    num: int,
+    straight_through: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead = s.shape[:-1]
+    levels = s.new_empty((3, *lead), dtype=torch.float64)
+    return s.new_empty((*lead, num)), levels, s.new_empty((*lead, num), dtype=torch.int64)
 
 
 @_backward.register_fake
@@ -226,15 +362,47 @@ def _(
     return s.new_empty(s.shape), s.new_empty(s.shape[:-1], dtype=torch.float64)
 
 
+@_backward_chosen.register_fake
+def _(
+    grad: Tensor,
+    indices: Tensor,
+    s: Tensor,
+    mask: Tensor | None,
+    levels: Tensor,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return s.new_empty(s.shape), s.new_empty(s.shape[:-1], dtype=torch.float64)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     s, _, mask, ctx.eps, _, _, ctx.backend = inputs
     ctx.save_for_backward(s, mask, output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     s, mask, levels = ctx.saved_tensors
-    ds, dk = _backward(grad, s, mask, levels, ctx.eps, ctx.backend)
+    ds = dk = None
+    if grad is not None:
+        ds, dk = _backward(grad, s, mask, levels, ctx.eps, ctx.backend)
     return ds, dk, None, None, None, None, None
 
 
+def _setup_chosen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    s, _, mask, ctx.eps, _, _, _, ctx.backend = inputs
+    _, levels, indices = output
+    ctx.save_for_backward(s, mask, levels, indices)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_chosen(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    s, mask, levels, indices = ctx.saved_tensors
+    ds = dk = None
+    if grad is not None:
+        ds, dk = _backward_chosen(grad, indices, s, mask, levels, ctx.eps, ctx.backend)
+    return ds, dk, None, None, None, None, None, None
+
+
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_chosen.register_autograd(_autograd_chosen, setup_context=_setup_chosen)

@@ -294,7 +294,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
     def _behind(self, null: Tensor, rows: Tensor) -> Tensor:
         """The null key or value [h, 1, e] and those of rows [(b r), k, h/r, e] in one: [b, h, 1 + k, e]."""
         b = rows.shape[0] // self.sets
-        null = null.to(rows).unflatten(0, (self.sets, -1)).repeat(b, 1, 1, 1)
+        null = null.to(rows).expand(b, -1, -1, -1).reshape(b * self.sets, -1, 1, null.shape[-1])
         return torch.cat((null, rows.transpose(1, 2)), dim=2).unflatten(0, (b, -1)).flatten(1, 2)
 
     def _route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:

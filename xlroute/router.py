@@ -18,9 +18,11 @@ from xlroute.kernels import (
     Backend,
     coordinate_descent,
     gather_gated_rows,
+    gather_rows,
     row_scores,
     soft_topk,
     soft_topk_with_indices,
+    top_gates,
     top_indices,
 )
 from xlroute.memory import MemoryLayer
@@ -236,32 +238,26 @@ class CoordinateDescentRouter(nn.Module):
 
         s = self._scores(x, tokens, backend)  # [b, r, m]
         route_mask = None if mask is None else mask[:, None].expand(s.shape)
-        chosen_by = torch.rand_like(s) if random_route else None
-        if self.route_block_size is None or self.route_block_size >= m:
-            budget = self._budget(num_tokens, route_mask, m)
-            gates, indices = self._select(s, budget, num_tokens, route_mask, chosen_by, backend)
-        else:
-            gates, indices = self._route_blocks(s, route_mask, num_tokens, chosen_by, backend)
-
-        straight_through = self.straight_through and not random_route
-        if isinstance(x, MemoryLayer):
-            rows = x.take(indices)
-            flat = gates.flatten(0, 1)
-            _, picked = gather_gated_rows(
-                flat.detach()[..., None],
-                flat,
-                indices.flatten(0, 1),
+        stats = None
+        if self.n_iters is None and not (self._in_blocks(m) or random_route or with_stats):
+            picked, indices = top_gates(
+                s,
+                k=self._budget(num_tokens, route_mask, m),
+                num=min(num_tokens, m),
+                eps=self.eps,
+                mask=route_mask,
                 backend=backend,
-                straight_through=straight_through,
+                largest=self._largest_budget(num_tokens),
+                straight_through=self.straight_through,
             )
-            picked = picked.view(indices.shape)
+            rows = x.take(indices) if isinstance(x, MemoryLayer) else gather_rows(x, indices, backend)
         else:
-            rows, picked = gather_gated_rows(
-                x, gates, indices, backend=backend, straight_through=straight_through
-            )
-        stats = _stats(gates.detach(), indices) if with_stats else None
-        if random_route:
-            picked = (indices >= 0).to(picked.dtype)
+            chosen_by = torch.rand_like(s) if random_route else None
+            gates, indices = self._solve(s, route_mask, num_tokens, chosen_by, backend)
+            rows, picked = self._gather(x, gates, indices, backend)
+            stats = _stats(gates.detach(), indices) if with_stats else None
+            if random_route:
+                picked = (indices >= 0).to(picked.dtype)
         out = RouterOutput(indices, picked, rows, None if mask is None else indices >= 0)
         if self.num_routing_tokens == 1 and not keep_one_route_dim:
             out = RouterOutput(*(None if t is None else t.squeeze(1) for t in out))  # type: ignore[arg-type]
@@ -310,6 +306,45 @@ class CoordinateDescentRouter(nn.Module):
             return min(budget, float(m))
         return mask.sum(-1).clamp(max=budget)
 
+    def _largest_budget(self, num_tokens: int) -> int:
+        """No budget is larger than this, unless it reaches all valid rows."""
+        return math.ceil(num_tokens * self.fetch_k_ratio)
+
+    def _in_blocks(self, m: int) -> bool:
+        return self.route_block_size is not None and self.route_block_size < m
+
+    def _gather(
+        self, x: Tensor | MemoryLayer, gates: Tensor, indices: Tensor, backend: Backend | None
+    ) -> tuple[Tensor, Tensor]:
+        """The rows [b, r, k, d] at indices [b, r, k], and their gates out of all [b, r, m]."""
+        if not isinstance(x, MemoryLayer):
+            return gather_gated_rows(
+                x, gates, indices, backend=backend, straight_through=self.straight_through
+            )
+        flat = gates.flatten(0, 1)
+        _, picked = gather_gated_rows(
+            flat.detach()[..., None],  # the rows come from elsewhere
+            flat,
+            indices.flatten(0, 1),
+            backend=backend,
+            straight_through=self.straight_through,
+        )
+        return x.take(indices), picked.view(indices.shape)
+
+    def _solve(
+        self,
+        s: Tensor,
+        mask: Tensor | None,
+        num_tokens: int,
+        chosen_by: Tensor | None,
+        backend: Backend | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Gates of all rows [b, r, m]; indices [b, r, k] of the best, or of the best of ``chosen_by``."""
+        m = s.shape[-1]
+        if self._in_blocks(m):
+            return self._route_blocks(s, mask, num_tokens, chosen_by, backend)
+        return self._select(s, self._budget(num_tokens, mask, m), num_tokens, mask, chosen_by, backend)
+
     def _select(
         self,
         s: Tensor,
@@ -322,8 +357,7 @@ class CoordinateDescentRouter(nn.Module):
         """Gates [..., n] of scores [..., n]; the best of them, or of ``chosen_by``, as indices [..., k]."""
         k = min(num_tokens, s.shape[-1])
         if self.n_iters is None and chosen_by is None:
-            # No budget is larger than this, unless it reaches all valid rows.
-            largest = math.ceil(num_tokens * self.fetch_k_ratio)
+            largest = self._largest_budget(num_tokens)
             return soft_topk_with_indices(
                 s, k=budget, num=k, eps=self.eps, mask=mask, backend=backend, largest=largest
             )

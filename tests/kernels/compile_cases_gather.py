@@ -12,9 +12,9 @@ SIZES = ("total", "k", "per_set", "m", "n", "tiles", "stride_m", "stride_n")
 
 
 def cases(dtype: str, d: int) -> list[Case]:
-    names = ("p_x", "p_rows", "p_grad", "p_result", "p_base")
+    names = ("p_x", "p_rows", "p_grad", "p_result", "p_base", "p_drows")
     types = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(SIZES, "i32") | {"stride_b": "i64"}
-    types |= {"p_indices": "*i64", "p_gates": "*fp32", "p_chosen": "*fp32"}
+    types |= {"p_indices": "*i64", "p_gates": "*fp32", "p_chosen": "*fp32", "p_dgates": "*fp32"}
     rows, width = kernels.gather_block(d)
     acc = tl.float64 if dtype == "fp64" else tl.float32
     gather = {"D": d, "BK": rows, "BD": width, "ACC": acc, "stride_d": 1}
@@ -29,6 +29,7 @@ def cases(dtype: str, d: int) -> list[Case]:
             4,
         ),
         (kernels.gather_rows_bwd_kernel, types, {"D": d, "BK": kernels.INDICES, "BD": width, "ACC": acc}, 4),
+        (kernels.scatter_rows_bwd_kernel, types, {"D": d, "BK": rows, "BD": width, "ACC": acc}, 4),
         (kernels.scatter_rows_kernel, types, scatter | {"HAS_ROWS": True, "GATED": True}, 4),
         (
             kernels.scatter_rows_kernel,

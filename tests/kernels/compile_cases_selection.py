@@ -65,6 +65,7 @@ def cases(dtype: str, masked: bool, largest: int) -> list[tuple[Any, dict[str, s
         results = {
             "p_sorted": "*fp64" if wide else "*fp32",
             "p_indices": "*i64",
+            "p_chosen": "*fp64" if wide else "*fp32",
             "p_k": "*fp64",
             "p_levels": "*fp64",
         }
@@ -75,6 +76,8 @@ def cases(dtype: str, masked: bool, largest: int) -> list[tuple[Any, dict[str, s
                 common
                 | {
                     "LEVEL": level,
+                    "CHOSEN": level,
+                    "STRAIGHT": largest > 64,
                     "BLOCK": kernels.BLOCK,
                     "RANKED": kernels.RANK_BLOCK,
                     "OTHERS": kernels.OTHERS,

@@ -46,11 +46,16 @@ def cases(dtype: str, masked: bool) -> list[tuple[Any, dict[str, str], dict[str,
         (kernels.water_level_bwd_sums_kernel, backward, 8),
         (kernels.water_level_bwd_kernel, backward | {"WHOLE_ROWS": False, "SPANS": kernels.MAX_SPANS}, 8),
         (kernels.water_level_bwd_kernel, backward | {"WHOLE_ROWS": True, "SPANS": 1}, 8),
+        (kernels.chosen_bwd_budget_kernel, {"DTYPE": common["DTYPE"], "BLOCK": 1024}, 8),
+        (kernels.chosen_bwd_kernel, backward | {"WHOLE_ROWS": False, "INDICES": 1024}, 8),
+        (kernels.chosen_bwd_kernel, backward | {"WHOLE_ROWS": True, "INDICES": 64}, 8),
     ]
     if not wide:
         for n in (32, 1000, selection_triton.SHORT):
             block, warps = selection_triton.sort_block(n)
-            found.append((kernels.water_level_short_fwd_kernel, {"HAS_MASK": masked, "BLOCK": block}, warps))
+            short = {"HAS_MASK": masked, "STRAIGHT": masked, "BLOCK": block}
+            for chosen in (False, True):
+                found.append((kernels.water_level_short_fwd_kernel, short | {"CHOSEN": chosen}, warps))
     return [
         (kernel, {name: types[name] for name in kernel.arg_names if name in types}, constants, warps)
         for kernel, constants, warps in found

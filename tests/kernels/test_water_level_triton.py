@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xlroute.kernels import soft_topk, top_indices
+from xlroute.kernels import soft_topk, top_gates, top_indices
 from xlroute.kernels.water_level import soft_topk_with_indices
 
 kernels = pytest.importorskip("xlroute.kernels.water_level_triton", exc_type=ImportError)
@@ -210,6 +210,81 @@ def test_with_indices_equals_both_ops(n: int) -> None:
         torch.testing.assert_close(gates, soft_topk(s, k=k, backend="torch"))
 
 
+def choose(
+    s: Tensor, k: Tensor, num: int, mask: Tensor | None, straight_through: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gates, indices, ds and dk; through all gates where there is no backend."""
+    s, k = s.detach().requires_grad_(), k.detach().requires_grad_()
+    torch.manual_seed(0)
+    cotangent = torch.randn(*s.shape[:-1], num, dtype=torch.float64).to(s)
+    if not backend:
+        gates, indices = soft_topk_with_indices(s, k=k, num=num, mask=mask, backend="torch")
+        gates = gates.gather(-1, indices.clamp(min=0)).masked_fill(indices < 0, 0.0)
+    else:
+        with poisoned() if backend == "triton" else nullcontext():
+            gates, indices = top_gates(
+                s, k=k, num=num, mask=mask, backend=backend, straight_through=straight_through
+            )
+            return gates.detach(), indices, *torch.autograd.grad(gates, (s, k), cotangent)
+    return gates.detach(), indices, *torch.autograd.grad(gates, (s, k), cotangent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num", [1, 17, 60])
+@lengths
+def test_gates_of_the_largest_alone(n: int, num: int, dtype: torch.dtype) -> None:
+    s = torch.randn(2, 2, n, device=DEVICE).to(dtype)
+    s[0, 0, 5:] = -math.inf  # fewer than num
+    mask = torch.rand(2, 1, n, device=DEVICE) < 0.9
+    k = torch.tensor([[3.0, 0.4], [19.5, 33.25]], device=DEVICE, dtype=torch.float64)
+    for masks in (None, mask):
+        expected = choose(s, k, num, masks, False, "")
+        exact = choose(s.double(), k, num, masks, False, "")
+        for backend in ("torch", "triton"):
+            gates, indices, ds, dk = choose(s, k, num, masks, False, backend)
+            assert torch.equal(indices, expected[1])
+            assert torch.equal(gates == 0, expected[0] == 0)
+            unit = max(torch.finfo(dtype).eps, 1e-12)
+            for ours, plain, truth in zip(
+                (gates, ds, dk), (expected[i] for i in (0, 2, 3)), (exact[i] for i in (0, 2, 3)), strict=True
+            ):
+                error, allowed = (ours.double() - truth).norm(), (plain.double() - truth).norm()
+                assert error <= 2 * allowed + 8 * unit * (1 + truth.norm())
+            straight, same, straight_ds, straight_dk = choose(s, k, num, masks, True, backend)
+            assert torch.equal(straight, (indices >= 0).to(dtype))
+            assert torch.equal(same, indices)
+            assert torch.equal(straight_ds, ds)
+            assert torch.equal(straight_dk, dk)
+
+
+@lengths
+def test_chosen_gates_of_a_poisoned_row(n: int) -> None:
+    s = torch.randn(3, n, device=DEVICE)
+    s[1, 2] = math.nan
+    k = torch.full((3,), 9.0, device=DEVICE)
+    for backend in ("torch", "triton"):
+        for straight_through in (False, True):
+            gates, _, ds, _ = choose(s, k, 5, None, straight_through, backend)
+            assert gates[1].isnan().all()
+            assert ds[1].isnan().all()
+            assert gates[[0, 2]].isfinite().all()
+            assert ds[[0, 2]].isfinite().all()
+
+
+@lengths
+def test_chosen_gates_of_idle_and_full_rows(n: int) -> None:
+    s = torch.randn(3, n, device=DEVICE)
+    s[1, 7:] = -math.inf
+    k = torch.tensor([0.0, 7.0, -2.0], device=DEVICE)
+    for backend in ("torch", "triton"):
+        gates, indices, ds, dk = choose(s, k, 9, None, False, backend)
+        assert torch.equal(gates[[0, 2]], torch.zeros(2, 9, device=DEVICE))
+        assert torch.equal(gates[1], torch.tensor([1.0] * 7 + [0.0] * 2, device=DEVICE))
+        assert torch.equal(indices[1] < 0, gates[1] == 0)
+        assert not ds.any()
+        assert not dk.any()
+
+
 @lengths
 def test_a_bound_may_be_far_above_the_budget(n: int) -> None:
     s = torch.randn(2, n, device=DEVICE) * 3
@@ -257,6 +332,15 @@ def test_opcheck(n: int) -> None:
     torch.library.opcheck(
         op, (s.detach().transpose(0, 1), k.detach()[:, :1].expand(2, 1), None, 0.1, 3, 0, "triton")
     )
+    for backend in ("torch", "triton"):
+        arguments = (s, k, mask, 0.1, None, 2, True, backend)
+        torch.library.opcheck(torch.ops.xlroute.top_gates.default, arguments)
+        _, levels, indices = torch.ops.xlroute.top_gates.default(*arguments)
+        grad = torch.randn(1, 2, 2, device=DEVICE)
+        torch.library.opcheck(
+            torch.ops.xlroute.top_gates_backward.default,
+            (grad, indices, s.detach(), mask, levels.detach(), 0.1, backend),
+        )
 
 
 @needs_gpu
