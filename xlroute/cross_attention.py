@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from xlroute.attend import AttentionBackend, attend
-from xlroute.kernels import scatter_rows
+from xlroute.backend import pick_backend
+from xlroute.kernels import gated_keys_values, scatter_rows
 from xlroute.memory import MemoryLayer
 from xlroute.router import CoordinateDescentRouter, RouterOutput
 from xlroute.side_stream import run_beside
@@ -235,24 +236,26 @@ class ConditionalRoutedCrossAttention(nn.Module):
         """
         tokens = routed.tokens.to(self.to_v.weight)
         rows = self.context_norm(tokens if value_rows is None else value_rows.to(tokens))
-        gates = routed.scores.flatten(0, 1)[..., None, None]  # [(b r), k, 1, 1]
-        values = self._project(self.to_v, rows)
-        values = values * gates.to(values)
         if self.to_k is None:
             keys = self._project(self.to_q, self.norm(tokens))
         else:
             keys = self._project(self.to_k, rows if value_rows is None else self.context_norm(tokens))
-        null_key = self.null_key
-        if null_key is None:
+        if self.null_key is None:
             keys = F.normalize(keys, dim=-1)
-            null_key = torch.zeros_like(self.null_value)
-        if self.multiply_keys_by_score:
-            keys = keys * gates.to(keys)
         mask = routed.mask
         if mask is not None:
             mask = F.pad(mask.to(keys.device), (1, 0), value=True)
             mask = mask.repeat_interleave(self.heads // self.sets, dim=1)[:, :, None]
-        return RoutedKeysValues(self._behind(null_key, keys), self._behind(self.null_value, values), mask)
+        keys, values = gated_keys_values(
+            keys,
+            self._project(self.to_v, rows),
+            routed.scores.to(keys.device),
+            self.null_key,
+            self.null_value,
+            gate_keys=self.multiply_keys_by_score,
+            backend=pick_backend(self.kv_router.use_triton, keys.device),
+        )
+        return RoutedKeysValues(keys, values, mask)
 
     def queries(self, x: Tensor) -> Tensor:
         """Queries [b, h, n, e] of x [b, n, d]."""
@@ -287,17 +290,17 @@ class ConditionalRoutedCrossAttention(nn.Module):
         return torch.cat((null.to(bias).expand(b, -1, bias.shape[2], -1), bias), dim=-1)
 
     def _project(self, projection: nn.Linear, rows: Tensor) -> Tensor:
-        """Project the rows of all sets [b, r, k, d] for the heads of their set: [(b r), k, h/r, e]."""
+        """Project the rows of all sets [b, r, k, d] for the heads of their set: [b, r, k, h/r, e]."""
         weight = rearrange(projection.weight, "(r o) d -> r d o", r=self.sets)
-        return (rows @ weight).flatten(0, 1).unflatten(-1, (self.heads // self.sets, -1))
-
-    def _behind(self, null: Tensor, rows: Tensor) -> Tensor:
-        """The null key or value [h, 1, e] and those of rows [(b r), k, h/r, e] in one: [b, h, 1 + k, e]."""
-        b = rows.shape[0] // self.sets
-        null = null.to(rows).expand(b, -1, -1, -1).reshape(b * self.sets, -1, 1, null.shape[-1])
-        return torch.cat((null, rows.transpose(1, 2)), dim=2).unflatten(0, (b, -1)).flatten(1, 2)
+        return (rows @ weight).unflatten(-1, (self.heads // self.sets, -1))
 
     def _route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
         """Put the gated outputs of routed queries in their places; others get the learned output, or zero."""
         base = x.new_zeros(()) if self.null_q_token is None else self.null_q_token
-        return scatter_rows(base.to(heavy).expand(x.shape), heavy, queries.indices, gates=queries.scores)
+        return scatter_rows(
+            base.to(heavy).expand(x.shape),
+            heavy,
+            queries.indices,
+            backend=pick_backend(self.kv_router.use_triton, x.device),
+            gates=queries.scores,
+        )
