@@ -198,7 +198,7 @@ def stored_attention(sizes: Sizes, device: torch.device) -> Iterator[Work]:
         store = MemoryStore.create(layers=1, streams=1, dim=sizes.dim, dtype=DTYPE, device=device)
         store.append(context[None])
         del context
-        call = partial(run, layer, x, store.layer(0))
+        build = partial(_calling, layer, x, store.layer(0))
         verify = partial(_same_output, expected)
         yield Work(
             f"layer stored {m}",
@@ -206,8 +206,12 @@ def stored_attention(sizes: Sizes, device: torch.device) -> Iterator[Work]:
             reach,
             floor_bytes=m * sizes.kv_routing_tokens * torch.float32.itemsize,
             input_bytes=m * sizes.kv_routing_tokens * torch.float32.itemsize,
-            measurements=[measure(OURS, lambda call=call: call, verify, device, graph=True)],
+            measurements=[measure(OURS, build, verify, device, graph=True)],
         )
+
+
+def _calling(layer: nn.Module, x: Tensor, rows: MemoryLayer) -> Callable[[], Tensor]:
+    return lambda: run(layer, x, rows)
 
 
 def _same_output(expected: Tensor, out: Tensor) -> list[Check]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xlroute.kernels import gather_rows, row_scores
-from xlroute.memory.scores import Scoring, StoredScores
+from xlroute.memory.scores import KeptScores, Scoring, StoredScores
 
 
 class Rows(Protocol):
@@ -34,6 +34,15 @@ class Rows(Protocol):
     def dropped(self, count: int) -> Rows:
         """The rows without the `count` oldest ones."""
 
+    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
+        """Scores against routing tokens [r, d], [r, m], as from `row_scores`.
+
+        Where no gradient is asked for they are kept, and only rows that are new since the last call are read.
+        """
+
+    def kept_scores(self) -> KeptScores | None:
+        """The scores that are kept, if there are any."""
+
 
 class _Buffer:
     """Room for rows, [size, d]; the first `used` of them belong to some span and are never written again."""
@@ -47,7 +56,7 @@ class _Buffer:
             # backward over rows that it saved, although the write is beyond all of them.
             self.target = self.data.data
         self.used = 0
-        self.scores = StoredScores(self.target)
+        self.scores = StoredScores(dtype, device)
 
 
 class RowSpan:
@@ -79,13 +88,19 @@ class RowSpan:
         return gather_rows(self.view()[None], index.to(self._buffer.data.device)[None])[0]
 
     def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
-        """Scores against routing tokens [r, d], [r, m], as from `row_scores`.
-
-        Where no gradient is asked for they are kept, and only rows that are new since the last call are read.
-        """
+        """See `Rows`."""
         if torch.is_grad_enabled() and tokens.requires_grad:
             return row_scores(self.view(), tokens, **scoring._asdict())
-        return self._buffer.scores.of(self._start, self._stop, tokens, scoring)
+        rows = self._buffer.target
+
+        def read(start: int, stop: int) -> tuple[Tensor]:
+            return (rows[start:stop],)
+
+        return self._buffer.scores.of(self._start, self._stop, tokens, scoring, read)
+
+    def kept_scores(self) -> KeptScores | None:
+        """See `Rows`."""
+        return self._buffer.scores.kept(self._start, self._stop)
 
     def dropped(self, count: int) -> RowSpan:
         """The span without its `count` oldest rows."""

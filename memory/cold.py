@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,12 +12,14 @@ from xlroute.memory.buffer import RowSpan
 from xlroute.memory.chunks import Bytes, ChunkFiles
 from xlroute.memory.layout import DTYPES
 from xlroute.memory.log import Extent, StreamLog
+from xlroute.memory.scores import KeptScores, Scoring, StoredScores
 
 
 class ColdRows:
     """The rows of one layer and stream on disk: an immutable value, read when asked for.
 
     A few rows are read one by one. The first time that all are needed they are read once and stay in memory.
+    Scores that are on disk are read instead of the rows, which then stay there.
 
     Args:
         files: The chunk files of the store.
@@ -23,10 +27,17 @@ class ColdRows:
         stream: Stream.
         log: What the stream holds.
         device: Where rows go that are read.
+        stored: The scores of the stream's rows, in numbers that begin at `log.oldest`.
     """
 
     def __init__(
-        self, files: ChunkFiles, layer: int, stream: int, log: StreamLog, device: torch.device
+        self,
+        files: ChunkFiles,
+        layer: int,
+        stream: int,
+        log: StreamLog,
+        device: torch.device,
+        stored: StoredScores,
     ) -> None:
         self.stream = stream
         self._files = files
@@ -35,6 +46,7 @@ class ColdRows:
         self._device = device
         self._dtype = DTYPES[files.layout.dtype]
         self._span: RowSpan | None = None
+        self.stored = stored
         # A commit drops what no commit refers to; these rows may be asked for again, in backward, after it.
         files.hold(self)
 
@@ -94,7 +106,33 @@ class ColdRows:
         """The rows without the `count` oldest ones."""
         if self._span is not None:
             return self._span.dropped(count)
-        return ColdRows(self._files, self._layer, self.stream, self._log.dropped(count), self._device)
+        log = self._log.dropped(count)
+        return ColdRows(self._files, self._layer, self.stream, log, self._device, self.stored)
+
+    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
+        """See `Rows`. All rows are read where there are no scores of these tokens on disk.
+
+        Raises:
+            CorruptionError: A row, or the file it is in, is damaged or missing.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+        first = self._log.oldest
+        differentiated = torch.is_grad_enabled() and tokens.requires_grad
+        if self._span is None and not differentiated and self.stored.serves(first, tokens, scoring):
+            return self.stored.of(first, self._log.end, tokens, scoring, self._read)
+        return self.span().scores(tokens, scoring)
+
+    def kept_scores(self) -> KeptScores | None:
+        """See `Rows`."""
+        if self._span is not None:
+            return self._span.kept_scores()
+        return self.stored.kept(self._log.oldest, self._log.end)
+
+    def _read(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Rows, in the numbers of the scores."""
+        extents = self._log.part(start - self._log.oldest, stop - self._log.oldest)
+        for block in self._files.blocks(self._layer, self.stream, extents):
+            yield self._tensor(block).to(self._device)
 
     def _tensor(self, data: Bytes) -> Tensor:
         return torch.from_numpy(data).view(self._dtype)

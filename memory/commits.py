@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,28 @@ from xlroute.memory.sealed import checksum, encode, read_document, replace_file,
 
 _ID = re.compile(r"\d{12}-[0-9a-f]{8}")
 _PIN = re.compile(rf"({_ID.pattern})\.[0-9a-f]{{8}}")
+_STAMP = re.compile(r"[0-9a-f]{32}")
 _PINS = "pins"
 _SEAL = "crc32c"
 # No stream and no store gets this far; a number beyond it is damage.
 MAX_ROW = 1 << 48
 MAX_GENERATION = 10**12 - 1
+_MAX_COLUMNS = 1 << 16
+
+
+@dataclass(frozen=True)
+class CommittedScores:
+    """Which rows of a layer have scores on disk.
+
+    Attributes:
+        stamp: Stands for what they were scored with.
+        columns: Scores of a row.
+        spans: For each stream, first and last + 1 of its rows that have scores, 0 the oldest held.
+    """
+
+    stamp: str
+    columns: int
+    spans: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,7 @@ class Commit:
         fingerprint: Of the weights that wrote the rows, or None if nobody said.
         durable: Whether the rows were on the medium before the record was.
         logs: What each stream holds.
+        scores: For each layer, what it has of scores; empty if no layer has any.
     """
 
     generation: int
@@ -45,10 +63,11 @@ class Commit:
     fingerprint: str | None
     durable: bool
     logs: tuple[StreamLog, ...]
+    scores: tuple[CommittedScores | None, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """The record without its checksum."""
-        return {
+        document: dict[str, Any] = {
             "format": FORMAT,
             "generation": self.generation,
             "parent": self.parent,
@@ -63,6 +82,18 @@ class Commit:
                 for log in self.logs
             ],
         }
+        if self.scores:
+            document["scores"] = [
+                None
+                if each is None
+                else {
+                    "stamp": each.stamp,
+                    "columns": each.columns,
+                    "spans": [list(span) for span in each.spans],
+                }
+                for each in self.scores
+            ]
+        return document
 
     @property
     def id(self) -> str:
@@ -142,6 +173,11 @@ def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
             durable=_of_types(document["durable"], bool),
             logs=tuple(_log(entry, layout) for entry in document["streams"]),
         )
+        if "scores" in document:
+            scores = tuple(_scores(entry, commit.logs) for entry in document["scores"])
+            if len(scores) != layout.layers:
+                raise ValueError(f"scores of {len(scores)} layers")
+            commit = replace(commit, scores=scores)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"{path}: expected a commit record, got another document: {error!r}") from error
     if commit.document() != document or commit.id != commit_id or len(commit.logs) != layout.streams:
@@ -163,6 +199,21 @@ def _log(entry: dict[str, Any], layout: Layout) -> StreamLog:
     if log.held != (log.appended if layout.capacity is None else min(log.appended, layout.capacity)):
         raise ValueError(f"{log.held} rows held of {log.appended} with capacity {layout.capacity}")
     return log
+
+
+def _scores(entry: dict[str, Any] | None, logs: tuple[StreamLog, ...]) -> CommittedScores | None:
+    """What a record says of a layer's scores; ValueError if no writer can have written it."""
+    if entry is None:
+        return None
+    stamp = _of_types(entry["stamp"], str)
+    columns = _number(entry["columns"], _MAX_COLUMNS)
+    spans = tuple((_number(first, MAX_ROW), _number(stop, MAX_ROW)) for first, stop in entry["spans"])
+    if not _STAMP.fullmatch(stamp) or columns < 1 or len(spans) != len(logs):
+        raise ValueError(f"impossible scores {entry!r:.100}")
+    for (first, stop), log in zip(spans, logs, strict=True):
+        if not first <= stop <= log.held:
+            raise ValueError(f"scores of rows {first} to {stop}, of {log.held} held")
+    return CommittedScores(stamp, columns, spans)
 
 
 def _number(value: object, most: int) -> int:

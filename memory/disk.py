@@ -21,12 +21,13 @@ from filelock import Timeout
 from torch import Tensor
 
 from xlroute.memory.buffer import Rows
-from xlroute.memory.chunks import Bytes, ChunkFiles
+from xlroute.memory.chunks import ChunkFiles
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.commits import (
     MAX_GENERATION,
     MAX_ROW,
     Commit,
+    CommittedScores,
     add_pin,
     list_commits,
     list_pins,
@@ -46,9 +47,12 @@ from xlroute.memory.errors import (
     StoreNotFoundError,
     StoreWriteError,
 )
-from xlroute.memory.layout import COMMITS, Layout, read_layout, write_layout
+from xlroute.memory.layout import COMMITS, DTYPES, Layout, read_layout, write_layout
 from xlroute.memory.lock import WriterLock, pin_lock
 from xlroute.memory.log import Extent, StreamLog
+from xlroute.memory.rows_bytes import as_bytes
+from xlroute.memory.score_files import CommittedStreamScores, ScoreFiles, write_scores
+from xlroute.memory.scores import KeptScores, StoredScores
 from xlroute.memory.sealed import TEMPORARY, sync
 
 _COPY_BYTES = 4 * 2**20
@@ -80,13 +84,6 @@ def _make_parents(path: Path) -> None:
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
         sync(folder.parent)
-
-
-def _as_bytes(rows: Tensor) -> Bytes:
-    """The bytes of rows [k, d] on the CPU, [k, row_bytes]."""
-    rows = rows.contiguous()
-    # PyTorch calls a tensor contiguous whatever the strides of its sizes of 1 are; `view` does not.
-    return rows.as_strided(rows.shape, (rows.shape[1], 1)).view(torch.uint8).numpy()
 
 
 @contextmanager
@@ -125,6 +122,7 @@ def copy_store(
     rows: Sequence[Sequence[Rows]],
     appended: Sequence[int],
     fingerprint: str | None,
+    kept: Sequence[Sequence[KeptScores | None]],
     durable: bool,
 ) -> str:
     """Makes a store with one commit that holds the given rows; all of it or nothing.
@@ -135,6 +133,7 @@ def copy_store(
         rows: For every layer and stream, what it holds.
         appended: How many rows each stream has appended since its reset, [b].
         fingerprint: Of the weights that wrote the rows.
+        kept: The scores of the rows, for every layer and stream.
         durable: Whether to wait until all of it is on the medium.
 
     Returns:
@@ -158,12 +157,17 @@ def copy_store(
             for stream, source in enumerate(streams):
                 for start in range(0, len(source), step):
                     index = torch.arange(start, min(start + step, len(source)))
-                    data = _as_bytes(source.gather(index).cpu())
+                    data = as_bytes(source.gather(index).cpu())
                     files.write(layer, stream, start, data, writer, fresh_from=0)
+        score_files = ScoreFiles(root, layout, None)
+        scores = tuple(
+            write_scores(score_files, layer, logs, streams, None) for layer, streams in enumerate(kept)
+        )
         if durable:
             files.mark_unsynced([log.extents for log in logs])
             files.sync()
-        commit = Commit(1, None, fingerprint, durable, logs)
+            score_files.sync()
+        commit = Commit(1, None, fingerprint, durable, logs, scores if any(scores) else ())
         write_commit(root, commit)
     if durable:
         with _writing(path):
@@ -208,7 +212,9 @@ class Disk:
         if not writable:
             commit_id, opened = self._read(commit)
             self._check_fingerprint(opened, fingerprint)
-            self.files = ChunkFiles(root, self.layout, record_path(root, commit_id))
+            record = record_path(root, commit_id)
+            self.files = ChunkFiles(root, self.layout, record)
+            self._score_files = ScoreFiles(root, self.layout, record)
         else:
             with _writing(root):
                 self._lock = WriterLock(root)
@@ -220,6 +226,7 @@ class Disk:
                 raise
         self.fingerprint = opened.fingerprint
         self.logs = opened.logs
+        self._scores = opened.scores
 
     def _open_for_writing(self, commit: str | None, fingerprint: str | None) -> Commit:
         commit_id, opened = self._read(commit)
@@ -227,6 +234,8 @@ class Disk:
         for left in (self.root / COMMITS).glob(f"{TEMPORARY}*"):
             left.unlink()
         self.files = ChunkFiles(self.root, self.layout, None)
+        self._score_files = ScoreFiles(self.root, self.layout, None)
+        self._set_scored(opened.logs, opened.scores)
         self._writer = secrets.randbits(32)
         self._last = commit_id
         self._synced = opened.durable
@@ -254,7 +263,8 @@ class Disk:
             ]
         if commit_id != max(self._commits):
             logs = [replace(log, end=end) for log, end in zip(opened.logs, self._ends, strict=True)]
-            self.commit(logs, opened.fingerprint, durable=False)
+            self._set_scored(logs, opened.scores)
+            self.commit(logs, opened.fingerprint, [[None] * len(logs)] * self.layout.layers, durable=False)
             opened = replace(opened, logs=tuple(logs))
         return opened
 
@@ -285,9 +295,30 @@ class Disk:
                 f"{opened.fingerprint!r}"
             )
 
-    def cold(self, layer: int, stream: int, log: StreamLog, device: torch.device) -> ColdRows:
-        """What a stream holds in one layer, to be read when asked for."""
-        return ColdRows(self.files, layer, stream, log, device)
+    def cold(
+        self,
+        layer: int,
+        stream: int,
+        log: StreamLog,
+        device: torch.device,
+        stored: StoredScores | None = None,
+    ) -> ColdRows:
+        """What a stream holds in one layer, to be read when asked for.
+
+        Args:
+            layer: Layer.
+            stream: Stream.
+            log: What the stream holds.
+            device: Where rows go that are read.
+            stored: The scores of the rows that the stream held before; None for those of the open commit.
+        """
+        if stored is None:
+            scores = self._scores[layer] if self._scores else None
+            committed = None
+            if scores is not None:
+                committed = CommittedStreamScores(self._score_files, scores, layer, stream, log)
+            stored = StoredScores(DTYPES[self.layout.dtype], device, committed)
+        return ColdRows(self.files, layer, stream, log, device, stored)
 
     def write(self, stream: int, log: StreamLog, rows: Tensor, appended: int) -> StreamLog:
         """Writes rows beyond the end of a stream's log; no commit refers to them yet.
@@ -314,13 +345,20 @@ class Disk:
             )
         with _writing(self.root):
             for layer, part in enumerate(rows):
-                data = _as_bytes(part)
+                data = as_bytes(part)
                 fresh = self._ends[stream]
                 self.files.write(layer, stream, log.end, data, self._writer, fresh_from=fresh)
         return log.extended(rows.shape[1], self._writer, appended=appended)
 
-    def commit(self, logs: Sequence[StreamLog], fingerprint: str | None, *, durable: bool) -> str:
-        """Commits what the streams hold.
+    def commit(
+        self,
+        logs: Sequence[StreamLog],
+        fingerprint: str | None,
+        kept: Sequence[Sequence[KeptScores | None]],
+        *,
+        durable: bool,
+    ) -> str:
+        """Commits what the streams hold, and the scores that are kept of it, for every layer and stream.
 
         Raises:
             StoreWriteError: The operating system refused to write; there is no such commit.
@@ -333,12 +371,19 @@ class Disk:
                 f"{self.root / COMMITS}: expected generations below {MAX_GENERATION}, got {self._generation}"
             )
         with _writing(self.root):
+            scores = tuple(
+                write_scores(self._score_files, layer, logs, streams, self._scored_of(layer, logs))
+                for layer, streams in enumerate(kept)
+            )
+            self._set_scored(logs, scores)
             if durable:
                 if not self._synced:
                     self.files.mark_unsynced([log.extents for log in logs])
                 self.files.sync()
+                self._score_files.sync()
             self._generation += 1
-            commit = Commit(self._generation, self._last, fingerprint, durable, tuple(logs))
+            scores = scores if any(scores) else ()
+            commit = Commit(self._generation, self._last, fingerprint, durable, tuple(logs), scores)
             self._commits[commit.id] = commit
             try:
                 write_commit(self.root, commit)
@@ -355,6 +400,32 @@ class Disk:
             self._drop_old()
         return commit.id
 
+    def _set_scored(self, logs: Sequence[StreamLog], scores: Sequence[CommittedScores | None]) -> None:
+        """Notes what is on disk of scores, in numbers that stay the same while rows come and go."""
+        self._scored = [
+            None
+            if each is None
+            else replace(
+                each,
+                spans=tuple(
+                    (log.oldest + first, log.oldest + stop)
+                    for log, (first, stop) in zip(logs, each.spans, strict=True)
+                ),
+            )
+            for each in scores or [None] * self.layout.layers
+        ]
+
+    def _scored_of(self, layer: int, logs: Sequence[StreamLog]) -> CommittedScores | None:
+        """What is on disk of a layer's scores, of the rows that the logs hold."""
+        scored = self._scored[layer]
+        if scored is None:
+            return None
+        spans = (
+            (max(first - log.oldest, 0), max(stop - log.oldest, 0))
+            for log, (first, stop) in zip(logs, scored.spans, strict=True)
+        )
+        return replace(scored, spans=tuple(spans))
+
     def _drop_old(self) -> None:
         names = sorted(self._commits)
         with pin_lock(self.root):
@@ -368,13 +439,23 @@ class Disk:
                 if name not in keep:
                     record_path(self.root, name).unlink(missing_ok=True)
                     del self._commits[name]
-        known = [commit.logs for commit in self._commits.values() if commit is not None]
+        known = [commit for commit in self._commits.values() if commit is not None]
         if len(known) < len(self._commits):
             # Nobody knows which rows a damaged record refers to; it may be restored.
             return
-        for stream, logs in enumerate(zip(*known, strict=True)):
-            needed = {extent for log in logs for extent in log.extents}
-            self.files.release(stream, needed, self._ends[stream])
+        needed = [
+            {extent for log in logs for extent in log.extents}
+            for logs in zip(*(commit.logs for commit in known), strict=True)
+        ]
+        for stream, extents in enumerate(needed):
+            self.files.release(stream, extents, self._ends[stream])
+        stamps = {
+            (layer, scores.stamp)
+            for commit in known
+            for layer, scores in enumerate(commit.scores)
+            if scores is not None
+        }
+        self._score_files.keep(stamps, needed, self._ends)
 
     def list_commits(self) -> list[str]:
         """Ids of the commits that can be opened, oldest first."""

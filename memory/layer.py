@@ -204,9 +204,7 @@ class MemoryLayer:
             )
         per_stream = tokens.expand(streams, *tokens.shape[-2:])
         scoring = Scoring(normalize, scale, backend)
-        scores = [
-            rows.span().scores(token, scoring) for rows, token in zip(self._streams, per_stream, strict=True)
-        ]
+        scores = [rows.scores(token, scoring) for rows, token in zip(self._streams, per_stream, strict=True)]
         if streams == 1:
             return scores[0][None]
         return torch.stack([pad(each, (0, longest - each.shape[-1])) for each in scores])

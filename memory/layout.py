@@ -137,13 +137,17 @@ class Layout:
         return self.chunk_rows * (1 << max(0, chunks - 1).bit_length())
 
 
+def write_group(folder: Path) -> None:
+    """Makes a folder a group of zarr, since one that is no node makes zarr warn when it lists the store."""
+    group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    (folder / METADATA).write_bytes(encode(group))
+
+
 def write_layout(root: Path, layout: Layout) -> None:
     """Writes the metadata of an empty store into the empty folder `root`."""
     (root / METADATA).write_bytes(encode(layout.group_document()))
     (root / COMMITS).mkdir()
-    # A folder of a group that is no zarr node makes zarr warn when it lists the group.
-    group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-    (root / COMMITS / METADATA).write_bytes(encode(group))
+    write_group(root / COMMITS)
     for kind in KINDS:
         data = encode(layout.array_document(kind, layout.room_for(0)))
         for layer in range(layout.layers):

@@ -36,6 +36,21 @@ class StreamLog:
         """The number of rows held."""
         return sum(extent.stop - extent.start for extent in self.extents)
 
+    @property
+    def oldest(self) -> int:
+        """A number for the oldest row held; those after it count on. No other row of the log ever gets it."""
+        return self.end - self.held
+
+    def part(self, start: int, stop: int) -> tuple[Extent, ...]:
+        """The rows `start` to `stop` of those held, oldest first."""
+        extents = []
+        for extent in self.dropped(start).extents:
+            taken = min(stop - start, extent.stop - extent.start)
+            if taken > 0:
+                extents.append(extent._replace(stop=extent.start + taken))
+            start += taken
+        return tuple(extents)
+
     def extended(self, written: int, writer: int, *, appended: int) -> StreamLog:
         """The log after `appended` more rows, of which the last `written` were written at `end`."""
         stop = self.end + written

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from xlroute.kernels import Backend, row_scores
-from xlroute.kernels.arguments import compute_dtype
+from xlroute.kernels.arguments import compute_dtype, resolve_backend
+
+# Rows that are scored again before scores from disk are trusted: another machine may sum in another order.
+_SAMPLES = 16
+
+ReadRows = Callable[[int, int], Iterable[Tensor]]
 
 
 class Scoring(NamedTuple):
@@ -19,26 +26,59 @@ class Scoring(NamedTuple):
     backend: Backend | None
 
 
-class StoredScores:
-    """Scores of rows of a buffer against the routing tokens that were asked for last.
+class KeptScores(NamedTuple):
+    """Scores of some adjacent rows of a stream.
 
-    A row's score has the same bits whatever other rows it is scored with (see `row_scores`). So scores of
-    different calls stand side by side, and are those that one call would give.
-
-    Args:
-        rows: The buffer, [size, d], in which a row never changes once it is asked for.
+    Attributes:
+        stamp: Stands for the routing tokens and how they scored.
+        first: The first row that has scores, counted from the oldest row held.
+        values: The scores, [r, n].
     """
 
-    def __init__(self, rows: Tensor) -> None:
-        self._rows = rows
+    stamp: str
+    first: int
+    values: Tensor
+
+
+class PersistedScores(Protocol):
+    """Scores of rows `first` to `stop` that are on disk."""
+
+    stamp: str
+    first: int
+    stop: int
+
+    def read(self, start: int, stop: int) -> Tensor | None:
+        """Those of rows `start` to `stop`, [r, stop - start]; None if they are damaged or gone."""
+
+
+class StoredScores:
+    """Scores of the rows of one stream against the routing tokens that were asked for last.
+
+    A row's score has the same bits whatever other rows it is scored with (see `row_scores`). So scores of
+    different calls stand side by side, and are those that one call would give. Rows are counted in any way in
+    which a row keeps its number, and no other row ever gets it.
+
+    Args:
+        dtype: Type of the rows.
+        device: Where the scores go.
+        persisted: What is on disk.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, persisted: PersistedScores | None = None
+    ) -> None:
+        self._dtype = compute_dtype(dtype)
+        self._device = device
+        self._persisted = persisted
         self._tokens: Tensor | None = None  # a copy
         self._source: tuple[int, int] | None = None  # where they came from
         self._scoring: Scoring | None = None
-        self._values = torch.empty(0)
+        self._values = torch.empty(0, 0)  # of rows from `base` on
+        self._base = 0
         self._first = 0  # the rows from here to `stop` have scores
         self._stop = 0
 
-    def of(self, start: int, stop: int, tokens: Tensor, scoring: Scoring) -> Tensor:
+    def of(self, start: int, stop: int, tokens: Tensor, scoring: Scoring, read: ReadRows) -> Tensor:
         """The scores of rows `start` to `stop`, [r, stop - start], for reading only.
 
         While a CUDA graph is captured, nothing can be compared or kept. Then the tokens of the last call are
@@ -49,40 +89,104 @@ class StoredScores:
             stop: Row behind the last.
             tokens: Routing tokens, [r, d]. If they are others than last time, all rows are scored again.
             scoring: How.
+            read: Gives the rows between two numbers, in blocks [k, d].
         """
         tokens = tokens.detach()
         if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
             known = scoring == self._scoring and _source(tokens) == self._source
             if known and self._first <= start <= stop <= self._stop:
-                return self._values[:, start:stop]
-            return row_scores(self._rows[start:stop], tokens, **scoring._asdict())
-        if not self._first <= start <= self._stop or scoring != self._scoring or not self._knows(tokens):
-            # A tensor made in inference mode could not be used outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                self._tokens = tokens.clone()
-                shape = (tokens.shape[0], self._rows.shape[0])
-                dtype = compute_dtype(self._rows.dtype)
-                self._values = torch.empty(shape, dtype=dtype, device=self._rows.device)
-            self._scoring = scoring
-            self._first = self._stop = start
+                return self._values[:, start - self._base : stop - self._base]
+            parts = [row_scores(rows, tokens, **scoring._asdict()) for rows in read(start, stop)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if not self._has(start, tokens, scoring):
+            self._begin(start, tokens, scoring, read)
         self._source = _source(tokens)
         if stop > self._stop:
-            new = self._rows[self._stop : stop]
-            self._values[:, self._stop : stop] = row_scores(new, tokens, **scoring._asdict())
-            self._stop = stop
-        return self._values[:, start:stop]
+            for rows in read(self._stop, stop):
+                self._add(row_scores(rows, tokens, **scoring._asdict()))
+        return self._values[:, start - self._base : stop - self._base]
 
-    def _knows(self, tokens: Tensor) -> bool:
-        """Whether the tokens hold the same numbers: weights can change without leaving a trace elsewhere."""
+    def serves(self, start: int, tokens: Tensor, scoring: Scoring) -> bool:
+        """Whether there are scores of these tokens, here or on disk, for rows from `start` on."""
+        return self._has(start, tokens, scoring) or self._finds(start, tokens, scoring)
+
+    def kept(self, start: int, stop: int) -> KeptScores | None:
+        """The scores there are of rows `start` to `stop`, from which the result counts."""
+        first, last = max(start, self._first), min(stop, self._stop)
+        if self._tokens is None or self._scoring is None or first >= last:
+            return None
+        values = self._values[:, first - self._base : last - self._base]
+        return KeptScores(_stamp(self._tokens, self._scoring), first - start, values)
+
+    def _has(self, start: int, tokens: Tensor, scoring: Scoring) -> bool:
         known = self._tokens
+        # The numbers are compared: weights can change without leaving a trace on their tensor.
         return (
             known is not None
+            and scoring == self._scoring
+            and self._first <= start <= self._stop
             and known.shape == tokens.shape
             and known.dtype == tokens.dtype
             and torch.equal(known, tokens)
         )
 
+    def _finds(self, start: int, tokens: Tensor, scoring: Scoring) -> bool:
+        on_disk = self._persisted
+        return (
+            on_disk is not None
+            and on_disk.first <= start <= on_disk.stop
+            and on_disk.stamp == _stamp(tokens, scoring)
+        )
+
+    def _begin(self, start: int, tokens: Tensor, scoring: Scoring, read: ReadRows) -> None:
+        """Forgets all scores, and takes those of the tokens that are on disk."""
+        # A tensor made in inference mode could not be used outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._tokens = tokens.clone()
+            self._values = torch.empty(tokens.shape[0], 0, dtype=self._dtype, device=self._device)
+        self._scoring = scoring
+        self._base = self._first = self._stop = start
+        on_disk = self._persisted
+        if on_disk is None or not self._finds(start, tokens, scoring) or start == on_disk.stop:
+            return
+        values = on_disk.read(start, on_disk.stop)
+        if values is None:
+            return
+        values = values.to(self._device)
+        samples = torch.linspace(0, values.shape[1] - 1, min(_SAMPLES, values.shape[1])).long().tolist()
+        rows = torch.cat([block for each in samples for block in read(start + each, start + each + 1)])
+        if torch.equal(row_scores(rows, tokens, **scoring._asdict()), values[:, samples]):
+            self._add(values)
+
+    def _add(self, values: Tensor) -> None:
+        """Appends scores [r, n] of the rows from `stop` on."""
+        stop = self._stop + values.shape[1]
+        if stop - self._base > self._values.shape[1]:
+            live = self._values[:, self._first - self._base : self._stop - self._base]
+            with torch.inference_mode(False), torch.no_grad():
+                shape = (values.shape[0], 2 * (stop - self._first))
+                self._values = torch.empty(shape, dtype=self._dtype, device=self._device)
+                self._values[:, : live.shape[1]] = live
+            self._base = self._first
+        self._values[:, self._stop - self._base : stop - self._base] = values
+        self._stop = stop
+
 
 def _source(tokens: Tensor) -> tuple[int, int]:
     """Where a tensor is, and how often it was changed as far as it knows."""
     return tokens.data_ptr(), 0 if tokens.is_inference() else tokens._version
+
+
+def _stamp(tokens: Tensor, scoring: Scoring) -> str:
+    """32 hexadecimal digits for everything that a row's score depends on but the row."""
+    backend = resolve_backend(scoring.backend, tokens)
+    how = (
+        str(tokens.dtype),
+        tuple(tokens.shape),
+        scoring.normalize,
+        scoring.scale,
+        backend,
+        tokens.device.type,
+    )
+    numbers = tokens.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(repr(how).encode() + numbers).hexdigest()[:32]

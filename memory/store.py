@@ -18,6 +18,7 @@ from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
 from xlroute.memory.layer import MemoryLayer, positions_of
 from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Layout, check_positive
 from xlroute.memory.log import StreamLog
+from xlroute.memory.scores import KeptScores
 
 Mode = Literal["r", "r+"]
 
@@ -269,7 +270,9 @@ class MemoryStore:
             for layer in range(self.layers):
                 held = table[layer][stream]
                 if self._disk is not None and isinstance(held, ColdRows) and not held.loaded:
-                    table[layer][stream] = self._disk.cold(layer, stream, logs[stream], self.device)
+                    table[layer][stream] = self._disk.cold(
+                        layer, stream, logs[stream], self.device, held.stored
+                    )
                 else:
                     table[layer][stream] = held.span().dropped(excess).appended(new[layer])
         self._logs, self._rows = logs, table
@@ -406,7 +409,12 @@ class MemoryStore:
             StoreWriteError: The operating system refused to write; the last commit stands.
         """
         self._check_writable()
-        return self._on_disk("commit").commit(self._logs, self._fingerprint, durable=durable)
+        disk = self._on_disk("commit")
+        return disk.commit(self._logs, self._fingerprint, self._kept_scores(), durable=durable)
+
+    def _kept_scores(self) -> list[list[KeptScores | None]]:
+        """The scores that are kept of every layer and stream."""
+        return [[rows.kept_scores() for rows in streams] for streams in self._rows]
 
     def commits(self) -> list[str]:
         """Ids of the commits that can be opened now, oldest first; none for a store in memory."""
@@ -474,7 +482,13 @@ class MemoryStore:
         self._check_open()
         appended = [log.appended for log in self._logs]
         return copy_store(
-            Path(path).absolute(), self._layout, self._rows, appended, self._fingerprint, durable
+            Path(path).absolute(),
+            self._layout,
+            self._rows,
+            appended,
+            self._fingerprint,
+            self._kept_scores(),
+            durable,
         )
 
     def close(self) -> None:

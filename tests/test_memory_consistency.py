@@ -490,6 +490,7 @@ def _refused_by_name_or_harmless(
     return True
 
 
+@pytest.mark.filterwarnings("ignore:the scores are computed anew:UserWarning")
 def test_a_flipped_byte_in_any_file_is_refused_by_name_or_harmless(
     build_model: BuildModel, tmp_path: Path
 ) -> None:
@@ -519,6 +520,7 @@ def test_a_flipped_byte_in_any_file_is_refused_by_name_or_harmless(
     read(model, model.load_state(tmp_path / "state"), tokens, [5, 5])
 
 
+@pytest.mark.filterwarnings("ignore:the scores are computed anew:UserWarning")
 def test_truncated_files_are_refused_by_name_or_harmless(build_model: BuildModel, tmp_path: Path) -> None:
     model = build_model()
     _saved(model, tmp_path)

@@ -263,7 +263,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         if self.log_scale is not None:
             # Attention divides the logits by the root of the head's width.
             q = F.normalize(q, dim=-1) * (self.log_scale.exp() * q.shape[-1] ** 0.5).to(q.dtype)
-        return q
+        return q  # type: ignore[no-any-return]
 
     def attend(self, q: Tensor, routed: RoutedKeysValues, bias: Tensor | None = None) -> Tensor:
         """Attend from queries [b, h, n, e], with a bias [b, h, n or 1, k] on the logits: [b, n, d]."""
@@ -292,7 +292,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
     def _project(self, projection: nn.Linear, rows: Tensor) -> Tensor:
         """Project the rows of all sets [b, r, k, d] for the heads of their set: [b, r, k, h/r, e]."""
         weight = rearrange(projection.weight, "(r o) d -> r d o", r=self.sets)
-        return (rows @ weight).unflatten(-1, (self.heads // self.sets, -1))
+        return rearrange(rows @ weight, "b r k (h e) -> b r k h e", h=self.heads // self.sets)
 
     def _route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
         """Put the gated outputs of routed queries in their places; others get the learned output, or zero."""

@@ -1,0 +1,211 @@
+"""Scores on disk: for each layer and stamp a small store beside the rows, in the rows' own numbers.
+
+A row of scores has the number, in the log, of the row that it belongs to, and the number of its writer. A
+commit record says which of the rows that it holds have scores; those of stamps that no record names are
+deleted. Nothing is lost with them: what is damaged or gone is computed anew.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xlroute.memory.chunks import ChunkFiles
+from xlroute.memory.commits import CommittedScores
+from xlroute.memory.errors import CommitNotFoundError, CorruptionError
+from xlroute.memory.layout import DTYPES, Layout, write_group, write_layout
+from xlroute.memory.log import Extent, StreamLog
+from xlroute.memory.rows_bytes import as_bytes
+from xlroute.memory.scores import KeptScores
+
+SCORES = "scores"
+
+
+class ScoreFiles:
+    """The scores of a store on disk.
+
+    Args:
+        root: Folder of the store.
+        layout: Its layout.
+        record: The commit record that a reader relies on; None for a writer.
+    """
+
+    def __init__(self, root: Path, layout: Layout, record: Path | None) -> None:
+        self._root = root / SCORES
+        self._layout = layout
+        self._record = record
+        self._open: dict[tuple[int, str], ChunkFiles] = {}
+
+    def write(self, layer: int, stream: int, stamp: str, values: Tensor, extents: Sequence[Extent]) -> None:
+        """Writes scores [r, n] of the n rows of the extents.
+
+        Raises:
+            OSError: The operating system refused.
+            CorruptionError: The metadata of the scores is damaged.
+        """
+        files = self._files(layer, stamp, values.shape[0], create=True)
+        done = 0
+        for extent in extents:
+            count = extent.stop - extent.start
+            data = as_bytes(values[:, done : done + count].T.cpu())
+            files.write(0, stream, extent.start, data, extent.writer, fresh_from=0)
+            done += count
+
+    def read(
+        self, layer: int, stream: int, stamp: str, columns: int, extents: Sequence[Extent]
+    ) -> Tensor | None:
+        """The scores [r, n] of the n rows of the extents; None, with a warning, if they are damaged."""
+        files = self._files(layer, stamp, columns, create=False)
+        dtype = DTYPES[files.layout.dtype]
+        try:
+            files.check_present(0, stream, extents)
+            parts = [torch.from_numpy(block).view(dtype) for block in files.blocks(0, stream, extents)]
+        except CommitNotFoundError:
+            return None
+        except CorruptionError as error:
+            warnings.warn(f"the scores are computed anew: {error}", stacklevel=2)
+            return None
+        return torch.cat(parts).T
+
+    def keep(
+        self, needed: Iterable[tuple[int, str]], extents: Sequence[set[Extent]], ends: Sequence[int]
+    ) -> None:
+        """Deletes the scores of all other layers and stamps, and those of rows that no commit refers to.
+
+        Args:
+            needed: The layers and stamps that commit records name.
+            extents: For each stream, what the commits hold.
+            ends: The ends of the streams' logs.
+
+        Raises:
+            OSError: The operating system refused.
+        """
+        folders = {self._folder(layer, stamp).name: (layer, stamp) for layer, stamp in needed}
+        for folder in self._root.iterdir() if self._root.exists() else ():
+            if folder.is_dir() and folder.name not in folders:
+                shutil.rmtree(folder)
+        self._open = {key: files for key, files in self._open.items() if key in folders.values()}
+        for files in self._open.values():
+            for stream, held in enumerate(extents):
+                files.release(stream, held, ends[stream])
+
+    def sync(self) -> None:
+        """Waits until the scores written so far are on the medium.
+
+        Raises:
+            OSError: The operating system refused.
+        """
+        for files in self._open.values():
+            files.sync()
+
+    def _folder(self, layer: int, stamp: str) -> Path:
+        return self._root / f"layer-{layer}.{stamp}"
+
+    def _files(self, layer: int, stamp: str, columns: int, *, create: bool) -> ChunkFiles:
+        if (layer, stamp) not in self._open:
+            folder = self._folder(layer, stamp)
+            layout = Layout(
+                layers=1,
+                streams=self._layout.streams,
+                dim=columns,
+                dtype="float64" if self._layout.dtype == "float64" else "float32",
+                capacity=self._layout.capacity,
+                chunk_rows=self._layout.chunk_rows,
+                keep_commits=1,
+            )
+            if create and not folder.exists():
+                self._make(folder, layout)
+            self._open[layer, stamp] = ChunkFiles(folder, layout, self._record)
+        return self._open[layer, stamp]
+
+    def _make(self, folder: Path, layout: Layout) -> None:
+        """Makes a folder without scores, whole or not at all; a crash leaves what the next commit deletes."""
+        if not self._root.exists():
+            self._root.mkdir()
+            write_group(self._root)
+        building = self._root / f".{secrets.token_hex(4)}.creating"
+        building.mkdir()
+        write_layout(building, layout)
+        os.rename(building, folder)
+
+
+class CommittedStreamScores:
+    """The scores that a commit holds of one stream: `PersistedScores` in the numbers of `StoredScores`.
+
+    Args:
+        files: Where they are.
+        scores: What the commit says of the layer.
+        layer: Layer.
+        stream: Stream.
+        log: What the stream held at the commit.
+    """
+
+    def __init__(
+        self, files: ScoreFiles, scores: CommittedScores, layer: int, stream: int, log: StreamLog
+    ) -> None:
+        self.stamp = scores.stamp
+        first, stop = scores.spans[stream]
+        self.first, self.stop = log.oldest + first, log.oldest + stop
+        self._files = files
+        self._columns = scores.columns
+        self._layer = layer
+        self._stream = stream
+        self._log = log
+
+    def read(self, start: int, stop: int) -> Tensor | None:
+        """See `PersistedScores`."""
+        extents = self._log.part(start - self._log.oldest, stop - self._log.oldest)
+        return self._files.read(self._layer, self._stream, self.stamp, self._columns, extents)
+
+
+def write_scores(
+    files: ScoreFiles,
+    layer: int,
+    logs: Sequence[StreamLog],
+    kept: Sequence[KeptScores | None],
+    before: CommittedScores | None,
+) -> CommittedScores | None:
+    """Writes what is new of a layer's scores.
+
+    Args:
+        files: Where to.
+        layer: Layer.
+        logs: What the streams hold.
+        kept: The scores that are in memory, for each stream.
+        before: What is there, in the numbers of rows that the logs hold.
+
+    Returns:
+        What is there then; None for nothing, as where streams are scored by tokens of their own.
+
+    Raises:
+        OSError: The operating system refused.
+        CorruptionError: The metadata of the scores is damaged.
+    """
+    found = {(each.stamp, each.values.shape[0]) for each in kept if each is not None}
+    if not found and before is not None:
+        found = {(before.stamp, before.columns)}
+    if len(found) != 1:
+        return None
+    ((stamp, columns),) = found
+    spans = []
+    for stream, (log, scores) in enumerate(zip(logs, kept, strict=True)):
+        first, stop = before.spans[stream] if before is not None and before.stamp == stamp else (0, 0)
+        if scores is not None:
+            start, end = scores.first, scores.first + scores.values.shape[1]
+            if not first <= start <= stop:
+                first = stop = start
+            if stop < end:
+                values = scores.values[:, stop - start :]
+                files.write(layer, stream, stamp, values, log.part(stop, end))
+                stop = end
+        spans.append((first, stop))
+    if not any(first < stop for first, stop in spans):
+        return None
+    return CommittedScores(stamp, columns, tuple(spans))
