@@ -97,4 +97,6 @@ class ColdRows:
         return ColdRows(self._files, self._layer, self.stream, self._log.dropped(count), self._device)
 
     def _tensor(self, data: Bytes) -> Tensor:
-        return torch.from_numpy(data).view(self._dtype)
+        # Flat first: PyTorch refuses to view no rows as another type.
+        flat = torch.from_numpy(data.reshape(-1)).view(self._dtype)
+        return flat.view(data.shape[0], self._files.layout.dim)
