@@ -16,10 +16,12 @@ from xlroute.memory.errors import (
 )
 from xlroute.memory.layer import MemoryLayer
 from xlroute.memory.store import MemoryStore
+from xlroute.memory.verify import Damage, VerifyReport
 
 __all__ = [
     "CommitNotFoundError",
     "CorruptionError",
+    "Damage",
     "FingerprintError",
     "FormatError",
     "MemoryLayer",
@@ -32,4 +34,5 @@ __all__ = [
     "StoreLockedError",
     "StoreNotFoundError",
     "StoreWriteError",
+    "VerifyReport",
 ]

@@ -18,6 +18,7 @@ from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
 from xlroute.memory.layer import MemoryLayer, positions_of
 from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Layout, check_positive
 from xlroute.memory.log import StreamLog
+from xlroute.memory.verify import Progress, VerifyReport, verify_store
 
 Mode = Literal["r", "r+"]
 
@@ -166,6 +167,33 @@ class MemoryStore:
         except BaseException:
             disk.close()
             raise
+
+    @staticmethod
+    def verify(
+        path: str | os.PathLike[str],
+        *,
+        commit: str | None = None,
+        all_commits: bool = False,
+        progress: Progress | None = None,
+    ) -> VerifyReport:
+        """Reads everything that a commit refers to, and reports all damage; changes nothing.
+
+        The metadata of the store and all commit records are examined in any case. If the last record is
+        damaged, the rows of the last commit that can be read are examined instead.
+
+        Args:
+            path: The folder of the store. What a writer commits meanwhile is left out.
+            commit: Id of the commit whose rows are examined, or None for the last.
+            all_commits: Whether to examine the rows of all commits that can be read.
+            progress: Called after every few MiB with the bytes of rows examined so far, and with all of them.
+
+        Raises:
+            ValueError: `commit` cannot be an id, or comes together with `all_commits`.
+            StoreNotFoundError: There is nothing at the path.
+            FormatError: There is something else, or a store of a newer format.
+            CommitNotFoundError: There is no such commit, or a writer has dropped it meanwhile.
+        """
+        return verify_store(Path(path).absolute(), commit=commit, all_commits=all_commits, progress=progress)
 
     @classmethod
     def _opened(cls, root: Path, disk: Disk, mode: Mode, device: torch.device) -> MemoryStore:
