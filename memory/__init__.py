@@ -15,6 +15,7 @@ from xlroute.memory.errors import (
     StoreWriteError,
 )
 from xlroute.memory.layer import MemoryLayer
+from xlroute.memory.repair import RepairReport, StreamLoss
 from xlroute.memory.store import MemoryStore
 from xlroute.memory.verify import Damage, VerifyReport
 
@@ -29,10 +30,12 @@ __all__ = [
     "MemoryStoreError",
     "NoPathError",
     "ReadOnlyError",
+    "RepairReport",
     "StoreClosedError",
     "StoreExistsError",
     "StoreLockedError",
     "StoreNotFoundError",
     "StoreWriteError",
+    "StreamLoss",
     "VerifyReport",
 ]

@@ -111,12 +111,14 @@ def verify_store(
     extents = [merged(chosen.values(), stream) for stream in range(layout.streams if chosen else 0)]
     count = layout.layers * sum(extent.stop - extent.start for stream in extents for extent in stream)
     if layout.arrays <= 2 * count_arrays(root):
-        meter = _Meter(progress, count * layout.row_bytes)
+        meter = Meter(progress, count * layout.row_bytes)
         metadata += check_arrays(root, layout, extents)
         files = ChunkFiles(root, layout, None)
         for stream, given in enumerate(extents):
             for layer in range(layout.layers):
                 rows += check_rows(files, layer, stream, given, meter.advance)
+        if known:
+            metadata += check_ends(files, list(known.values())[-1], extents)
     # The rows of a commit go after its record: if that is still there, they were there to be read.
     kept = {name: held for name, held in chosen.items() if record_path(root, name).exists()}
     if chosen and not kept:
@@ -129,7 +131,14 @@ def verify_store(
     return VerifyReport(root, tuple(kept), count, damage, tuple(leftovers), read_holder(root))
 
 
-class _Meter:
+class Meter:
+    """Tells whoever asked how far the work is.
+
+    Args:
+        progress: Whom to tell, or None.
+        total: Bytes of all the work.
+    """
+
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress = progress
         self._total = total
@@ -214,6 +223,31 @@ def check_arrays(root: Path, layout: Layout, extents: Sequence[Sequence[Extent]]
     return damage
 
 
+def check_ends(files: ChunkFiles, commit: Commit, examined: Sequence[Sequence[Extent]]) -> Iterator[Damage]:
+    """The damage to chunk files that the next rows go into beside older ones.
+
+    Args:
+        files: The chunk files.
+        commit: The commit that a writer would go on from.
+        examined: Rows of each stream whose chunk files are examined anyway; may be empty.
+    """
+    layout = files.layout
+    for stream, log in enumerate(commit.logs):
+        chunk, rows = divmod(log.end, layout.chunk_rows)
+        start = log.end - rows
+        known = examined[stream] if examined else ()
+        if not rows or any(
+            extent.start < start + layout.chunk_rows and start < extent.stop for extent in known
+        ):
+            continue
+        for layer in range(layout.layers):
+            for kind in KINDS:
+                path = files.path(layer, stream, chunk, kind)
+                problem = _file_problem(path, layout.chunk_bytes(kind))
+                if problem is not None:
+                    yield Damage(path, problem, layout.array_name(layer, stream, kind), stream, chunk)
+
+
 def merged(commits: Iterable[Commit], stream: int) -> list[Extent]:
     """What any of the commits hold of a stream: each row once, in the order of the log."""
     found: list[Extent] = []
@@ -272,14 +306,9 @@ def _check_piece(
         problems.append((paths[0], f"expected a chunk file, got neither it nor {paths[1]}{beyond}", whole))
     else:
         for path, kind in zip(paths, KINDS, strict=True):
-            expected = files.layout.chunk_bytes(kind)
-            try:
-                size = path.stat().st_size
-            except FileNotFoundError:
-                problems.append((path, "expected a chunk file, got no such file", whole))
-            else:
-                if size != expected:
-                    problems.append((path, f"expected a chunk file of {expected} bytes, got {size}", whole))
+            problem = _file_problem(path, files.layout.chunk_bytes(kind))
+            if problem is not None:
+                problems.append((path, problem, whole))
     if problems:
         yield from problems
         advance((piece.stop - piece.start) * files.layout.row_bytes)
@@ -299,6 +328,15 @@ def _check_piece(
     if rows.size:
         problem = f"expected every row to have its checksum, got others: it or {paths[1]} is damaged"
         yield paths[0], problem, _ranges(rows)
+
+
+def _file_problem(path: Path, expected: int) -> str | None:
+    """What is wrong with a chunk file as a whole, if anything is."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return "expected a chunk file, got no such file"
+    return None if size == expected else f"expected a chunk file of {expected} bytes, got {size}"
 
 
 def _ranges(rows: NDArray[np.int64]) -> Ranges:
