@@ -47,6 +47,11 @@ class ColdRows:
         return self._span is not None
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that they keep in memory: none until all were read."""
+        return 0 if self._span is None else self._span.nbytes
+
+    @property
     def extents(self) -> tuple[Extent, ...]:
         """The rows that are read from disk when asked for."""
         return () if self.loaded else self._log.extents

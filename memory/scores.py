@@ -38,6 +38,11 @@ class StoredScores:
         self._first = 0  # the rows from here to `stop` have scores
         self._stop = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the scores that are kept, with room for all rows of the buffer."""
+        return self._values.nbytes
+
     def of(self, start: int, stop: int, tokens: Tensor, scoring: Scoring) -> Tensor:
         """The scores of rows `start` to `stop`, [r, stop - start], for reading only.
 
