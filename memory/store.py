@@ -15,6 +15,7 @@ from xlroute.memory.buffer import Rows, RowSpan
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.disk import Disk, copy_store, create_store
 from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
+from xlroute.memory.info import MemoryInfo, describe_commits, disk_usage
 from xlroute.memory.layer import MemoryLayer, positions_of
 from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Layout, check_positive
 from xlroute.memory.log import StreamLog
@@ -506,6 +507,24 @@ class MemoryStore:
         """All pins, whoever made them: commit ids by pin id; none for a store in memory."""
         self._check_open()
         return {} if self._disk is None else self._disk.pins()
+
+    def info(self) -> MemoryInfo:
+        """What the store holds now, what it takes up in memory and on disk, and its commits. Reads no row."""
+        self._check_open()
+        return MemoryInfo(
+            path=self.path,
+            layers=self.layers,
+            streams=self.streams,
+            dim=self.dim,
+            dtype=self.dtype,
+            capacity=self.capacity,
+            fingerprint=self._fingerprint,
+            rows=tuple(log.held for log in self._logs),
+            appended=tuple(log.appended for log in self._logs),
+            memory_bytes=sum(rows.nbytes for streams in self._rows for rows in streams),
+            disk=None if self._disk is None else disk_usage(self._disk),
+            commits=() if self._disk is None else describe_commits(self._disk),
+        )
 
     def fork(self) -> MemoryStore:
         """An independent store in memory with the same rows; they are shared until either side writes.
