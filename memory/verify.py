@@ -32,6 +32,8 @@ from xlroute.memory.sealed import TEMPORARY, read_document
 # What is called after every few MiB with the bytes done so far, and with all there are.
 Progress = Callable[[int, int], None]
 Ranges = tuple[tuple[int, int], ...]
+# A writer may drop all commits that were just listed, and make others, so often in a row.
+_READ_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -118,17 +120,23 @@ def verify_store(
             for layer in range(layout.layers):
                 rows += check_rows(files, layer, stream, given, meter.advance)
         if known:
-            metadata += check_ends(files, list(known.values())[-1], extents)
-    # The rows of a commit go after its record: if that is still there, they were there to be read.
-    kept = {name: held for name, held in chosen.items() if record_path(root, name).exists()}
-    if chosen and not kept:
-        raise CommitNotFoundError(
-            f"commit {', '.join(chosen)}: expected its rows, got a store that has dropped it since then"
-        )
-    rows = [each for each in (_held_by(each, kept) for each in rows) if each.commits]
-    damage = (*(_held_by(each, kept) for each in metadata), *records, *rows)
+            ends = [*check_ends(files, list(known.values())[-1], extents)]
+            # Once a writer has made another commit, the files that it has gone on from may go.
+            newest = max([*known, *(each.path.stem for each in records)])
+            if list_commits(root)[-1:] == [newest]:
+                metadata += ends
+    examined = chosen
+    if rows:
+        # The rows of a commit go after its record: if that is still there, they were there to be read.
+        examined = {name: held for name, held in chosen.items() if record_path(root, name).exists()}
+        if not examined:
+            raise CommitNotFoundError(
+                f"commit {', '.join(chosen)}: expected its rows, got a store that has dropped it since then"
+            )
+        rows = [each for each in (_held_by(each, examined) for each in rows) if each.commits]
+    damage = (*(_held_by(each, examined) for each in metadata), *records, *rows)
     leftovers = find_leftovers(root, layout, [] if records else [*known.values()])
-    return VerifyReport(root, tuple(kept), count, damage, tuple(leftovers), read_holder(root))
+    return VerifyReport(root, tuple(examined), count, damage, tuple(leftovers), read_holder(root))
 
 
 class Meter:
@@ -162,22 +170,23 @@ def _damage_of(error: Exception, path: Path, array: str | None = None, stream: i
 
 def read_records(root: Path, layout: Layout) -> tuple[dict[str, Commit], list[Damage]]:
     """Reads all commit records: those that can be read by id, oldest first, and the damage to others."""
-    known: dict[str, Commit] = {}
-    damage: list[Damage] = []
-    try:
-        names = list_commits(root)
-    except (CorruptionError, OSError) as error:
-        return known, [_damage_of(error, root / COMMITS)]
-    for name in names:
+    for _ in range(_READ_ATTEMPTS):
+        known: dict[str, Commit] = {}
+        damage: list[Damage] = []
         try:
-            known[name] = read_commit(root, name, layout)
-        except CommitNotFoundError:
-            continue  # a writer has dropped it just now
+            names = list_commits(root)
         except (CorruptionError, OSError) as error:
-            damage.append(_damage_of(error, record_path(root, name)))
-    if not known and not damage:
-        damage.append(Damage(root / COMMITS, "expected the record of a commit, got none"))
-    return known, damage
+            return known, [_damage_of(error, root / COMMITS)]
+        for name in names:
+            try:
+                known[name] = read_commit(root, name, layout)
+            except CommitNotFoundError:
+                continue  # a writer has dropped it just now
+            except (CorruptionError, OSError) as error:
+                damage.append(_damage_of(error, record_path(root, name)))
+        if known or damage:
+            return known, damage
+    return {}, [Damage(root / COMMITS, "expected the record of a commit, got none")]
 
 
 def check_metadata(root: Path, layout: Layout) -> list[Damage]:

@@ -7,6 +7,7 @@ import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from xlroute.memory import (
     MemoryStore,
     MemoryStoreError,
     StoreNotFoundError,
+    verify,
 )
 from xlroute.memory.commits import Commit, write_commit
 from xlroute.memory.layout import KINDS, read_layout
@@ -306,6 +308,49 @@ def test_a_commit_that_is_dropped_meanwhile_is_not_called_damaged(path: Path) ->
     report = MemoryStore.verify(path, all_commits=True, progress=drop)
     assert last not in report.commits
     assert [(each.rows, each.commits) for each in report.damage] == [(((0, 1),), (second,))]
+
+
+def test_a_writer_that_goes_on_meanwhile_is_no_damage(tmp_path: Path) -> None:
+    with MemoryStore.create(
+        tmp_path / "store", layers=1, streams=2, dim=3, chunk_bytes=4 * 12, keep_commits=1
+    ) as store:
+        store.append(torch.randn(1, 2, 11, 3), [11, 2])
+        store.reset([0])
+        last = store.commit()
+        went_on = 0
+
+        def go_on(done: int, total: int) -> None:
+            nonlocal went_on
+            went_on += 1
+            store.append(torch.randn(1, 2, 2, 3), [2, 0])
+            store.reset([0])
+            store.commit()
+
+        report = MemoryStore.verify(tmp_path / "store", progress=go_on)
+        assert went_on
+        # The file that rows after row 10 went to is gone by now, and so is the commit that was examined.
+        assert not (tmp_path / "store" / "layer-0.stream-0.rows" / "c.2.0").exists()
+        assert (report.damage, report.commits) == ((), (last,))
+        assert last not in store.commits()
+
+
+def test_a_writer_that_drops_what_was_just_listed_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MemoryStore.create(tmp_path / "store", layers=1, streams=1, dim=3, keep_commits=1) as store:
+        real, calls = verify.read_commit, 0
+
+        def read_commit(*arguments: Any) -> Commit:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                store.commit()
+            return real(*arguments)
+
+        monkeypatch.setattr(verify, "read_commit", read_commit)
+        report = MemoryStore.verify(tmp_path / "store")
+        assert calls == 2
+        assert (report.damage, report.commits) == ((), tuple(store.commits()))
 
 
 def test_what_cannot_be_examined_is_refused(path: Path, tmp_path: Path) -> None:
