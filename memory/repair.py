@@ -113,7 +113,8 @@ def repair_store(root: Path, *, progress: Progress | None) -> RepairReport:
     except MemoryStoreError:
         raise
     except OSError as error:
-        text = f"{root}: expected to write, got {error.strerror or error}; the last commit stands"
+        where = error.filename or root
+        text = f"{where}: expected to read and write, got {error.strerror or error}; the last commit stands"
         raise StoreWriteError(error.errno, text) from error
 
 
@@ -197,6 +198,7 @@ def _restore_lengths(files: ChunkFiles, commit: Commit) -> list[Path]:
                     if (
                         any(extent.start < stop and start < extent.stop for extent in log.extents)
                         and path.is_file()
+                        and not path.is_symlink()  # it may lead out of the store
                         and path.stat().st_size != expected
                     ):
                         os.truncate(path, expected)

@@ -194,6 +194,7 @@ class MemoryStore:
             StoreNotFoundError: There is nothing at the path.
             FormatError: There is something else, or a store of a newer format.
             CommitNotFoundError: There is no such commit, or a writer has dropped it meanwhile.
+            OSError: The operating system refused to read a file, which is no sign of damage.
         """
         return verify_store(Path(path).absolute(), commit=commit, all_commits=all_commits, progress=progress)
 
@@ -225,7 +226,7 @@ class MemoryStore:
             CorruptionError: There is nothing to go by: the metadata of the store or all commit records are
                 damaged, or more than half of the arrays are missing.
             StoreLockedError: A writer holds the store.
-            StoreWriteError: The operating system refused to write; the last commit stands.
+            StoreWriteError: The operating system refused to read or write; the last commit stands.
         """
         return repair_store(Path(path).absolute(), progress=progress)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import re
+import stat
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +34,8 @@ from xlroute.memory.sealed import TEMPORARY, read_document
 # What is called after every few MiB with the bytes done so far, and with all there are.
 Progress = Callable[[int, int], None]
 Ranges = tuple[tuple[int, int], ...]
+# What the operating system says where the medium fails, or something else has taken the place of a file.
+_DAMAGE = {errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 # A writer may drop all commits that were just listed, and make others, so often in a row.
 _READ_ATTEMPTS = 10
 
@@ -109,10 +113,13 @@ def verify_store(
             raise CommitNotFoundError(f"commit: expected one of {', '.join(known) or 'none'}, got {commit}")
 
     metadata = check_metadata(root, layout)
+    countable = layout.arrays <= 2 * count_arrays(root)
+    if not countable:
+        chosen = {}  # most of the store is gone, or the metadata claim what nobody can count
     rows: list[Damage] = []
     extents = [merged(chosen.values(), stream) for stream in range(layout.streams if chosen else 0)]
     count = layout.layers * sum(extent.stop - extent.start for stream in extents for extent in stream)
-    if layout.arrays <= 2 * count_arrays(root):
+    if countable:
         meter = Meter(progress, count * layout.row_bytes)
         metadata += check_arrays(root, layout, extents)
         files = ChunkFiles(root, layout, None)
@@ -160,12 +167,13 @@ class Meter:
 
 
 def _damage_of(error: Exception, path: Path, array: str | None = None, stream: int | None = None) -> Damage:
-    """The damage to a file that an error tells of."""
-    if isinstance(error, OSError):
-        problem = f"expected a file that can be read, got {error.strerror or error}"
-    else:
-        problem = str(error).removeprefix(f"{path}: ")
-    return Damage(path, problem, array, stream)
+    """The damage to a file that an error tells of; raises the error if it tells of none."""
+    if not isinstance(error, OSError):
+        return Damage(path, str(error).removeprefix(f"{path}: "), array, stream)
+    if error.errno not in _DAMAGE:
+        # Such as a file of somebody else's: what is in it may be whole.
+        raise error
+    return Damage(path, f"expected a file that can be read, got {error.strerror}", array, stream)
 
 
 def read_records(root: Path, layout: Layout) -> tuple[dict[str, Commit], list[Damage]]:
@@ -286,8 +294,8 @@ def check_rows(
     array = layout.array_name(layer, stream, "rows")
     try:
         present = sorted(set().union(*(files.listed(layer, stream, kind) for kind in KINDS)))
-    except OSError:
-        present = []  # the folder is missing, or cannot be listed: so none of its files can be relied on
+    except (FileNotFoundError, NotADirectoryError):
+        present = []
     for extent in extents:
         row = extent.start
         while row < extent.stop:
@@ -342,9 +350,12 @@ def _check_piece(
 def _file_problem(path: Path, expected: int) -> str | None:
     """What is wrong with a chunk file as a whole, if anything is."""
     try:
-        size = path.stat().st_size
-    except FileNotFoundError:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return "expected a chunk file, got no such file"
+    if not stat.S_ISREG(found.st_mode):
+        return "expected a chunk file, got something else"
+    size = found.st_size
     return None if size == expected else f"expected a chunk file of {expected} bytes, got {size}"
 
 
@@ -395,7 +406,7 @@ def find_leftovers(root: Path, layout: Layout | None = None, commits: Sequence[C
             for kind in KINDS:
                 try:
                     listed = files.listed(layer, stream, kind)
-                except OSError:
+                except (FileNotFoundError, NotADirectoryError):
                     continue  # damage, not a leftover
                 for chunk in listed:
                     start, stop = chunk * size, (chunk + 1) * size

@@ -383,13 +383,47 @@ def test_a_repair_that_cannot_write_leaves_the_last_commit(
         left = allowed
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", pwrite)
-            with pytest.raises(StoreWriteError, match=f"{path}: expected to write, got No space left"):
+            with pytest.raises(StoreWriteError, match=f"{path}: expected to read and write, got No"):
                 MemoryStore.repair(path)
         assert sorted(file.stem for file in path.glob("commits/0*")) == commits
         assert not list(path.glob("commits/tmp-*"))
     report = MemoryStore.repair(path)
     assert report.losses[0].kept == (4, 9)
     check_kept(path, states, [(4, 9), (0, 2)])
+
+
+def test_what_cannot_be_read_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "s"
+    states, _ = make(path, (11, 2))
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+    def refuse(*arguments: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "its name")
+
+    for owner, name in ((os, "preadv"), (Path, "read_bytes")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            # The metadata of the group is read before anything else.
+            with pytest.raises(OSError, match="Permission denied"):
+                MemoryStore.repair(path)
+            with pytest.raises(PermissionError):
+                MemoryStore.verify(path)
+    assert {file: file.read_bytes() for file in before} == before
+    check_kept(path, states, [(0, 11), (0, 2)])
+
+
+def test_a_link_out_of_the_store_is_not_followed_to_be_written_to(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    states, _ = make(path, (11, 2))
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    file = path / "layer-1.stream-0.rows" / "c.0.0"
+    file.unlink()
+    file.symlink_to(mine)
+    report = repaired(path)
+    assert [loss.kept for loss in report.losses] == [(4, 11)]
+    assert mine.read_text() == "mine"
+    check_kept(path, states, [(4, 11), (0, 2)])
 
 
 def test_what_cannot_be_repaired_is_refused(tmp_path: Path) -> None:

@@ -219,6 +219,16 @@ def test_a_folder_in_place_of_a_file_and_files_that_cannot_be_read(
     file.unlink()
     file.mkdir()
     assert [(each.path, each.rows) for each in damage_of(path)] == [(file, ((4, 8),))]
+    array = path / "layer-0.stream-1.rows"
+    array.rename(path.parent / "array")
+    array.write_text("")
+    assert [(each.path, each.rows) for each in damage_of(path)] == [
+        (array / "zarr.json", ((0, 2),)),
+        (file, ((4, 8),)),
+        (array / "c.0.0", ((0, 2),)),
+    ]
+    array.unlink()
+    (path.parent / "array").rename(array)
     file.rmdir()
     shutil.copy(path / "layer-0.stream-0.rows" / "c.0.0", file)
     real = os.preadv
@@ -261,6 +271,7 @@ def test_enormous_claims_come_to_an_end(path: Path) -> None:
     claim_layers(path)
     [damage] = damage_of(path, all_commits=True)
     assert damage.problem == f"expected {4 << 40} arrays beside it, got 8"
+    assert MemoryStore.verify(path, all_commits=True).rows == 0
 
 
 def test_leftovers_are_listed_and_are_no_damage(path: Path) -> None:
