@@ -1,4 +1,4 @@
-"""Files made for the user: new, and whole or not there."""
+"""Files written for the user: whole or not there, and never in place of another."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def check_absent(target: Path) -> None:
-    """Raises FileExistsError if there is anything at `target`."""
-    if target.exists() or target.is_symlink():
-        raise FileExistsError(f"{target}: expected nothing, got something that exists")
-
-
 @contextmanager
 def new_file(target: Path) -> Iterator[BinaryIO]:
     """A file under another name beside `target`; it gets its name when all went well.
@@ -24,7 +18,8 @@ def new_file(target: Path) -> Iterator[BinaryIO]:
         FileExistsError: There is something at `target`.
         OSError: The operating system refused to write.
     """
-    check_absent(target)
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(f"{target}: expected nothing, got something that exists")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.writing")
     try:
         with temporary.open("xb") as file:
