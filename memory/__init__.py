@@ -14,22 +14,32 @@ from xlroute.memory.errors import (
     StoreNotFoundError,
     StoreWriteError,
 )
+from xlroute.memory.info import CommitInfo, DiskUsage, MemoryInfo
 from xlroute.memory.layer import MemoryLayer
+from xlroute.memory.repair import RepairReport, StreamLoss
 from xlroute.memory.store import MemoryStore
+from xlroute.memory.verify import Damage, VerifyReport
 
 __all__ = [
+    "CommitInfo",
     "CommitNotFoundError",
     "CorruptionError",
+    "Damage",
+    "DiskUsage",
     "FingerprintError",
     "FormatError",
+    "MemoryInfo",
     "MemoryLayer",
     "MemoryStore",
     "MemoryStoreError",
     "NoPathError",
     "ReadOnlyError",
+    "RepairReport",
     "StoreClosedError",
     "StoreExistsError",
     "StoreLockedError",
     "StoreNotFoundError",
     "StoreWriteError",
+    "StreamLoss",
+    "VerifyReport",
 ]

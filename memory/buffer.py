@@ -22,6 +22,10 @@ class Rows(Protocol):
     def __len__(self) -> int:
         """The number of rows."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they keep in memory."""
+
     def span(self) -> RowSpan:
         """All rows, in memory."""
 
@@ -74,6 +78,11 @@ class RowSpan:
 
     def __len__(self) -> int:
         return self._stop - self._start
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer, with its room for rows to come, and of the scores beside it."""
+        return self._buffer.data.nbytes + self._buffer.scores.nbytes
 
     def span(self) -> RowSpan:
         """The span itself."""

@@ -57,6 +57,19 @@ def row_checksums(data: Bytes) -> NDArray[np.uint32]:
     return np.fromiter(sums, np.uint32, data.shape[0])
 
 
+def _wrong_rows(
+    layer: int,
+    stream: int,
+    data: Bytes,
+    stored: NDArray[np.uint32],
+    rows: NDArray[np.int64],
+    writers: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Those of `rows` [k] whose bytes [k, row_bytes] do not have the checksum that is stored for them [k]."""
+    wrong = row_checksums(data) != stored ^ address_bits(layer, stream, rows, writers)
+    return rows[np.nonzero(wrong)[0]]
+
+
 class Holder(Protocol):
     """Somebody in this process who may still read rows of a stream."""
 
@@ -123,7 +136,9 @@ class ChunkFiles:
             files = self._map(layer, stream, int(chunk))
             data[chosen] = files.rows[local[chosen]]
             stored[chosen] = files.checksums[local[chosen]]
-        self._verify(layer, stream, data, stored, rows, writers)
+        wrong = _wrong_rows(layer, stream, data, stored, rows, writers)
+        if wrong.size:
+            raise self._wrong_row(layer, stream, int(wrong[0]))
         return data
 
     def blocks(self, layer: int, stream: int, extents: Iterable[Extent]) -> Iterator[Bytes]:
@@ -133,21 +148,36 @@ class ChunkFiles:
             CorruptionError: A row, or the file it is in, is damaged or missing.
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
-        step = max(1, _BLOCK_BYTES // self.layout.row_bytes)
         for extent in extents:
             self._check_room(layer, stream, extent.stop)
-            for chunk, start, stop in self._pieces(extent.start, extent.stop):
-                first = chunk * self.layout.chunk_rows
-                with self._opened(layer, stream, chunk) as (rows_file, checksum_file):
-                    for low in range(start, stop, step):
-                        count = min(step, stop - low)
-                        data = np.empty((count, self.layout.row_bytes), np.uint8)
-                        stored = np.empty(count, np.uint32)
-                        os.preadv(rows_file, [data.data], (low - first) * self.layout.row_bytes)
-                        os.preadv(checksum_file, [stored.data], (low - first) * 4)
-                        rows = np.arange(low, low + count)
-                        self._verify(layer, stream, data, stored, rows, np.full(count, extent.writer))
-                        yield data
+            for _, start, stop in self.pieces(extent.start, extent.stop):
+                for data, wrong in self.scan(layer, stream, extent._replace(start=start, stop=stop)):
+                    if wrong.size:
+                        raise self._wrong_row(layer, stream, int(wrong[0]))
+                    yield data
+
+    def scan(self, layer: int, stream: int, piece: Extent) -> Iterator[tuple[Bytes, NDArray[np.int64]]]:
+        """Reads an extent that lies in one chunk, in blocks of a few MiB, whatever state its rows are in.
+
+        Yields:
+            Bytes of rows, [k, row_bytes]; and which of these rows of the log do not have their checksum.
+
+        Raises:
+            CorruptionError: A file is missing or truncated.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+        step = max(1, _BLOCK_BYTES // self.layout.row_bytes)
+        chunk = piece.start // self.layout.chunk_rows
+        first = chunk * self.layout.chunk_rows
+        with self._opened(layer, stream, chunk) as (rows_file, checksum_file):
+            for low in range(piece.start, piece.stop, step):
+                count = min(step, piece.stop - low)
+                data = np.empty((count, self.layout.row_bytes), np.uint8)
+                stored = np.empty(count, np.uint32)
+                os.preadv(rows_file, [data.data], (low - first) * self.layout.row_bytes)
+                os.preadv(checksum_file, [stored.data], (low - first) * 4)
+                rows = np.arange(low, low + count)
+                yield data, _wrong_rows(layer, stream, data, stored, rows, np.full(count, piece.writer))
 
     def check_present(self, layer: int, stream: int, extents: Iterable[Extent]) -> None:
         """Checks that all files of the extents are there and whole, before anyone makes room for the rows.
@@ -157,20 +187,21 @@ class ChunkFiles:
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
         for extent in extents:
-            for chunk, _, _ in self._pieces(extent.start, extent.stop):
+            for chunk, _, _ in self.pieces(extent.start, extent.stop):
                 for kind in KINDS:
-                    path = self._path(layer, stream, chunk, kind)
+                    path = self.path(layer, stream, chunk, kind)
                     try:
                         size = path.stat().st_size
                     except (FileNotFoundError, NotADirectoryError) as error:
                         raise self._damaged(f"{path}: expected a chunk file, got no such file") from error
                     self._check_size(path, size, kind)
 
-    def _path(self, layer: int, stream: int, chunk: int, kind: str) -> Path:
+    def path(self, layer: int, stream: int, chunk: int, kind: str) -> Path:
+        """The file of a chunk's rows or of their checksums."""
         layout = self.layout
         return self.root / layout.array_name(layer, stream, kind) / layout.chunk_name(chunk, kind)
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Splits rows `start` to `stop` at the ends of chunks: (chunk, start, stop)."""
         size = self.layout.chunk_rows
         while start < stop:
@@ -185,7 +216,7 @@ class ChunkFiles:
         with ExitStack() as stack:
             files = []
             for kind in KINDS:
-                path = self._path(layer, stream, chunk, kind)
+                path = self.path(layer, stream, chunk, kind)
                 try:
                     file = os.open(path, os.O_RDONLY)
                 except FileNotFoundError as error:
@@ -231,26 +262,14 @@ class ChunkFiles:
                 path = self.root / self.layout.array_name(layer, stream, kind) / METADATA
                 raise self._damaged(f"{path}: expected room for {rows} rows, got {room}")
 
-    def _verify(
-        self,
-        layer: int,
-        stream: int,
-        data: Bytes,
-        stored: NDArray[np.uint32],
-        rows: NDArray[np.int64],
-        writers: NDArray[np.int64],
-    ) -> None:
-        expected = stored ^ address_bits(layer, stream, rows, writers)
-        wrong = np.nonzero(row_checksums(data) != expected)[0]
-        if wrong.size:
-            row = int(rows[wrong[0]])
-            array = self.layout.array_name(layer, stream, "rows")
-            chunk, local = divmod(row, self.layout.chunk_rows)
-            files = " and ".join(str(self._path(layer, stream, chunk, kind)) for kind in KINDS)
-            raise self._damaged(
-                f"{files}: expected row {local} of the files (row {row} of array {array}) to have its "
-                "checksum, got another: one of the two is damaged"
-            )
+    def _wrong_row(self, layer: int, stream: int, row: int) -> CorruptionError | CommitNotFoundError:
+        array = self.layout.array_name(layer, stream, "rows")
+        chunk, local = divmod(row, self.layout.chunk_rows)
+        files = " and ".join(str(self.path(layer, stream, chunk, kind)) for kind in KINDS)
+        return self._damaged(
+            f"{files}: expected row {local} of the files (row {row} of array {array}) to have its "
+            "checksum, got another: one of the two is damaged"
+        )
 
     def _damaged(self, message: str) -> CorruptionError | CommitNotFoundError:
         if self.record is not None and not self.record.exists():
@@ -284,13 +303,13 @@ class ChunkFiles:
         writers = np.full(data.shape[0], writer)
         checksums = (row_checksums(data) ^ address_bits(layer, stream, rows, writers)).astype("<u4")
         self._make_room(layer, stream, start + data.shape[0])
-        for chunk, low, high in self._pieces(start, start + data.shape[0]):
+        for chunk, low, high in self.pieces(start, start + data.shape[0]):
             first = chunk * self.layout.chunk_rows
             for kind, part, size in (
                 ("rows", data[low - start : high - start], self.layout.row_bytes),
                 ("crc32c", checksums[low - start : high - start], 4),
             ):
-                path = self._path(layer, stream, chunk, kind)
+                path = self.path(layer, stream, chunk, kind)
                 fresh = first >= fresh_from
                 try:
                     file = os.open(path, os.O_RDWR | (os.O_CREAT if fresh else 0), 0o666)
@@ -341,7 +360,7 @@ class ChunkFiles:
         needed = {*extents}
         needed.update(*(holder.extents for holder in self._holders if holder.stream == stream))
         for extent in needed:
-            present = present - {chunk for chunk, _, _ in self._pieces(extent.start, extent.stop)}
+            present = present - {chunk for chunk, _, _ in self.pieces(extent.start, extent.stop)}
         for chunk in sorted(present):
             if (chunk + 1) * self.layout.chunk_rows <= end:
                 self._delete(stream, chunk)
@@ -354,22 +373,27 @@ class ChunkFiles:
     def _list_present(self, stream: int) -> set[int]:
         """The chunks of a stream of which any file exists; the first call lists the folders."""
         if stream not in self._present:
-            folders = (
-                self.root / self.layout.array_name(layer, stream, kind)
-                for layer in range(self.layout.layers)
-                for kind in KINDS
+            self._present[stream] = set().union(
+                *(self.listed(layer, stream, kind) for layer in range(self.layout.layers) for kind in KINDS)
             )
-            names = (name.split(".") for folder in folders for name in os.listdir(folder))
-            self._present[stream] = {
-                int(name[1]) for name in names if name[0] == "c" and len(name) > 1 and name[1].isdecimal()
-            }
         return self._present[stream]
+
+    def listed(self, layer: int, stream: int, kind: str) -> set[int]:
+        """The chunks of one array that have a file.
+
+        Raises:
+            FileNotFoundError: The folder of the array is missing.
+        """
+        names = {*os.listdir(self.root / self.layout.array_name(layer, stream, kind))}
+        parts = (name.split(".") for name in names)
+        chunks = (int(part[1]) for part in parts if len(part) > 1 and part[1].isdecimal())
+        return {chunk for chunk in chunks if self.layout.chunk_name(chunk, kind) in names}
 
     def _delete(self, stream: int, chunk: int) -> None:
         for layer in range(self.layout.layers):
             self._maps.pop((layer, stream, chunk), None)
             for kind in KINDS:
-                path = self._path(layer, stream, chunk, kind)
+                path = self.path(layer, stream, chunk, kind)
                 self._unsynced.discard(path)
                 path.unlink(missing_ok=True)
 
@@ -382,12 +406,12 @@ class ChunkFiles:
             (self.root / METADATA, commits / METADATA, commits, self.root, self.root.parent)
         )
         for stream, extents in enumerate(streams):
-            chunks = {chunk for extent in extents for chunk, _, _ in self._pieces(extent.start, extent.stop)}
+            chunks = {chunk for extent in extents for chunk, _, _ in self.pieces(extent.start, extent.stop)}
             for layer in range(self.layout.layers):
                 for kind in KINDS:
                     folder = self.root / self.layout.array_name(layer, stream, kind)
                     self._unsynced.update((folder / METADATA, folder))
-                    self._unsynced.update(self._path(layer, stream, chunk, kind) for chunk in chunks)
+                    self._unsynced.update(self.path(layer, stream, chunk, kind) for chunk in chunks)
 
     def sync(self) -> None:
         """Waits until everything written so far is on the medium.

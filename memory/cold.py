@@ -59,6 +59,11 @@ class ColdRows:
         return self._span is not None
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that they keep in memory: of scores, and of rows once all were read."""
+        return self.stored.nbytes + (0 if self._span is None else self._span.nbytes)
+
+    @property
     def extents(self) -> tuple[Extent, ...]:
         """The rows that are read from disk when asked for."""
         return () if self.loaded else self._log.extents
@@ -135,4 +140,6 @@ class ColdRows:
             yield self._tensor(block).to(self._device)
 
     def _tensor(self, data: Bytes) -> Tensor:
-        return torch.from_numpy(data).view(self._dtype)
+        # Flat first: PyTorch refuses to view no rows as another type.
+        flat = torch.from_numpy(data.reshape(-1)).view(self._dtype)
+        return flat.view(data.shape[0], self._files.layout.dim)

@@ -40,11 +40,9 @@ from xlroute.memory.errors import (
     CommitNotFoundError,
     CorruptionError,
     FingerprintError,
-    FormatError,
     MemoryStoreError,
     StoreExistsError,
     StoreLockedError,
-    StoreNotFoundError,
     StoreWriteError,
 )
 from xlroute.memory.layout import COMMITS, DTYPES, Layout, read_layout, write_layout
@@ -201,10 +199,6 @@ class Disk:
     """
 
     def __init__(self, root: Path, *, commit: str | None, writable: bool, fingerprint: str | None) -> None:
-        if not root.exists():
-            raise StoreNotFoundError(f"{root}: expected a memory store, got nothing")
-        if not root.is_dir():
-            raise FormatError(f"{root}: expected the folder of a memory store, got a file")
         self.root = root
         self.layout = read_layout(root)
         self._process = os.getpid()

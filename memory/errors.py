@@ -46,7 +46,7 @@ class FormatError(MemoryStoreError, ValueError):
 
 
 class CorruptionError(MemoryStoreError):
-    """A file of the store is damaged or missing: restore it, or open an earlier commit."""
+    """A file of the store is damaged or missing: restore it, repair the store, or open an earlier commit."""
 
 
 class StoreWriteError(MemoryStoreError, OSError):

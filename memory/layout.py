@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from xlroute.memory.errors import CorruptionError, FormatError
+from xlroute.memory.errors import CorruptionError, FormatError, StoreNotFoundError
 from xlroute.memory.sealed import checksum, encode, read_document
 
 FORMAT = 1
@@ -91,6 +91,11 @@ class Layout:
         """Bytes of a row."""
         return self.dim * DTYPES[self.dtype].itemsize
 
+    @property
+    def arrays(self) -> int:
+        """Number of arrays."""
+        return len(KINDS) * self.layers * self.streams
+
     def array_name(self, layer: int, stream: int, kind: str) -> str:
         """Name of the array of `kind` "rows" or "crc32c"."""
         return f"layer-{layer}.stream-{stream}.{kind}"
@@ -137,17 +142,21 @@ class Layout:
         return self.chunk_rows * (1 << max(0, chunks - 1).bit_length())
 
 
-def write_group(folder: Path) -> None:
-    """Makes a folder a group of zarr, since one that is no node makes zarr warn when it lists the store."""
-    group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-    (folder / METADATA).write_bytes(encode(group))
+def plain_group_document() -> dict[str, Any]:
+    """The metadata of a folder that holds no array: without it, zarr warns when it lists the store."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": {}}
+
+
+def write_plain_group(folder: Path) -> None:
+    """Makes a folder a group of zarr."""
+    (folder / METADATA).write_bytes(encode(plain_group_document()))
 
 
 def write_layout(root: Path, layout: Layout) -> None:
     """Writes the metadata of an empty store into the empty folder `root`."""
     (root / METADATA).write_bytes(encode(layout.group_document()))
     (root / COMMITS).mkdir()
-    write_group(root / COMMITS)
+    write_plain_group(root / COMMITS)
     for kind in KINDS:
         data = encode(layout.array_document(kind, layout.room_for(0)))
         for layer in range(layout.layers):
@@ -161,9 +170,38 @@ def read_layout(root: Path) -> Layout:
     """Reads the layout of the store in the folder `root`.
 
     Raises:
-        FormatError: The folder holds something else, or a store of a newer format.
-        CorruptionError: The metadata is damaged.
+        StoreNotFoundError: There is nothing at the path.
+        FormatError: There is something else, or a store of a newer format.
+        CorruptionError: The metadata is damaged, or arrays are missing.
     """
+    layout = read_group(root)
+    # Before anyone makes room for so many, or for rows so wide.
+    expected = layout.arrays
+    found = count_arrays(root)
+    if found != expected:
+        raise CorruptionError(f"{root / METADATA}: expected {expected} arrays beside it, got {found}")
+    for kind in KINDS:
+        read_room(root, layout, 0, 0, kind)
+    return layout
+
+
+def count_arrays(root: Path) -> int:
+    """The number of arrays in the folder `root`, whatever state they are in."""
+    return sum(name.startswith("layer-") for name in os.listdir(root))
+
+
+def read_group(root: Path) -> Layout:
+    """Reads what the metadata of the group says of the layout, whatever state the arrays are in.
+
+    Raises:
+        StoreNotFoundError: There is nothing at the path.
+        FormatError: There is something else, or a store of a newer format.
+        CorruptionError: The metadata of the group is damaged.
+    """
+    if not root.exists():
+        raise StoreNotFoundError(f"{root}: expected a memory store, got nothing")
+    if not root.is_dir():
+        raise FormatError(f"{root}: expected the folder of a memory store, got a file")
     path = root / METADATA
     try:
         document = read_document(path)
@@ -185,19 +223,11 @@ def read_layout(root: Path) -> Layout:
         )
     del fields["format"]
     try:
-        layout = Layout(**fields)
+        return Layout(**fields)
     except (TypeError, ValueError) as error:
         raise CorruptionError(
             f"{path}: expected the shape of a memory store, got {fields}: {error}"
         ) from error
-    # Before anyone makes room for so many, or for rows so wide.
-    expected = len(KINDS) * layout.layers * layout.streams
-    found = sum(name.startswith("layer-") for name in os.listdir(root))
-    if found != expected:
-        raise CorruptionError(f"{path}: expected {expected} arrays beside it, got {found}")
-    for kind in KINDS:
-        read_room(root, layout, 0, 0, kind)
-    return layout
 
 
 def read_room(root: Path, layout: Layout, layer: int, stream: int, kind: str) -> int:

@@ -17,6 +17,7 @@ from xlroute.memory.errors import StoreLockedError
 from xlroute.memory.layout import COMMITS
 from xlroute.memory.sealed import replace_file
 
+_HOLDER = "writer.txt"
 _PIN_SECONDS = 30
 
 
@@ -30,13 +31,14 @@ class WriterLock:
 
     def __init__(self, root: Path) -> None:
         self._process = os.getpid()
-        self._holder = root / COMMITS / "writer.txt"
+        self._holder = root / COMMITS / _HOLDER
         self._lock = FileLock(root / COMMITS / "writer.lock", timeout=0, thread_local=False)
         try:
             self._lock.acquire()
         except Timeout as error:
+            holder = read_holder(root) or "one that has not written its name yet"
             raise StoreLockedError(
-                f"{root}: expected no other writer, got {self._read_holder()}; it can be opened with mode='r'"
+                f"{root}: expected no other writer, got {holder}; it can be opened with mode='r'"
             ) from error
         try:
             since = datetime.now(UTC).isoformat(timespec="seconds")
@@ -46,12 +48,6 @@ class WriterLock:
             self._lock.release()
             raise
 
-    def _read_holder(self) -> str:
-        try:
-            return self._holder.read_text(errors="replace").strip()
-        except OSError:
-            return "one that has not written its name yet"
-
     def release(self) -> None:
         """Lets the next writer in; nothing in a fork of the process that took the lock."""
         if os.getpid() != self._process:
@@ -59,6 +55,14 @@ class WriterLock:
         with suppress(OSError):
             self._holder.unlink()
         self._lock.release()
+
+
+def read_holder(root: Path) -> str | None:
+    """Who took the writer's lock last and has not released it: at work, or killed; None if nobody has."""
+    try:
+        return (root / COMMITS / _HOLDER).read_text(errors="replace").strip()
+    except OSError:
+        return None
 
 
 def pin_lock(root: Path) -> FileLock:

@@ -74,6 +74,17 @@ class StreamLog:
                 extents[0] = first._replace(start=first.start + taken)
         return replace(self, extents=tuple(extents))
 
+    def truncated(self, count: int) -> StreamLog:
+        """The log without the `count` newest of the rows held, as if they had not been appended yet."""
+        extents = []
+        left = self.held - count
+        for extent in self.extents:
+            taken = min(left, extent.stop - extent.start)
+            left -= taken
+            if taken:
+                extents.append(extent._replace(stop=extent.start + taken))
+        return replace(self, extents=tuple(extents), appended=self.appended - count)
+
     def reset(self) -> StreamLog:
         """The log of a stream that begins anew."""
         return StreamLog((), 0, self.end)

@@ -20,7 +20,7 @@ from torch import Tensor
 from xlroute.memory.chunks import ChunkFiles
 from xlroute.memory.commits import CommittedScores
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError
-from xlroute.memory.layout import DTYPES, Layout, write_group, write_layout
+from xlroute.memory.layout import DTYPES, Layout, write_layout, write_plain_group
 from xlroute.memory.log import Extent, StreamLog
 from xlroute.memory.rows_bytes import as_bytes
 from xlroute.memory.scores import KeptScores
@@ -129,7 +129,7 @@ class ScoreFiles:
         """Makes a folder without scores, whole or not at all; a crash leaves what the next commit deletes."""
         if not self._root.exists():
             self._root.mkdir()
-            write_group(self._root)
+            write_plain_group(self._root)
         building = self._root / f".{secrets.token_hex(4)}.creating"
         building.mkdir()
         write_layout(building, layout)

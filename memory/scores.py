@@ -78,6 +78,11 @@ class StoredScores:
         self._first = 0  # the rows from here to `stop` have scores
         self._stop = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the scores that are kept, with room for those to come."""
+        return self._values.nbytes
+
     def of(self, start: int, stop: int, tokens: Tensor, scoring: Scoring, read: ReadRows) -> Tensor:
         """The scores of rows `start` to `stop`, [r, stop - start], for reading only.
 

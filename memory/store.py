@@ -15,10 +15,13 @@ from xlroute.memory.buffer import Rows, RowSpan
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.disk import Disk, copy_store, create_store
 from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
+from xlroute.memory.info import MemoryInfo, describe_commits, disk_usage
 from xlroute.memory.layer import MemoryLayer, positions_of
 from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Layout, check_positive
 from xlroute.memory.log import StreamLog
+from xlroute.memory.repair import RepairReport, repair_store
 from xlroute.memory.scores import KeptScores
+from xlroute.memory.verify import Progress, VerifyReport, verify_store
 
 Mode = Literal["r", "r+"]
 
@@ -167,6 +170,66 @@ class MemoryStore:
         except BaseException:
             disk.close()
             raise
+
+    @staticmethod
+    def verify(
+        path: str | os.PathLike[str],
+        *,
+        commit: str | None = None,
+        all_commits: bool = False,
+        progress: Progress | None = None,
+    ) -> VerifyReport:
+        """Reads everything that a commit refers to, and reports all damage; changes nothing.
+
+        The metadata of the store and all commit records are examined in any case. If the last record is
+        damaged, the rows of the last commit that can be read are examined instead.
+
+        Args:
+            path: The folder of the store. What a writer commits meanwhile is left out.
+            commit: Id of the commit whose rows are examined, or None for the last.
+            all_commits: Whether to examine the rows of all commits that can be read.
+            progress: Called after every few MiB with the bytes of rows examined so far, and with all of them.
+
+        Raises:
+            ValueError: `commit` cannot be an id, or comes together with `all_commits`.
+            StoreNotFoundError: There is nothing at the path.
+            FormatError: There is something else, or a store of a newer format.
+            CommitNotFoundError: There is no such commit, or a writer has dropped it meanwhile.
+            OSError: The operating system refused to read a file, which is no sign of damage.
+        """
+        return verify_store(Path(path).absolute(), commit=commit, all_commits=all_commits, progress=progress)
+
+    @staticmethod
+    def repair(path: str | os.PathLike[str], *, progress: Progress | None = None) -> RepairReport:
+        """Makes a damaged store one that can be read and written again, and says what was lost.
+
+        Of the last commit whose record can be read, each stream keeps its longest run of rows that no layer
+        has damaged; of two equally long ones the newer. The result is a new commit, durable, and nothing but
+        that: older rows leave as eviction would have them leave, and where the run ends before the newest
+        row, the stream is as it was when that run's last row had just been appended. So a store that was
+        repaired holds the last rows of those it says were appended, in order, at the positions that they
+        always had. Rows on both sides of a damaged one cannot be kept, since positions would have a gap.
+        Keeping the newest rows whatever their number would lose a whole document to one torn row at its end,
+        which is what a power cut damages; the longest run loses the least.
+
+        No commit is dropped and no whole row is written over, so that a damaged file can still be brought
+        back from a copy, and an earlier commit opened by its id; they age out as later commits are made.
+        Damaged metadata of arrays is written anew, and chunk files get back their length. A commit record
+        that is damaged is renamed to `<commit id>.json.damaged`. What a crash has left is removed.
+
+        Args:
+            path: The folder of the store.
+            progress: Called after every few MiB with the bytes of rows examined so far, and with all of them.
+
+        Raises:
+            StoreNotFoundError: There is nothing at the path.
+            FormatError: There is something else, or a store of a newer format.
+            CorruptionError: There is nothing to go by: the metadata of the store or all commit records are
+                damaged, or more than half of the arrays are missing.
+            StoreLockedError: A writer holds the store.
+            StoreWriteError: The operating system refused to read or write; the last commit stands.
+        """
+        return repair_store(Path(path).absolute(), progress=progress)
 
     @classmethod
     def _opened(cls, root: Path, disk: Disk, mode: Mode, device: torch.device) -> MemoryStore:
@@ -453,6 +516,24 @@ class MemoryStore:
         """All pins, whoever made them: commit ids by pin id; none for a store in memory."""
         self._check_open()
         return {} if self._disk is None else self._disk.pins()
+
+    def info(self) -> MemoryInfo:
+        """What the store holds now, what it takes up in memory and on disk, and its commits. Reads no row."""
+        self._check_open()
+        return MemoryInfo(
+            path=self.path,
+            layers=self.layers,
+            streams=self.streams,
+            dim=self.dim,
+            dtype=self.dtype,
+            capacity=self.capacity,
+            fingerprint=self._fingerprint,
+            rows=tuple(log.held for log in self._logs),
+            appended=tuple(log.appended for log in self._logs),
+            memory_bytes=sum(rows.nbytes for streams in self._rows for rows in streams),
+            disk=None if self._disk is None else disk_usage(self._disk),
+            commits=() if self._disk is None else describe_commits(self._disk),
+        )
 
     def fork(self) -> MemoryStore:
         """An independent store in memory with the same rows; they are shared until either side writes.

@@ -26,7 +26,9 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> None:
-    torch.manual_seed(SEED + zlib.crc32(request.node.nodeid.encode()))
+    seed = SEED + zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
 
 
 @pytest.fixture

@@ -69,6 +69,11 @@ def test_picked_rows_that_were_never_loaded_outlive_their_commit(store: MemorySt
     assert torch.equal(layer.gather(indices), rows)
 
 
+def test_nobody_picked_gives_no_rows(store: MemoryStore) -> None:
+    assert store.gather(0, torch.zeros(3, 0, dtype=torch.int64)).shape == (3, 0, 4)
+    assert store.gather(1, torch.zeros(3, 2, 0, dtype=torch.int64)).shape == (3, 2, 0, 4)
+
+
 @pytest.mark.parametrize("normalize", ["rms", "l2", None])
 @pytest.mark.parametrize("shape", [(2, 4), (3, 2, 4)], ids=["shared", "per_stream"])
 def test_scores_are_those_of_each_stream_alone(

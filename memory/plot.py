@@ -1,0 +1,53 @@
+"""A picture of what a memory has read and what it still holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from xlroute.memory.info import MemoryInfo
+from xlroute.memory.new_file import new_file
+
+_INCHES_A_STREAM = 0.28
+_MAX_INCHES = 30
+
+
+def plot_rows(info: MemoryInfo, target: Path) -> None:
+    """Draws the rows of every stream by their position since the stream's reset, held or not, as a PNG.
+
+    Args:
+        info: What the store says of itself.
+        target: A new file, whose name ends in .png.
+
+    Raises:
+        ValueError: `target` ends in something else.
+        FileExistsError: There is something at `target`.
+        OSError: The operating system refused to write.
+    """
+    if target.suffix != ".png":
+        raise ValueError(f"target: expected a name that ends in .png, got {target}")
+    held, appended = np.array(info.rows), np.array(info.appended)
+    streams = np.arange(info.streams)
+    height = min(_MAX_INCHES, 1.6 + _INCHES_A_STREAM * info.streams)
+    # The figure is made without pyplot, which would look for a screen.
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.add_subplot()
+    gone = appended - held
+    axes.barh(streams, gone, color="#d0d4da", label=f"not held any more: {gone.sum():,} rows")
+    axes.barh(streams, held, left=gone, color="#1f77b4", label=f"held: {held.sum():,} rows")
+    axes.set_ylim(info.streams - 0.5, -0.5)
+    axes.set_xlim(0, max(1, int(appended.max()) * 1.02))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=30, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("position: rows appended since the stream's reset")
+    axes.set_ylabel("stream")
+    name = "memory" if info.path is None else info.path.name
+    axes.set_title(f"{name}: layers {info.layers}, dim {info.dim}", loc="left", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    with new_file(target) as file:
+        figure.savefig(file, format="png", dpi=150)

@@ -1,0 +1,416 @@
+"""What is damaged in a store on disk, and what a crash has left there. Nothing is changed."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import re
+import stat
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xlroute.memory.chunks import ChunkFiles
+from xlroute.memory.commits import Commit, list_commits, read_commit, record_path
+from xlroute.memory.errors import CommitNotFoundError, CorruptionError, MemoryStoreError
+from xlroute.memory.layout import (
+    COMMITS,
+    KINDS,
+    METADATA,
+    Layout,
+    count_arrays,
+    plain_group_document,
+    read_group,
+    read_room,
+)
+from xlroute.memory.lock import read_holder
+from xlroute.memory.log import Extent
+from xlroute.memory.sealed import TEMPORARY, read_document
+
+# What is called after every few MiB with the bytes done so far, and with all there are.
+Progress = Callable[[int, int], None]
+Ranges = tuple[tuple[int, int], ...]
+# What the operating system says where the medium fails, or something else has taken the place of a file.
+_DAMAGE = {errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+# A writer may drop all commits that were just listed, and make others, so often in a row.
+_READ_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that is not as it was written, and what cannot be read because of it.
+
+    Attributes:
+        path: The file or folder. Where a row does not have its checksum, either of two files is damaged: this
+            is the file of rows, and `problem` names the other.
+        problem: What was expected there and what was found.
+        array: Name of the array that the file belongs to; None for metadata of the store and commit records.
+        stream: The array's stream, or None.
+        chunk: Number of the chunk, or None for metadata and commit records.
+        rows: The rows of the array that cannot be read, as ranges [start, stop) without those that no
+            examined commit holds.
+        commits: The examined commits that hold any of these rows.
+    """
+
+    path: Path
+    problem: str
+    array: str | None = None
+    stream: int | None = None
+    chunk: int | None = None
+    rows: Ranges = ()
+    commits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `MemoryStore.verify` has found.
+
+    Attributes:
+        path: The folder of the store.
+        commits: Ids of the commits whose rows were examined, oldest first.
+        rows: Number of rows that these commits hold, in all layers together; each counts once.
+        damage: Everything that is damaged: metadata, then commit records, then rows by stream and layer.
+        leftovers: Files and folders that a crash has left behind. They do no harm, and `repair` removes them.
+        writer: Who holds the store for writing, or held it until killed; None if the last writer closed it.
+            What a writer at work has not committed yet is among the leftovers.
+    """
+
+    path: Path
+    commits: tuple[str, ...]
+    rows: int
+    damage: tuple[Damage, ...]
+    leftovers: tuple[Path, ...]
+    writer: str | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damage
+
+
+def verify_store(
+    root: Path, *, commit: str | None, all_commits: bool, progress: Progress | None
+) -> VerifyReport:
+    """Examines a store; see `MemoryStore.verify`."""
+    if commit is not None and all_commits:
+        raise ValueError(f"commit: expected None together with all_commits=True, got {commit!r}")
+    wanted = None if commit is None else record_path(root, commit)
+    try:
+        layout = read_group(root)
+    except CorruptionError as error:
+        group = _damage_of(error, root / METADATA)
+        return VerifyReport(root, (), 0, (group,), tuple(find_leftovers(root)), read_holder(root))
+    known, records = read_records(root, layout)
+    if commit is None:
+        chosen = known if all_commits else dict(list(known.items())[-1:])
+    else:
+        chosen = {name: known[name] for name in known if name == commit}
+        if not chosen and not {wanted, root / COMMITS} & {each.path for each in records}:
+            raise CommitNotFoundError(f"commit: expected one of {', '.join(known) or 'none'}, got {commit}")
+
+    metadata = check_metadata(root, layout)
+    countable = layout.arrays <= 2 * count_arrays(root)
+    if not countable:
+        chosen = {}  # most of the store is gone, or the metadata claim what nobody can count
+    rows: list[Damage] = []
+    extents = [merged(chosen.values(), stream) for stream in range(layout.streams if chosen else 0)]
+    count = layout.layers * sum(extent.stop - extent.start for stream in extents for extent in stream)
+    if countable:
+        meter = Meter(progress, count * layout.row_bytes)
+        metadata += check_arrays(root, layout, extents)
+        files = ChunkFiles(root, layout, None)
+        for stream, given in enumerate(extents):
+            for layer in range(layout.layers):
+                rows += check_rows(files, layer, stream, given, meter.advance)
+        if known:
+            ends = [*check_ends(files, list(known.values())[-1], extents)]
+            # Once a writer has made another commit, the files that it has gone on from may go.
+            newest = max([*known, *(each.path.stem for each in records)])
+            if list_commits(root)[-1:] == [newest]:
+                metadata += ends
+    examined = chosen
+    if rows:
+        # The rows of a commit go after its record: if that is still there, they were there to be read.
+        examined = {name: held for name, held in chosen.items() if record_path(root, name).exists()}
+        if not examined:
+            raise CommitNotFoundError(
+                f"commit {', '.join(chosen)}: expected its rows, got a store that has dropped it since then"
+            )
+        rows = [each for each in (_held_by(each, examined) for each in rows) if each.commits]
+    damage = (*(_held_by(each, examined) for each in metadata), *records, *rows)
+    leftovers = find_leftovers(root, layout, [] if records else [*known.values()])
+    return VerifyReport(root, tuple(examined), count, damage, tuple(leftovers), read_holder(root))
+
+
+class Meter:
+    """Tells whoever asked how far the work is.
+
+    Args:
+        progress: Whom to tell, or None.
+        total: Bytes of all the work.
+    """
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def advance(self, count: int) -> None:
+        """Tells of `count` more bytes."""
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _damage_of(error: Exception, path: Path, array: str | None = None, stream: int | None = None) -> Damage:
+    """The damage to a file that an error tells of; raises the error if it tells of none."""
+    if not isinstance(error, OSError):
+        return Damage(path, str(error).removeprefix(f"{path}: "), array, stream)
+    if error.errno not in _DAMAGE:
+        # Such as a file of somebody else's: what is in it may be whole.
+        raise error
+    return Damage(path, f"expected a file that can be read, got {error.strerror}", array, stream)
+
+
+def read_records(root: Path, layout: Layout) -> tuple[dict[str, Commit], list[Damage]]:
+    """Reads all commit records: those that can be read by id, oldest first, and the damage to others."""
+    for _ in range(_READ_ATTEMPTS):
+        known: dict[str, Commit] = {}
+        damage: list[Damage] = []
+        try:
+            names = list_commits(root)
+        except (CorruptionError, OSError) as error:
+            return known, [_damage_of(error, root / COMMITS)]
+        for name in names:
+            try:
+                known[name] = read_commit(root, name, layout)
+            except CommitNotFoundError:
+                continue  # a writer has dropped it just now
+            except (CorruptionError, OSError) as error:
+                damage.append(_damage_of(error, record_path(root, name)))
+        if known or damage:
+            return known, damage
+    return {}, [Damage(root / COMMITS, "expected the record of a commit, got none")]
+
+
+def check_metadata(root: Path, layout: Layout) -> list[Damage]:
+    """The damage to metadata beside that of the group and of the arrays."""
+    damage = []
+    found = count_arrays(root)
+    if found != layout.arrays:
+        problem = f"expected {layout.arrays} arrays beside it, got {found}"
+        damage.append(Damage(root / METADATA, problem))
+    path = root / COMMITS / METADATA
+    try:
+        if read_document(path) != plain_group_document():
+            damage.append(Damage(path, f"expected {plain_group_document()}, got another document"))
+    except FileNotFoundError:
+        damage.append(Damage(path, "expected the metadata of a group, got no such file"))
+    except (CorruptionError, OSError) as error:
+        damage.append(_damage_of(error, path))
+    return damage
+
+
+def check_arrays(root: Path, layout: Layout, extents: Sequence[Sequence[Extent]]) -> list[Damage]:
+    """The damage to the metadata of the arrays, which are to have room for all extents of each stream.
+
+    `extents` may be empty where no commit is known.
+    """
+    damage = []
+    for stream in range(layout.streams):
+        given = extents[stream] if extents else ()
+        ranges = tuple((extent.start, extent.stop) for extent in given)
+        needed = max((extent.stop for extent in given), default=0)
+        for layer in range(layout.layers):
+            for kind in KINDS:
+                array = layout.array_name(layer, stream, kind)
+                path = root / array / METADATA
+                try:
+                    room = read_room(root, layout, layer, stream, kind)
+                except (CorruptionError, OSError) as error:
+                    damage.append(replace(_damage_of(error, path, array, stream), rows=ranges))
+                    continue
+                if room < needed:
+                    problem = f"expected room for {needed} rows, got {room}"
+                    damage.append(Damage(path, problem, array, stream, rows=ranges))
+    return damage
+
+
+def check_ends(files: ChunkFiles, commit: Commit, examined: Sequence[Sequence[Extent]]) -> Iterator[Damage]:
+    """The damage to chunk files that the next rows go into beside older ones.
+
+    Args:
+        files: The chunk files.
+        commit: The commit that a writer would go on from.
+        examined: Rows of each stream whose chunk files are examined anyway; may be empty.
+    """
+    layout = files.layout
+    for stream, log in enumerate(commit.logs):
+        chunk, rows = divmod(log.end, layout.chunk_rows)
+        start = log.end - rows
+        known = examined[stream] if examined else ()
+        if not rows or any(
+            extent.start < start + layout.chunk_rows and start < extent.stop for extent in known
+        ):
+            continue
+        for layer in range(layout.layers):
+            for kind in KINDS:
+                path = files.path(layer, stream, chunk, kind)
+                problem = _file_problem(path, layout.chunk_bytes(kind))
+                if problem is not None:
+                    yield Damage(path, problem, layout.array_name(layer, stream, kind), stream, chunk)
+
+
+def merged(commits: Iterable[Commit], stream: int) -> list[Extent]:
+    """What any of the commits hold of a stream: each row once, in the order of the log."""
+    found: list[Extent] = []
+    every = {extent for commit in commits for extent in commit.logs[stream].extents}
+    for extent in sorted(every, key=lambda extent: (extent.writer, extent.start)):
+        last = found[-1] if found else None
+        if last is not None and last.writer == extent.writer and extent.start <= last.stop:
+            found[-1] = last._replace(stop=max(last.stop, extent.stop))
+        else:
+            found.append(extent)
+    return sorted(found)
+
+
+def check_rows(
+    files: ChunkFiles, layer: int, stream: int, extents: Iterable[Extent], advance: Callable[[int], None]
+) -> Iterator[Damage]:
+    """Reads all rows of the extents in one layer, chunk by chunk, and yields what is damaged.
+
+    Args:
+        files: The chunk files.
+        layer: Layer.
+        stream: Stream.
+        extents: The rows.
+        advance: Called with the number of bytes that were just examined.
+    """
+    layout = files.layout
+    array = layout.array_name(layer, stream, "rows")
+    try:
+        present = sorted(set().union(*(files.listed(layer, stream, kind) for kind in KINDS)))
+    except (FileNotFoundError, NotADirectoryError):
+        present = []
+    for extent in extents:
+        row = extent.start
+        while row < extent.stop:
+            chunk = row // layout.chunk_rows
+            # A record may speak of more chunks than anyone can count; those that are missing count as one.
+            index = bisect_left(present, chunk)
+            there = index < len(present) and present[index] == chunk
+            after = chunk + 1 if there else present[index] if index < len(present) else extent.stop
+            piece = extent._replace(start=row, stop=min(extent.stop, after * layout.chunk_rows))
+            for path, problem, rows in _check_piece(files, layer, stream, piece, there, advance):
+                yield Damage(path, problem, array, stream, chunk, rows)
+            row = piece.stop
+
+
+def _check_piece(
+    files: ChunkFiles, layer: int, stream: int, piece: Extent, there: bool, advance: Callable[[int], None]
+) -> Iterator[tuple[Path, str, Ranges]]:
+    """The damage to rows of one chunk, or of missing chunks in a row: file, problem and rows."""
+    chunk, last = (row // files.layout.chunk_rows for row in (piece.start, piece.stop - 1))
+    whole = ((piece.start, piece.stop),)
+    paths = [files.path(layer, stream, chunk, kind) for kind in KINDS]
+    problems: list[tuple[Path, str, Ranges]] = []
+    if not there:
+        beyond = f" nor any up to chunk {last}" if last > chunk else ""
+        problems.append((paths[0], f"expected a chunk file, got neither it nor {paths[1]}{beyond}", whole))
+    else:
+        for path, kind in zip(paths, KINDS, strict=True):
+            problem = _file_problem(path, files.layout.chunk_bytes(kind))
+            if problem is not None:
+                problems.append((path, problem, whole))
+    if problems:
+        yield from problems
+        advance((piece.stop - piece.start) * files.layout.row_bytes)
+        return
+    wrong: list[NDArray[np.int64]] = []
+    row = piece.start
+    try:
+        for data, found in files.scan(layer, stream, piece):
+            wrong.append(found)
+            row += data.shape[0]
+            advance(data.nbytes)
+    except (MemoryStoreError, OSError) as error:
+        # A medium that fails, or files that somebody removes: what was not read is lost.
+        yield paths[0], _damage_of(error, paths[0]).problem, ((row, piece.stop),)
+        advance((piece.stop - row) * files.layout.row_bytes)
+    rows = np.concatenate([np.empty(0, np.int64), *wrong])
+    if rows.size:
+        problem = f"expected every row to have its checksum, got others: it or {paths[1]} is damaged"
+        yield paths[0], problem, _ranges(rows)
+
+
+def _file_problem(path: Path, expected: int) -> str | None:
+    """What is wrong with a chunk file as a whole, if anything is."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return "expected a chunk file, got no such file"
+    if not stat.S_ISREG(found.st_mode):
+        return "expected a chunk file, got something else"
+    size = found.st_size
+    return None if size == expected else f"expected a chunk file of {expected} bytes, got {size}"
+
+
+def _ranges(rows: NDArray[np.int64]) -> Ranges:
+    """Ascending numbers [k] as ranges [start, stop)."""
+    parts = np.split(rows, np.nonzero(np.diff(rows) != 1)[0] + 1)
+    return tuple((int(part[0]), int(part[-1]) + 1) for part in parts)
+
+
+def _held_by(damage: Damage, commits: dict[str, Commit]) -> Damage:
+    """The damage together with the commits that hold any of its rows."""
+    if damage.stream is None:
+        return damage
+    holders = []
+    for name, commit in commits.items():
+        extents = commit.logs[damage.stream].extents
+        if any(
+            extent.start < stop and start < extent.stop for extent in extents for start, stop in damage.rows
+        ):
+            holders.append(name)
+    return replace(damage, commits=tuple(holders))
+
+
+def find_leftovers(root: Path, layout: Layout | None = None, commits: Sequence[Commit] = ()) -> list[Path]:
+    """What a crash has left in a store and beside it.
+
+    Args:
+        root: The folder of the store.
+        layout: Its layout, or None if it cannot be read.
+        commits: All commits of the store; none where a record is damaged: nobody knows which chunk files it
+            refers to.
+    """
+    found = [path for path in (root / COMMITS).glob(f"{TEMPORARY}*") if path.is_file()]
+    creating = re.compile(rf"\.{re.escape(root.name)}\.[0-9a-f]{{8}}\.creating")
+    beside = root.parent.glob(f".{glob.escape(root.name)}.*.creating")
+    found += [
+        path for path in beside if creating.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
+    if layout is None or not commits or layout.arrays > 2 * count_arrays(root):
+        return sorted(found)
+    files = ChunkFiles(root, layout, None)
+    size = layout.chunk_rows
+    for stream in range(layout.streams):
+        extents = merged(commits, stream)
+        # The next row goes into this chunk.
+        end = max(commit.logs[stream].end for commit in commits)
+        for layer in range(layout.layers):
+            for kind in KINDS:
+                try:
+                    listed = files.listed(layer, stream, kind)
+                except (FileNotFoundError, NotADirectoryError):
+                    continue  # damage, not a leftover
+                for chunk in listed:
+                    start, stop = chunk * size, (chunk + 1) * size
+                    needed = any(extent.start < stop and start < extent.stop for extent in extents)
+                    if not needed and not start < end < stop:
+                        found.append(files.path(layer, stream, chunk, kind))
+    return sorted(found)

@@ -1,0 +1,299 @@
+"""python -m xlroute.memory: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from xlroute.memory import MemoryStore
+from xlroute.memory.command_line import main
+
+ROW_BYTES = 32
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A store of 2 layers and 3 streams that hold 1,200, 7 and 0 rows, the first of them after 300 others."""
+    with MemoryStore.create(
+        tmp_path / "store",
+        layers=2,
+        streams=3,
+        dim=8,
+        capacity=1200,
+        fingerprint="f",
+        chunk_bytes=100 * ROW_BYTES,
+    ) as store:
+        store.pin(store.commits()[0])
+        store.append(torch.randn(2, 3, 1500, 8), [1500, 7, 0])
+        store.commit(durable=True)
+    return tmp_path / "store"
+
+
+def damage(path: Path, layer: int, stream: int, rows: list[int]) -> None:
+    for row in rows:
+        file = path / f"layer-{layer}.stream-{stream}.rows" / f"c.{row // 100}.0"
+        data = bytearray(file.read_bytes())
+        data[row % 100 * ROW_BYTES] ^= 1
+        file.write_bytes(data)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """The exit status, and what was printed to stdout and stderr."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as refusal:
+        status = int(refusal.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, Any]:
+    status, out, err = run(capsys, *arguments, "--json")
+    assert err == ""
+    return status, json.loads(out)
+
+
+def commits(path: Path) -> list[str]:
+    return sorted(file.stem for file in path.glob("commits/0*.json"))
+
+
+def test_info_prints_tables(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "info", path)
+    assert (status, err) == (0, "")
+    first, last = commits(path)
+    expected = rf"""path         {path}
+format       1
+shape        layers 2, streams 3, dim 8, float32
+capacity     1,200 rows a stream
+fingerprint  f
+rows held    1,207 in each layer
+on disk      [\d.,]+ KiB allocated, [\d.,]+ KiB apparent
+chunk files  52, of up to 100 rows
+
+stream  rows held  appended  positions held
+------  ---------  --------  --------------
+     0      1,200     1,500    300 to 1,499
+     1          7         7          0 to 6
+     2          0         0            none
+
+commit                 made \(UTC\)           age   rows  durable  pinned  fingerprint
+---------------------  -------------------  ---  -----  -------  ------  -----------
+{first}  \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d  \d s      0  no       yes     f
+{last}  \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d  \d s  1,207  yes      no      f
+"""
+    assert re.fullmatch(expected, out), out
+
+
+def test_info_as_json(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, last = commits(path)
+    status, document = run_json(capsys, "info", path)
+    assert status == 0
+    assert document["path"] == str(path)
+    assert (document["dtype"], document["capacity"], document["rows"]) == ("float32", 1200, [1200, 7, 0])
+    assert [commit["id"] for commit in document["commits"]] == [first, last]
+    assert [commit["pinned"] for commit in document["commits"]] == [True, False]
+    assert document["disk"]["chunk_files"] == 52
+    assert run_json(capsys, "info", path, "--commit", first)[1]["rows"] == [0, 0, 0]
+
+
+def test_verify_reports_damage_by_its_exit_status(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, last = commits(path)
+    status, out, err = run(capsys, "verify", path)
+    assert (status, err) == (0, "")
+    assert out == f"{path}: 2,414 rows in all layers, of 1 commit\n  {last}\nno damage\n"
+    assert f"{first}\n  {last}\nno damage\n" in run(capsys, "verify", path, "--all")[1]
+    damage(path, 1, 0, [3, 4, 110, *range(500, 510, 2)])
+    (path / "commits" / "tmp-0123456789abcdef").write_text("")
+    status, out, err = run(capsys, "verify", path)
+    assert (status, err) == (1, "")
+    assert out.splitlines()[2:] == [
+        "3 files damaged:",
+        *(
+            f"  layer-1.stream-0.rows/c.{chunk}.0: rows {rows}: expected every row to have its checksum, got "
+            f"others: it or {path / 'layer-1.stream-0.crc32c' / f'c.{chunk}'} is damaged"
+            for chunk, rows in ((0, "3 to 4"), (1, "110"), (5, "500, 502, 504, 506, ... (5 rows)"))
+        ),
+        "left behind, needed by no commit:",
+        f"  {path / 'commits' / 'tmp-0123456789abcdef'}",
+    ]
+    status, document = run_json(capsys, "verify", path)
+    assert (status, document["ok"], document["rows"]) == (1, False, 2414)
+    assert document["damage"][0]["rows"] == [[3, 5]]
+    assert document["damage"][0]["commits"] == [last]
+    assert run(capsys, "verify", path, "--commit", first)[0] == 0
+
+
+def test_leftovers_may_be_the_work_of_a_writer(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MemoryStore.open(path, mode="r+") as store:
+        store.append(torch.randn(2, 3, 200, 8), [0, 0, 200])
+        _, out, _ = run(capsys, "verify", path)
+    assert f"left behind, needed by no commit, or the work of process {os.getpid()} on " in out
+    assert out.count("layer-1.stream-2.rows/c.") == 2
+
+
+def test_repair_says_what_was_lost(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, last = commits(path)
+    assert run(capsys, "repair", path) == (0, f"{path}: commit {last} stands as it was\n", "")
+    damage(path, 1, 0, [3, 4, 1000])
+    damage(path, 0, 1, [0])
+    (path / "layer-0.stream-0.rows" / "zarr.json").unlink()
+    (path / "commits" / "tmp-0123456789abcdef").write_text("")
+    status, out, err = run(capsys, "repair", path)
+    assert (status, err) == (1, "")
+    lines = out.splitlines()
+    new = commits(path)[-1]
+    assert lines[0] == f"{path}: commit {new} holds what was whole of commit {last}"
+    assert lines[1] == "3 files damaged:"
+    assert lines[5:] == [
+        "lost:",
+        *(
+            "  ".join(
+                ("", f"{stream:>6}", f"{held:<14}", f"{damaged:<17}", f"{kept:<12}", f"{lost:<26}", again)
+            )
+            for stream, held, damaged, kept, lost, again in (
+                ("stream", "positions held", "damaged", "kept", "lost", "to be read again"),
+                ("-" * 6, "-" * 14, "-" * 17, "-" * 12, "-" * 26, "-" * 19),
+                (
+                    *("0", "300 to 1,499", "303 to 304, 1,300", "305 to 1,299"),
+                    *("300 to 304, 1,300 to 1,499", "from position 1,300"),
+                ),
+                ("1", "0 to 6", "0", "1 to 6", "0", "no"),
+            )
+        ),
+        "written anew:",
+        f"  {path / 'layer-0.stream-0.rows' / 'zarr.json'}",
+        "left behind, removed:",
+        f"  {path / 'commits' / 'tmp-0123456789abcdef'}",
+    ]
+    assert run_json(capsys, "verify", path)[0] == 0
+    (path / "commits" / f"{new}.json").write_text("{}")
+    status, document = run_json(capsys, "repair", path)
+    assert (status, document["base"]) == (1, last)
+    assert document["set_aside"] == [str(path / "commits" / f"{new}.json.damaged")]
+    assert [loss["kept"] for loss in document["losses"]] == [[305, 1300], [1, 7]]
+
+
+def test_export_and_plot_write_new_files(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, last = commits(path)
+    target = tmp_path / "rows.npz"
+    status, out, err = run(capsys, "export", path, target)
+    assert (status, err) == (0, "")
+    assert re.fullmatch(rf"{target}: commit {last}, [\d.]+ KiB\n", out)
+    with np.load(target) as arrays, MemoryStore.open(path) as store:
+        assert np.array_equal(arrays["layer-1.stream-0.rows"], store.rows(1)[0][0])
+        assert arrays["stream-0.positions"][0] == 300
+    other = tmp_path / "rows.safetensors"
+    status, document = run_json(capsys, "export", path, other, "--commit", first)
+    assert document == {"commit": first, "target": str(other), "bytes": other.stat().st_size}
+
+    picture = tmp_path / "rows.png"
+    assert run(capsys, "plot", path, picture) == (0, f"{picture}\n", "")
+    pixels = matplotlib.image.imread(picture)[..., :3]
+    blue, grey = ((abs(pixels - np.array(colour)).max(-1) < 0.02) for colour in (_BLUE, _GREY))
+    # Stream 0 holds rows 300 to 1,499: four parts blue beside one part grey.
+    line = int(blue.sum(1).argmax())
+    assert blue[line].sum() / grey[line].sum() == pytest.approx(4, rel=0.02)
+    assert grey[line].argmax() < blue[line].argmax()
+    for command, file in (("export", target), ("plot", picture)):
+        data = file.read_bytes()
+        status, out, err = run(capsys, command, path, file)
+        assert (status, out) == (2, "")
+        assert err.endswith(f"{command}: error: {file}: expected nothing, got something that exists\n")
+        assert file.read_bytes() == data
+
+
+_BLUE, _GREY = (0x1F / 255, 0x77 / 255, 0xB4 / 255), (0xD0 / 255, 0xD4 / 255, 0xDA / 255)
+
+
+@pytest.mark.parametrize(("streams", "rows"), [(1, 0), (300, 5)])
+def test_a_plot_of_an_empty_store_and_of_many_streams(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], streams: int, rows: int
+) -> None:
+    with MemoryStore.create(tmp_path / "s", layers=1, streams=streams, dim=2, chunk_bytes=8) as store:
+        store.append(torch.randn(1, streams, rows, 2))
+        store.commit()
+    assert run(capsys, "plot", tmp_path / "s", tmp_path / "a.png")[0] == 0
+    assert matplotlib.image.imread(tmp_path / "a.png").shape[0] < 5000
+
+
+def test_what_cannot_be_done_is_said_in_one_line(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "missing"
+    for command, target in (
+        ("info", ()),
+        ("verify", ()),
+        ("repair", ()),
+        ("export", (tmp_path / "a.npz",)),
+        ("plot", (tmp_path / "a.png",)),
+    ):
+        status, out, err = run(capsys, command, missing, *target)
+        assert (status, out) == (2, "")
+        assert err == (
+            f"python -m xlroute.memory {command}: error: {missing}: expected a memory store, got nothing\n"
+        )
+    for arguments, message in (
+        (("info", path, "--commit", "x"), "commit: expected an id like"),
+        (("export", path, tmp_path / "a.csv"), "target: expected a name that ends in .npz or .safetensors"),
+        (("plot", path, tmp_path / "a.pdf"), "target: expected a name that ends in .png"),
+        (("verify", path, "--commit", "000000000009-00000000"), "commit: expected one of 0000"),
+    ):
+        status, out, err = run(capsys, *arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+    for arguments in ((), ("look", path), ("verify", path, "--all", "--commit", "x")):
+        status, out, err = run(capsys, *arguments)
+        assert (status, out) == (2, "")
+        assert err.startswith("usage: python -m xlroute.memory")
+    with MemoryStore.open(path, mode="r+"):
+        status, _, err = run(capsys, "repair", path)
+        assert (status, err.count("\n")) == (2, 1)
+        assert f"expected no other writer, got process {os.getpid()}" in err
+
+
+def test_damage_that_stops_a_command_has_the_status_of_damage(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(path, 0, 0, [700])
+    status, _, err = run(capsys, "export", path, tmp_path / "a.npz")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "row 700 of array layer-0.stream-0.rows" in err
+    assert not (tmp_path / "a.npz").exists()
+    (path / "commits" / f"{commits(path)[-1]}.json").write_text("{}")
+    status, _, err = run(capsys, "info", path)
+    assert (status, err.count("\n")) == (1, 1)
+
+
+def test_it_runs_as_a_module_and_shows_no_bar_where_nobody_looks(path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "xlroute.memory", "verify", str(path), "--json"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["ok"] is True
+    result = subprocess.run([*command[:-2], str(path / "nothing")], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+
+
+def test_a_bar_is_shown_on_a_terminal(path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "xlroute.memory", "verify", str(path)]
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert result.returncode == 0
+    assert shown.startswith("\rverify: ")
+    assert result.stdout.endswith("no damage\n")
