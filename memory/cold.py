@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -52,6 +53,11 @@ class ColdRows:
 
     def __len__(self) -> int:
         return self._log.held
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows go that are read."""
+        return self._device
 
     @property
     def loaded(self) -> bool:
@@ -124,7 +130,8 @@ class ColdRows:
         first = self._log.oldest
         differentiated = torch.is_grad_enabled() and tokens.requires_grad
         if self._span is None and not differentiated and self.stored.serves(first, tokens, scoring):
-            return self.stored.of(first, self._log.end, tokens, scoring, self._read)
+            read = partial(self._numbered_blocks, first)
+            return self.stored.of(first, self._log.end, tokens, scoring, read)
         return self.span().scores(tokens, scoring)
 
     def kept_scores(self) -> KeptScores | None:
@@ -133,11 +140,18 @@ class ColdRows:
             return self._span.kept_scores()
         return self.stored.kept(self._log.oldest, self._log.end)
 
-    def _read(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Rows, in the numbers of the scores."""
-        extents = self._log.part(start - self._log.oldest, stop - self._log.oldest)
-        for block in self._files.blocks(self._layer, self.stream, extents):
+    def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
+        """See `Rows`.
+
+        Raises:
+            CorruptionError: A row, or the file it is in, is damaged or missing.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+        for block in self._files.blocks(self._layer, self.stream, self._log.part(start, stop)):
             yield self._tensor(block).to(self._device)
+
+    def _numbered_blocks(self, oldest: int, start: int, stop: int) -> Iterator[Tensor]:
+        return self.blocks(start - oldest, stop - oldest)
 
     def _tensor(self, data: Bytes) -> Tensor:
         # Flat first: PyTorch refuses to view no rows as another type.
