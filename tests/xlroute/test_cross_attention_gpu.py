@@ -20,7 +20,9 @@ pytestmark = [
 DIM, QUERIES, ROWS = 64, 100, 9000
 
 
-def build(use_triton: bool | None = None, num_tokens_q: int | None = 40) -> ConditionalRoutedCrossAttention:
+def build(
+    use_triton: bool | None = None, num_tokens_q: int | None = 40, **options: bool
+) -> ConditionalRoutedCrossAttention:
     torch.manual_seed(0)
     return ConditionalRoutedCrossAttention(
         DIM,
@@ -30,6 +32,7 @@ def build(use_triton: bool | None = None, num_tokens_q: int | None = 40) -> Cond
         heads=4,
         dim_head=32,
         use_triton=use_triton,
+        **options,
     ).cuda()
 
 
@@ -64,12 +67,13 @@ def test_queries_on_a_stream_of_their_own_change_nothing() -> None:
         assert torch.equal(beside, module(x, context))
 
 
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "share_qk": True}], ids=["plain", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_and_autocast(dtype: torch.dtype) -> None:
+def test_half_precision_and_autocast(dtype: torch.dtype, options: dict[str, bool]) -> None:
     x, context = inputs()
     # What half precision holds exactly, so that all of them choose the same rows.
     x, context = x.to(dtype).float(), context.to(dtype).float()
-    module = build().to(dtype).float()
+    module = build(**options).to(dtype).float()
     expected = gradients(module, x, context)
     half = copy.deepcopy(module).to(dtype)
     with torch.autocast("cuda", dtype=dtype):
