@@ -41,6 +41,9 @@ class Rows(Protocol):
         Where the index is -1 the result is zeros.
         """
 
+    def prefetch(self, index: Tensor) -> None:
+        """Begins to fetch rows that will be gathered soon, where they are not in memory."""
+
     def dropped(self, count: int) -> Rows:
         """The rows without the `count` oldest ones."""
 
@@ -121,6 +124,9 @@ class RowSpan:
     def gather(self, index: Tensor) -> Tensor:
         """Copies of the rows at `index` (int64 [k]), [k, d]; zeros where it is -1."""
         return gather_rows(self.view()[None], index.to(self._buffer.data.device)[None])[0]
+
+    def prefetch(self, index: Tensor) -> None:
+        """They are there."""
 
     def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
         """See `Rows`."""

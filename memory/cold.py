@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xlroute.memory.buffer import RowSpan
@@ -100,18 +101,34 @@ class ColdRows:
         """
         if self._span is not None:
             return self._span.gather(index)
-        extents = np.array(self._log.extents, np.int64).reshape(-1, 3)
-        counts = extents[:, 1] - extents[:, 0]
-        ends = np.cumsum(counts)
         given = index.cpu().numpy()
         chosen = given[given >= 0]
-        extent = np.searchsorted(ends, chosen, side="right")
-        rows = extents[extent, 0] + chosen - (ends - counts)[extent]
-        data = self._files.read(self._layer, self.stream, rows, extents[extent, 2])
+        rows, writers = self._find(chosen)
+        data = self._files.read(self._layer, self.stream, rows, writers)
         if chosen.size < given.size:
             found, data = data, np.zeros((given.size, data.shape[1]), np.uint8)
             data[given >= 0] = found
         return self._tensor(data).to(self._device)
+
+    def prefetch(self, index: Tensor) -> None:
+        """See `Rows`.
+
+        Raises:
+            CorruptionError: The file that a row is in is damaged or missing.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+        if self._span is None:
+            given = index.cpu().numpy()
+            rows, _ = self._find(given[given >= 0])
+            self._files.prefetch(self._layer, self.stream, rows)
+
+    def _find(self, chosen: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Numbers in the log, and the writers, of rows that are counted from the oldest, [k]."""
+        extents = np.array(self._log.extents, np.int64).reshape(-1, 3)
+        counts = extents[:, 1] - extents[:, 0]
+        ends = np.cumsum(counts)
+        extent = np.searchsorted(ends, chosen, side="right")
+        return extents[extent, 0] + chosen - (ends - counts)[extent], extents[extent, 2]
 
     def dropped(self, count: int) -> ColdRows | RowSpan:
         """The rows without the `count` oldest ones."""

@@ -103,6 +103,12 @@ class TieredRows:
             out[elsewhere.to(self.device)] = found.to(self.device)
         return out
 
+    def prefetch(self, index: Tensor) -> None:
+        """See `Rows`."""
+        if self._cut > 0:
+            wanted = index.cpu()
+            self.home.prefetch(wanted[(wanted >= 0) & (wanted < self._cut)])
+
     def dropped(self, count: int) -> TieredRows:
         """The rows without the `count` oldest ones."""
         home = self.home.dropped(min(count, len(self.home)))

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xlroute import RoutedTransformerXL
 from xlroute.kernels import row_scores
 from xlroute.memory import MemoryStore
+from xlroute.memory.chunks import ChunkFiles
 from xlroute.memory.cold import ColdRows
 
 DIM = 6
@@ -117,6 +120,29 @@ def test_only_rows_that_were_asked_for_are_read(tmp_path: Path, monkeypatch: pyt
     read.clear()
     store.gather(0, torch.tensor([[0, 1], [2, -1]]))
     assert read == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefetch_asks_for_rows_on_disk_alone(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = create(kind, tmp_path, layers=1)
+    states = torch.randn(1, 2, 80, DIM)
+    store.append(states)
+    asked: list[tuple[int, list[int]]] = []
+    prefetch = ChunkFiles.prefetch
+
+    def counting(self: ChunkFiles, layer: int, stream: int, rows: NDArray[np.int64]) -> None:
+        asked.append((stream, rows.tolist()))
+        prefetch(self, layer, stream, rows)
+
+    monkeypatch.setattr(ChunkFiles, "prefetch", counting)
+    indices = torch.tensor([[79, 3, -1, 40], [78, 0, 79, 17]])
+    store.layer(0).prefetch(indices)
+    assert asked == ([] if store.path is None else [(0, [3, 40]), (1, [0, 17])])
+    assert torch.equal(store.gather(0, indices)[1], states[0, 1, indices[1]])
+    with pytest.raises(IndexError, match="indices: expected -1"):
+        store.layer(0).prefetch(torch.tensor([[80], [0]]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
