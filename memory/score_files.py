@@ -90,7 +90,7 @@ class ScoreFiles:
         folders = {self._folder(layer, stamp).name: (layer, stamp) for layer, stamp in needed}
         for folder in self._root.iterdir() if self._root.exists() else ():
             if folder.is_dir() and folder.name not in folders:
-                shutil.rmtree(folder)
+                self._delete(folder)
         self._open = {key: files for key, files in self._open.items() if key in folders.values()}
         for files in self._open.values():
             for stream, held in enumerate(extents):
@@ -124,6 +124,12 @@ class ScoreFiles:
                 self._make(folder, layout)
             self._open[layer, stamp] = ChunkFiles(folder, layout, self._record)
         return self._open[layer, stamp]
+
+    def _delete(self, folder: Path) -> None:
+        """Deletes a folder; a crash leaves it under a name that nobody takes for one with scores."""
+        dropped = self._root / f".{secrets.token_hex(4)}.dropped"
+        os.rename(folder, dropped)
+        shutil.rmtree(dropped)
 
     def _make(self, folder: Path, layout: Layout) -> None:
         """Makes a folder without scores, whole or not at all; a crash leaves what the next commit deletes."""

@@ -225,6 +225,26 @@ def test_a_copy_and_a_fork_have_the_scores(tmp_path: Path, tokens: list[Tensor],
         )
 
 
+def test_a_writer_killed_while_it_drops_scores_leaves_none_of_them(
+    tmp_path: Path, tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s"
+    with create(path, layers=1, keep_commits=1) as store:
+        append(store, 20)
+        store.layer(0).scores(tokens[0], **HOW)
+        store.commit(durable=True)
+        store.layer(0).scores(tokens[1], **HOW)
+        with monkeypatch.context() as patch:
+            # As far as a killed process comes: one file is gone, and the rest is there.
+            patch.setattr(shutil, "rmtree", lambda folder: next(folder.glob("layer-*/zarr.json")).unlink())
+            store.commit(durable=True)
+    with MemoryStore.open(path, mode="r+") as store:
+        store.layer(0).scores(tokens[0], **HOW)
+        store.commit(durable=True)
+        check(store, tokens[:1])
+    assert len([*(path / "scores").glob("*layer-*")]) == len([*(path / "scores").iterdir()]) - 1 == 1
+
+
 def test_streams_with_tokens_of_their_own_keep_nothing(tmp_path: Path) -> None:
     with create(tmp_path / "s", layers=1) as store:
         append(store, 20)
