@@ -20,10 +20,11 @@ from torch import Tensor
 from xlroute.memory.chunks import ChunkFiles
 from xlroute.memory.commits import CommittedScores
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError
-from xlroute.memory.layout import DTYPES, Layout, write_layout, write_plain_group
+from xlroute.memory.layout import COMMITS, DTYPES, METADATA, Layout, plain_group_document, write_layout
 from xlroute.memory.log import Extent, StreamLog
 from xlroute.memory.rows_bytes import as_bytes
 from xlroute.memory.scores import KeptScores
+from xlroute.memory.sealed import encode, replace_file
 
 SCORES = "scores"
 
@@ -133,9 +134,10 @@ class ScoreFiles:
 
     def _make(self, folder: Path, layout: Layout) -> None:
         """Makes a folder without scores, whole or not at all; a crash leaves what the next commit deletes."""
-        if not self._root.exists():
-            self._root.mkdir()
-            write_plain_group(self._root)
+        self._root.mkdir(exist_ok=True)
+        metadata = self._root / METADATA
+        if not metadata.exists():
+            replace_file(metadata, encode(plain_group_document()), scratch=self._root.parent / COMMITS)
         building = self._root / f".{secrets.token_hex(4)}.creating"
         building.mkdir()
         write_layout(building, layout)

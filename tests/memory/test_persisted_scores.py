@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,31 @@ def test_a_writer_killed_while_it_drops_scores_leaves_none_of_them(
         store.commit(durable=True)
         check(store, tokens[:1])
     assert len([*(path / "scores").glob("*layer-*")]) == len([*(path / "scores").iterdir()]) - 1 == 1
+
+
+def test_a_writer_killed_while_it_makes_the_folder_of_the_scores_leaves_one_that_zarr_reads(
+    tmp_path: Path, tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s"
+    with create(path, layers=1) as store:
+        append(store, 20)
+        store.layer(0).scores(tokens[0], **HOW)
+        with monkeypatch.context() as patch:
+            # As far as a killed process comes: no file in the folder is written to.
+            patch.setattr(Path, "write_bytes", raising)
+            patch.setattr(os, "pwrite", raising)
+            with pytest.raises(KeyboardInterrupt):
+                store.commit()
+    assert (path / "scores").exists()
+    with MemoryStore.open(path, mode="r+") as store:
+        append(store, 20)
+        store.layer(0).scores(tokens[0], **HOW)
+        store.commit()
+    assert len([*zarr.open_group(path / "scores", mode="r").groups()]) == 1
+
+
+def raising(*arguments: object) -> bytes:
+    raise KeyboardInterrupt
 
 
 def test_streams_with_tokens_of_their_own_keep_nothing(tmp_path: Path) -> None:
