@@ -43,6 +43,7 @@ class ScoreFiles:
         self._layout = layout
         self._record = record
         self._open: dict[tuple[int, str], ChunkFiles] = {}
+        self._damaged: set[tuple[int, int, str]] = set()  # layers, streams and stamps
 
     def write(self, layer: int, stream: int, stamp: str, values: Tensor, extents: Sequence[Extent]) -> None:
         """Writes scores [r, n] of the n rows of the extents.
@@ -58,6 +59,7 @@ class ScoreFiles:
             data = as_bytes(values[:, done : done + count].T.cpu())
             files.write(0, stream, extent.start, data, extent.writer, fresh_from=0)
             done += count
+        self._damaged.discard((layer, stream, stamp))
 
     def read(
         self, layer: int, stream: int, stamp: str, columns: int, extents: Sequence[Extent]
@@ -72,8 +74,25 @@ class ScoreFiles:
             return None
         except CorruptionError as error:
             warnings.warn(f"the scores are computed anew: {error}", stacklevel=2)
+            self._damaged.add((layer, stream, stamp))
             return None
         return torch.cat(parts).T
+
+    def damaged(self, layer: int, stream: int, stamp: str) -> bool:
+        """Whether scores were found damaged, and not written again since then."""
+        return (layer, stream, stamp) in self._damaged
+
+    def discard(self, layer: int, stamp: str) -> None:
+        """Deletes the scores of a layer and stamp.
+
+        Raises:
+            OSError: The operating system refused.
+        """
+        folder = self._folder(layer, stamp)
+        if folder.exists():
+            self._delete(folder)
+        del self._open[layer, stamp]
+        self._damaged = {each for each in self._damaged if (each[0], each[2]) != (layer, stamp)}
 
     def keep(
         self, needed: Iterable[tuple[int, str]], extents: Sequence[set[Extent]], ends: Sequence[int]
@@ -194,7 +213,6 @@ def write_scores(
 
     Raises:
         OSError: The operating system refused.
-        CorruptionError: The metadata of the scores is damaged.
     """
     found = {(each.stamp, each.values.shape[0]) for each in kept if each is not None}
     if not found and before is not None:
@@ -202,9 +220,30 @@ def write_scores(
     if len(found) != 1:
         return None
     ((stamp, columns),) = found
+    there = [(0, 0)] * len(logs) if before is None or before.stamp != stamp else before.spans
+    try:
+        spans = _write_new(files, layer, stamp, logs, kept, there)
+    except CorruptionError:
+        # Of the metadata: nobody reads what is there, and nothing can be added to it.
+        files.discard(layer, stamp)
+        spans = _write_new(files, layer, stamp, logs, kept, [(0, 0)] * len(logs))
+    if not any(first < stop for first, stop in spans):
+        return None
+    return CommittedScores(stamp, columns, tuple(spans))
+
+
+def _write_new(
+    files: ScoreFiles,
+    layer: int,
+    stamp: str,
+    logs: Sequence[StreamLog],
+    kept: Sequence[KeptScores | None],
+    there: Sequence[tuple[int, int]],
+) -> list[tuple[int, int]]:
+    """Writes the scores that are not `there` yet; returns the rows of each stream that have some then."""
     spans = []
     for stream, (log, scores) in enumerate(zip(logs, kept, strict=True)):
-        first, stop = before.spans[stream] if before is not None and before.stamp == stamp else (0, 0)
+        first, stop = (0, 0) if files.damaged(layer, stream, stamp) else there[stream]
         if scores is not None:
             start, end = scores.first, scores.first + scores.values.shape[1]
             if not first <= start <= stop:
@@ -214,6 +253,4 @@ def write_scores(
                 files.write(layer, stream, stamp, values, log.part(stop, end))
                 stop = end
         spans.append((first, stop))
-    if not any(first < stop for first, stop in spans):
-        return None
-    return CommittedScores(stamp, columns, tuple(spans))
+    return spans

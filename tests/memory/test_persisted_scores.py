@@ -181,15 +181,8 @@ def test_scores_that_another_machine_would_not_compute_are_not_used(
         check(store, tokens)
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "delete a file", "delete the folder", "metadata"])
-def test_damaged_scores_are_computed_anew(tmp_path: Path, tokens: list[Tensor], harm: str) -> None:
-    path = tmp_path / "s"
-    with create(path) as store:
-        append(store, 40)
-        store.commit()
-        check(store, tokens)
-        store.commit()
-    [folder] = (path / "scores").glob("layer-1.*")
+def harm_scores(folder: Path, harm: str) -> None:
+    """Damages the scores of stream 1 in a folder of scores."""
     file = folder / "layer-0.stream-1.rows" / "c.1.0"
     if harm == "flip":
         data = bytearray(file.read_bytes())
@@ -201,13 +194,56 @@ def test_damaged_scores_are_computed_anew(tmp_path: Path, tokens: list[Tensor], 
         file.unlink()
     elif harm == "metadata":
         (file.parent / "zarr.json").write_text("{}")
+    elif harm == "delete an array":
+        shutil.rmtree(file.parent)
     else:
         shutil.rmtree(folder)
+
+
+HARMS = ["flip", "truncate", "delete a file", "metadata", "delete an array", "delete the folder"]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_damaged_scores_are_computed_anew(tmp_path: Path, tokens: list[Tensor], harm: str) -> None:
+    path = tmp_path / "s"
+    with create(path) as store:
+        append(store, 40)
+        store.commit()
+        check(store, tokens)
+        store.commit()
+    [folder] = (path / "scores").glob("layer-1.*")
+    harm_scores(folder, harm)
     with MemoryStore.open(path) as store:
         store.layer(0).scores(tokens[0], **HOW)
         with pytest.warns(UserWarning, match="the scores are computed anew: .*layer-1"):
             store.layer(1).scores(tokens[1], **HOW)
         check(store, tokens)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_writer_goes_on_over_damaged_scores_and_mends_them(
+    tmp_path: Path, tokens: list[Tensor], scored: list[int], harm: str
+) -> None:
+    path = tmp_path / "s"
+    with create(path) as store:
+        append(store, 40)
+        for layer, token in enumerate(tokens):
+            store.layer(layer).scores(token, **HOW)
+        store.commit()
+    [folder] = (path / "scores").glob("layer-1.*")
+    harm_scores(folder, harm)
+    with MemoryStore.open(path, mode="r+") as store:
+        store.layer(0).scores(tokens[0], **HOW)
+        with pytest.warns(UserWarning, match="the scores are computed anew: .*layer-1"):
+            store.layer(1).scores(tokens[1], **HOW)
+        append(store, 7, [7, 3])
+        store.commit()
+        check(store, tokens)
+        store.commit()
+    scored.clear()
+    with MemoryStore.open(path) as store:
+        check(store, tokens)
+    assert sorted(scored) == [16] * 4
 
 
 def test_a_copy_and_a_fork_have_the_scores(tmp_path: Path, tokens: list[Tensor], scored: list[int]) -> None:
