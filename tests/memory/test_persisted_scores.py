@@ -14,7 +14,9 @@ import zarr
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory import MemoryLayer, MemoryStore, scores
+from xlroute.memory import CorruptionError, MemoryLayer, MemoryStore, scores
+from xlroute.memory.commits import record_path
+from xlroute.memory.sealed import checksum
 
 HOW: dict[str, Any] = {"normalize": "rms", "scale": 0.3}
 DIM = 8
@@ -328,6 +330,30 @@ def test_zarr_reads_them(tmp_path: Path, tokens: list[Tensor]) -> None:
     assert torch.equal(torch.from_numpy(found).T, expected[1])
 
 
+def rewrite(path: Path, commit: str, change: dict[str, Any]) -> None:
+    """Changes what a record says of the scores of layer 0, with the checksum that belongs to it."""
+    document = json.loads(record_path(path, commit).read_text())
+    document["scores"][0] |= change
+    del document["crc32c"]
+    crc = checksum(document)
+    record_path(path, commit).unlink()
+    record_path(path, f"{commit[:12]}-{crc}").write_text(json.dumps(document | {"crc32c": crc}))
+
+
+def test_more_columns_than_there_are_tokens_are_not_read(tmp_path: Path, tokens: list[Tensor]) -> None:
+    path = tmp_path / "s"
+    with create(path, layers=1) as store:
+        append(store, 20)
+        store.layer(0).scores(tokens[0], **HOW)
+        last = store.commit()
+    rewrite(path, last, {"columns": 1 << 16})
+    with (
+        MemoryStore.open(path) as store,
+        pytest.warns(UserWarning, match="the scores are computed anew: .*expected a chunk file of"),
+    ):
+        check(store, tokens[:1])
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -341,21 +367,11 @@ def test_zarr_reads_them(tmp_path: Path, tokens: list[Tensor]) -> None:
     ids=str,
 )
 def test_impossible_records_are_refused(tmp_path: Path, tokens: list[Tensor], change: dict[str, Any]) -> None:
-    from xlroute.memory.commits import record_path
-    from xlroute.memory.errors import CorruptionError
-    from xlroute.memory.sealed import checksum
-
     path = tmp_path / "s"
     with create(path, layers=1) as store:
         append(store, 20)
         store.layer(0).scores(tokens[0], **HOW)
         last = store.commit()
-    document = json.loads(record_path(path, last).read_text())
-    document["scores"][0] |= change
-    del document["crc32c"]
-    crc = checksum(document)
-    renamed = f"{last[:12]}-{crc}"
-    record_path(path, last).unlink()
-    record_path(path, renamed).write_text(json.dumps(document | {"crc32c": crc}))
+    rewrite(path, last, change)
     with pytest.raises(CorruptionError, match="expected a commit record, got another document"):
         MemoryStore.open(path)
