@@ -44,6 +44,8 @@ class ScoreFiles:
         self._record = record
         self._open: dict[tuple[int, str], ChunkFiles] = {}
         self._damaged: set[tuple[int, int, str]] = set()  # layers, streams and stamps
+        # What `keep` has left: layers and stamps, and for each stream the rows that commits hold.
+        self._left: tuple[set[tuple[int, str]], Sequence[set[Extent]]] | None = None
 
     def write(self, layer: int, stream: int, stamp: str, values: Tensor, extents: Sequence[Extent]) -> None:
         """Writes scores [r, n] of the n rows of the extents.
@@ -64,7 +66,9 @@ class ScoreFiles:
     def read(
         self, layer: int, stream: int, stamp: str, columns: int, extents: Sequence[Extent]
     ) -> Tensor | None:
-        """The scores [r, n] of the n rows of the extents; None, with a warning, if they are damaged."""
+        """The scores [r, n] of the n rows of the extents; None if dropped or, with a warning, damaged."""
+        if self._has_dropped(layer, stream, stamp, extents):
+            return None
         files = self._files(layer, stamp, columns, create=False)
         dtype = DTYPES[files.layout.dtype]
         try:
@@ -73,10 +77,25 @@ class ScoreFiles:
         except CommitNotFoundError:
             return None
         except CorruptionError as error:
+            if self._record is not None and not self._record.exists():
+                return None  # a writer has dropped the commit just now, and its scores
             warnings.warn(f"the scores are computed anew: {error}", stacklevel=2)
             self._damaged.add((layer, stream, stamp))
             return None
         return torch.cat(parts).T
+
+    def _has_dropped(self, layer: int, stream: int, stamp: str, extents: Sequence[Extent]) -> bool:
+        """Whether `keep` may have deleted scores of the extents: a layer can outlive all commits of it."""
+        if self._left is None:
+            return False
+        stamps, held = self._left
+        return (layer, stamp) not in stamps or not all(
+            any(
+                each.writer == extent.writer and each.start <= extent.start and extent.stop <= each.stop
+                for each in held[stream]
+            )
+            for extent in extents
+        )
 
     def damaged(self, layer: int, stream: int, stamp: str) -> bool:
         """Whether scores were found damaged, and not written again since then."""
@@ -107,7 +126,9 @@ class ScoreFiles:
         Raises:
             OSError: The operating system refused.
         """
-        folders = {self._folder(layer, stamp).name: (layer, stamp) for layer, stamp in needed}
+        stamps = {*needed}
+        self._left = stamps, extents
+        folders = {self._folder(layer, stamp).name: (layer, stamp) for layer, stamp in stamps}
         for folder in self._root.iterdir() if self._root.exists() else ():
             if folder.is_dir() and folder.name not in folders:
                 self._delete(folder)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xlroute.kernels import row_scores
 from xlroute.memory import CorruptionError, MemoryLayer, MemoryStore, scores
+from xlroute.memory.chunks import ChunkFiles
 from xlroute.memory.commits import record_path
 from xlroute.memory.sealed import checksum
 
@@ -246,6 +247,48 @@ def test_a_writer_goes_on_over_damaged_scores_and_mends_them(
     with MemoryStore.open(path) as store:
         check(store, tokens)
     assert sorted(scored) == [16] * 4
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_scores_that_the_writer_has_dropped_itself_are_no_damage(
+    tmp_path: Path, tokens: list[Tensor], others: bool
+) -> None:
+    path = tmp_path / "s"
+    states = torch.randn(1, 2, 40, DIM)
+    with create(path, layers=1, keep_commits=1) as store:
+        store.append(states)
+        store.layer(0).scores(tokens[0], **HOW)
+        store.commit()
+    with MemoryStore.open(path, mode="r+") as store:
+        layer = store.layer(0)
+        store.reset([0, 1])
+        append(store, 40)
+        store.layer(0).scores(tokens[0] + others, **HOW)
+        store.commit()
+        # A warning here is an error.
+        assert torch.equal(layer.scores(tokens[0], **HOW), row_scores(states[0], tokens[0], **HOW))
+
+
+def test_scores_that_a_writer_drops_while_they_are_read_are_no_damage(
+    tmp_path: Path, tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s"
+    with create(path, layers=1, keep_commits=1) as store:
+        append(store, 40)
+        store.layer(0).scores(tokens[0], **HOW)
+        store.commit()
+        expected = store.layer(0).scores(tokens[0], **HOW)
+        with MemoryStore.open(path) as reader:
+            real = ChunkFiles.check_present
+
+            def check_present(files: ChunkFiles, *arguments: Any) -> None:
+                real(files, *arguments)
+                if files.root.parent.name == "scores":
+                    store.layer(0).scores(tokens[1], **HOW)
+                    store.commit()
+
+            monkeypatch.setattr(ChunkFiles, "check_present", check_present)
+            assert torch.equal(reader.layer(0).scores(tokens[0], **HOW), expected)
 
 
 def test_a_copy_and_a_fork_have_the_scores(tmp_path: Path, tokens: list[Tensor], scored: list[int]) -> None:
