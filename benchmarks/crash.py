@@ -30,7 +30,7 @@ import torch
 from crash_damage import damage_files
 from crash_kill import kill_writers
 from crash_readers import read_beside_a_writer
-from crash_work import warm_up
+from crash_work import prepare
 from tqdm import tqdm
 
 
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Processes are forked: with one thread each, and none that shows progress beside them.
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0
-    warm_up()
+    prepare()
     folder = Path(tempfile.mkdtemp(prefix="xlroute-crash-"))
     print(f"seed {options.seed}", file=sys.stderr)
     soaks: list[tuple[str, int, str, Callable[[Path, int, int, Callable[[], object]], str]]] = [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory import MemoryStore
+from xlroute.memory import MemoryStore, scores
 
 LAYERS, STREAMS, DIM, CAPACITY, CHUNK_ROWS = 2, 2, 4, 40, 16
 MOST = 9  # rows that a stream appends at once
@@ -86,8 +86,11 @@ def create(path: Path, *, keep_commits: int) -> str:
         return store.commits()[0]
 
 
-def warm_up() -> None:
-    """Has everything imported that the first score needs, so that no forked process does it for itself."""
+def prepare() -> None:
+    """Readies this process, and those that it forks, for steps and checks."""
+    # So few rows would nearly all be scored again, before the scores on disk are used.
+    scores._SAMPLES = 1
+    # Imports what the first score needs, so that no forked process does it for itself.
     row_scores(torch.ones(1, DIM), TOKENS[0], **HOW)
 
 

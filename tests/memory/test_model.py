@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory import MemoryLayer, MemoryStore
+from xlroute.memory import MemoryLayer, MemoryStore, scores
 
 LAYERS, STREAMS, DIM = 2, 3, 3
 # Two that take turns: the scores of one are dropped while those of the other are kept.
@@ -152,9 +152,10 @@ class Machine(RuleBasedStateMachine):
     def keep_layer(self, layer: int) -> None:
         self.layers.append((self.store.layer(layer), self.model.layer(layer)))
 
-    @rule(layer=st.integers(0, LAYERS - 1), tokens=st.integers(0, 1))
-    def score(self, layer: int, tokens: int) -> None:
-        check_scores(self.store.layer(layer), self.model.layer(layer), tokens)
+    @rule(tokens=st.integers(0, 1))
+    def score(self, tokens: int) -> None:
+        for layer in range(LAYERS):
+            check_scores(self.store.layer(layer), self.model.layer(layer), tokens)
 
     @rule(data=st.data(), tokens=st.integers(0, 1))
     @precondition(lambda self: self.layers)
@@ -187,6 +188,16 @@ class Machine(RuleBasedStateMachine):
         assert len({*readable} - pinned) <= self.keep_commits + 1
         self.committed = {commit: self.committed[commit] for commit in readable}
 
+    @rule(tokens=st.integers(0, 1), segments=st.integers(1, 3))
+    @precondition(lambda self: self.on_disk)
+    def read_on(self, tokens: int, segments: int) -> None:
+        """As a model does, which leaves scores of some rows on disk that those of others are added to."""
+        for _ in range(segments):
+            self.append([2, 0, 1], 0)
+            self.score(tokens)
+            self.commit(False)
+        self.read_every_commit()
+
     @rule(data=st.data())
     @precondition(lambda self: self.on_disk)
     def pin(self, data: st.DataObject) -> None:
@@ -202,14 +213,16 @@ class Machine(RuleBasedStateMachine):
         del self.pins[pin]
         assert self.store.pins() == self.pins
 
-    @rule(tokens=st.integers(0, 1))
+    @rule()
     @precondition(lambda self: self.on_disk)
-    def read_every_commit(self, tokens: int) -> None:
+    def read_every_commit(self) -> None:
         for commit, model in self.committed.items():
-            with MemoryStore.open(self.path, commit=commit) as reader:
-                for layer in range(LAYERS):
-                    check_scores(reader.layer(layer), model.layer(layer), tokens)
-                model.check(reader)
+            for tokens in range(len(TOKENS)):
+                # Whichever of them the commit has scores of, they are asked for before rows are read.
+                with MemoryStore.open(self.path, commit=commit) as reader:
+                    for layer in range(LAYERS):
+                        check_scores(reader.layer(layer), model.layer(layer), tokens)
+                    model.check(reader)
 
     @rule(data=st.data())
     @precondition(lambda self: self.on_disk)
@@ -239,10 +252,14 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_store_agrees_with_lists_of_rows(on_disk: bool, dtype: torch.dtype) -> None:
+def test_store_agrees_with_lists_of_rows(
+    on_disk: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So few rows would all be scored again, before the scores on disk are used.
+    monkeypatch.setattr(scores, "_SAMPLES", 1)
     machine = type("Case", (Machine,), {"on_disk": on_disk, "dtype": dtype})
     chosen = settings(
-        max_examples=30,
+        max_examples=15,
         stateful_step_count=30,
         deadline=None,
         suppress_health_check=list(HealthCheck),
