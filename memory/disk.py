@@ -168,8 +168,13 @@ def copy_store(
         commit = Commit(1, None, fingerprint, durable, logs, scores if any(scores) else ())
         write_commit(root, commit)
     if durable:
-        with _writing(path):
-            sync(path.parent)
+        try:
+            with _writing(path):
+                sync(path.parent)
+        except BaseException:
+            # It has its name already; the caller is told that there is no such copy.
+            shutil.rmtree(path, ignore_errors=True)
+            raise
     return commit.id
 
 

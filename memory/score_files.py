@@ -20,10 +20,11 @@ from torch import Tensor
 from xlroute.memory.chunks import ChunkFiles
 from xlroute.memory.commits import CommittedScores
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError
-from xlroute.memory.layout import DTYPES, Layout, write_layout, write_plain_group
+from xlroute.memory.layout import COMMITS, DTYPES, METADATA, Layout, plain_group_document, write_layout
 from xlroute.memory.log import Extent, StreamLog
 from xlroute.memory.rows_bytes import as_bytes
 from xlroute.memory.scores import KeptScores
+from xlroute.memory.sealed import encode, replace_file
 
 SCORES = "scores"
 
@@ -42,6 +43,9 @@ class ScoreFiles:
         self._layout = layout
         self._record = record
         self._open: dict[tuple[int, str], ChunkFiles] = {}
+        self._damaged: set[tuple[int, int, str]] = set()  # layers, streams and stamps
+        # What `keep` has left: layers and stamps, and for each stream the rows that commits hold.
+        self._left: tuple[set[tuple[int, str]], Sequence[set[Extent]]] | None = None
 
     def write(self, layer: int, stream: int, stamp: str, values: Tensor, extents: Sequence[Extent]) -> None:
         """Writes scores [r, n] of the n rows of the extents.
@@ -57,11 +61,14 @@ class ScoreFiles:
             data = as_bytes(values[:, done : done + count].T.cpu())
             files.write(0, stream, extent.start, data, extent.writer, fresh_from=0)
             done += count
+        self._damaged.discard((layer, stream, stamp))
 
     def read(
         self, layer: int, stream: int, stamp: str, columns: int, extents: Sequence[Extent]
     ) -> Tensor | None:
-        """The scores [r, n] of the n rows of the extents; None, with a warning, if they are damaged."""
+        """The scores [r, n] of the n rows of the extents; None if dropped or, with a warning, damaged."""
+        if self._has_dropped(layer, stream, stamp, extents):
+            return None
         files = self._files(layer, stamp, columns, create=False)
         dtype = DTYPES[files.layout.dtype]
         try:
@@ -70,9 +77,41 @@ class ScoreFiles:
         except CommitNotFoundError:
             return None
         except CorruptionError as error:
+            if self._record is not None and not self._record.exists():
+                return None  # a writer has dropped the commit just now, and its scores
             warnings.warn(f"the scores are computed anew: {error}", stacklevel=2)
+            self._damaged.add((layer, stream, stamp))
             return None
         return torch.cat(parts).T
+
+    def _has_dropped(self, layer: int, stream: int, stamp: str, extents: Sequence[Extent]) -> bool:
+        """Whether `keep` may have deleted scores of the extents: a layer can outlive all commits of it."""
+        if self._left is None:
+            return False
+        stamps, held = self._left
+        return (layer, stamp) not in stamps or not all(
+            any(
+                each.writer == extent.writer and each.start <= extent.start and extent.stop <= each.stop
+                for each in held[stream]
+            )
+            for extent in extents
+        )
+
+    def damaged(self, layer: int, stream: int, stamp: str) -> bool:
+        """Whether scores were found damaged, and not written again since then."""
+        return (layer, stream, stamp) in self._damaged
+
+    def discard(self, layer: int, stamp: str) -> None:
+        """Deletes the scores of a layer and stamp.
+
+        Raises:
+            OSError: The operating system refused.
+        """
+        folder = self._folder(layer, stamp)
+        if folder.exists():
+            self._delete(folder)
+        del self._open[layer, stamp]
+        self._damaged = {each for each in self._damaged if (each[0], each[2]) != (layer, stamp)}
 
     def keep(
         self, needed: Iterable[tuple[int, str]], extents: Sequence[set[Extent]], ends: Sequence[int]
@@ -87,10 +126,12 @@ class ScoreFiles:
         Raises:
             OSError: The operating system refused.
         """
-        folders = {self._folder(layer, stamp).name: (layer, stamp) for layer, stamp in needed}
+        stamps = {*needed}
+        self._left = stamps, extents
+        folders = {self._folder(layer, stamp).name: (layer, stamp) for layer, stamp in stamps}
         for folder in self._root.iterdir() if self._root.exists() else ():
             if folder.is_dir() and folder.name not in folders:
-                shutil.rmtree(folder)
+                self._delete(folder)
         self._open = {key: files for key, files in self._open.items() if key in folders.values()}
         for files in self._open.values():
             for stream, held in enumerate(extents):
@@ -125,11 +166,18 @@ class ScoreFiles:
             self._open[layer, stamp] = ChunkFiles(folder, layout, self._record)
         return self._open[layer, stamp]
 
+    def _delete(self, folder: Path) -> None:
+        """Deletes a folder; a crash leaves it under a name that nobody takes for one with scores."""
+        dropped = self._root / f".{secrets.token_hex(4)}.dropped"
+        os.rename(folder, dropped)
+        shutil.rmtree(dropped)
+
     def _make(self, folder: Path, layout: Layout) -> None:
         """Makes a folder without scores, whole or not at all; a crash leaves what the next commit deletes."""
-        if not self._root.exists():
-            self._root.mkdir()
-            write_plain_group(self._root)
+        self._root.mkdir(exist_ok=True)
+        metadata = self._root / METADATA
+        if not metadata.exists():
+            replace_file(metadata, encode(plain_group_document()), scratch=self._root.parent / COMMITS)
         building = self._root / f".{secrets.token_hex(4)}.creating"
         building.mkdir()
         write_layout(building, layout)
@@ -186,7 +234,6 @@ def write_scores(
 
     Raises:
         OSError: The operating system refused.
-        CorruptionError: The metadata of the scores is damaged.
     """
     found = {(each.stamp, each.values.shape[0]) for each in kept if each is not None}
     if not found and before is not None:
@@ -194,9 +241,30 @@ def write_scores(
     if len(found) != 1:
         return None
     ((stamp, columns),) = found
+    there = [(0, 0)] * len(logs) if before is None or before.stamp != stamp else before.spans
+    try:
+        spans = _write_new(files, layer, stamp, logs, kept, there)
+    except CorruptionError:
+        # Of the metadata: nobody reads what is there, and nothing can be added to it.
+        files.discard(layer, stamp)
+        spans = _write_new(files, layer, stamp, logs, kept, [(0, 0)] * len(logs))
+    if not any(first < stop for first, stop in spans):
+        return None
+    return CommittedScores(stamp, columns, tuple(spans))
+
+
+def _write_new(
+    files: ScoreFiles,
+    layer: int,
+    stamp: str,
+    logs: Sequence[StreamLog],
+    kept: Sequence[KeptScores | None],
+    there: Sequence[tuple[int, int]],
+) -> list[tuple[int, int]]:
+    """Writes the scores that are not `there` yet; returns the rows of each stream that have some then."""
     spans = []
     for stream, (log, scores) in enumerate(zip(logs, kept, strict=True)):
-        first, stop = before.spans[stream] if before is not None and before.stamp == stamp else (0, 0)
+        first, stop = (0, 0) if files.damaged(layer, stream, stamp) else there[stream]
         if scores is not None:
             start, end = scores.first, scores.first + scores.values.shape[1]
             if not first <= start <= stop:
@@ -206,6 +274,4 @@ def write_scores(
                 files.write(layer, stream, stamp, values, log.part(stop, end))
                 stop = end
         spans.append((first, stop))
-    if not any(first < stop for first, stop in spans):
-        return None
-    return CommittedScores(stamp, columns, tuple(spans))
+    return spans

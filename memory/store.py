@@ -181,7 +181,8 @@ class MemoryStore:
             CommitNotFoundError: There is no such commit.
             FingerprintError: The fingerprint is another one.
             StoreLockedError: Mode "r+", and another writer holds the store.
-            StoreWriteError: Mode "r+", and the operating system refused to write.
+            StoreWriteError: Mode "r+", and the operating system refused to read or write.
+            OSError: Mode "r", and the operating system refused to read, which is no sign of damage.
         """
         if mode not in ("r", "r+"):
             raise ValueError(f"mode: expected 'r' or 'r+', got {mode!r}")

@@ -32,6 +32,12 @@ def _seeded(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
+def test_seed() -> int:
+    """A seed for a process that a test starts."""
+    return random.randrange(10**6)
+
+
+@pytest.fixture
 def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """What users have: Triton takes tensors on a GPU alone."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -1,10 +1,8 @@
-"""Commits: which stay readable, who may write, what survives a refused write, and what durable adds."""
+"""Commits: which stay readable, who may write, and what durable adds."""
 
-import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,7 @@ from xlroute.memory import (
     CommitNotFoundError,
     CorruptionError,
     MemoryStore,
-    StoreExistsError,
     StoreLockedError,
-    StoreWriteError,
 )
 
 
@@ -171,72 +167,6 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
             MemoryStore.open(path, mode="r+")
     with MemoryStore.open(path, mode="r+"):
         pass
-
-
-class FullDisk:
-    """Stands for `os.pwrite` on a disk that is full after `writes` more writes."""
-
-    def __init__(self, writes: int) -> None:
-        self.writes = writes
-        self.pwrite = os.pwrite
-
-    def __call__(self, file: int, data: bytes, offset: int) -> int:
-        self.writes -= 1
-        if self.writes < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        # Part of the data at a time, as the operating system may.
-        return self.pwrite(file, data[: max(1, len(data) // 2)], offset)
-
-
-@pytest.mark.parametrize("operation", ["append", "commit"])
-def test_a_full_disk_leaves_the_last_commit_and_a_store_that_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
-) -> None:
-    with create(tmp_path / "s") as store:
-        states = torch.randn(1, 2, 6, 3)
-        store.append(states[:, :, :3])
-        store.commit()
-        writes = 0
-        while True:
-            before, version = store.rows(0)[0], store.version
-            call: Callable[[], object] = (
-                store.commit if operation == "commit" else lambda: store.append(states[:, :, 3:])
-            )
-            with monkeypatch.context() as patch:
-                patch.setattr(os, "pwrite", FullDisk(writes))
-                refusal: StoreWriteError | None = None
-                try:
-                    call()
-                except StoreWriteError as error:
-                    refusal = error
-            if refusal is None:
-                break
-            assert refusal.errno == errno.ENOSPC
-            assert "No space left on device" in str(refusal)
-            assert torch.equal(store.rows(0)[0], before)
-            assert store.version == version
-            assert torch.equal(MemoryStore.open(tmp_path / "s").rows(0)[0], states[0, :, :3])
-            assert not list(tmp_path.glob("s/commits/tmp-*"))
-            writes += 1
-        assert writes > 3
-        if operation == "append":
-            store.commit()
-            assert torch.equal(MemoryStore.open(tmp_path / "s").rows(0)[0], states[0])
-        assert MemoryStore.open(tmp_path / "s").commits() == store.commits()
-
-
-def test_a_full_disk_leaves_nothing_of_a_new_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = MemoryStore.create(layers=1, streams=2, dim=3)
-    store.append(torch.randn(1, 2, 6, 3))
-    for writes in range(4):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "pwrite", FullDisk(writes))
-            with pytest.raises(StoreWriteError, match="No space left"):
-                store.copy_to(tmp_path / "s")
-        assert not list(tmp_path.iterdir())
-    store.copy_to(tmp_path / "s")
-    with pytest.raises(StoreExistsError):
-        create(tmp_path / "s")
 
 
 def test_durable_waits_for_everything_that_the_commit_refers_to(

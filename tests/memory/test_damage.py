@@ -2,8 +2,10 @@
 
 import json
 import random
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,18 @@ def resealed(path: Path, **changes: Any) -> None:
     (path / "zarr.json").write_bytes(encode(document))
 
 
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Refuses this process more than a quarter of a GiB beyond what it has, used or not."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 28), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def claim_streams(path: Path) -> None:
     resealed(path, streams=1 << 40)
 
@@ -223,10 +237,28 @@ def test_enormous_claims_are_refused_and_nothing_is_allocated(
     claim(path)
     for mode in ("r", "r+"):
         with (
+            little_memory(),
             pytest.raises(MemoryStoreError, match=str(path)),
             MemoryStore.open(path, mode=mode) as store,  # type: ignore[arg-type]
         ):
             store.rows(0)
+
+
+def test_enormous_room_is_not_taken_for_rows(original: tuple[Path, dict[str, Contents]], path: Path) -> None:
+    layout = read_layout(path)
+    room = layout.room_for(1 << 40)
+    assert room > 1 << 40
+    for stream in range(2):
+        for kind in ("rows", "crc32c"):
+            file = path / layout.array_name(0, stream, kind) / "zarr.json"
+            file.write_bytes(encode(layout.array_document(kind, room)))
+    with little_memory():
+        assert check(path, path, original[1]) == 0
+        assert MemoryStore.verify(path, all_commits=True).ok
+        with MemoryStore.open(path, mode="r+") as store:
+            store.append(torch.ones(1, 2, 1, 3))
+            store.commit()
+        assert torch.equal(MemoryStore.open(path).rows(0)[0][:, -1], torch.ones(2, 3, dtype=torch.float16))
 
 
 def test_an_array_of_another_shape_is_refused(path: Path) -> None:

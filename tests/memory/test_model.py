@@ -4,6 +4,7 @@ import copy
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -18,9 +19,12 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from xlroute.memory import MemoryLayer, MemoryStore
+from xlroute.kernels import row_scores
+from xlroute.memory import MemoryLayer, MemoryStore, scores
 
 LAYERS, STREAMS, DIM = 2, 3, 3
+# Two that take turns: the scores of one are dropped while those of the other are kept.
+TOKENS = torch.randn(2, 2, DIM, generator=torch.Generator().manual_seed(0))
 
 
 class Model:
@@ -73,6 +77,14 @@ class Model:
                 assert (rows[stream, lengths[stream] :] == 0).all()
 
 
+def check_scores(layer: MemoryLayer, rows: list[Tensor], tokens: int) -> None:
+    """The scores of a layer are those of all of its rows, scored at once."""
+    how: dict[str, Any] = {"normalize": "rms", "scale": 0.5}
+    found = layer.scores(TOKENS[tokens], **how)
+    for given, expected in zip(found, rows, strict=True):
+        assert torch.equal(given[:, : len(expected)], row_scores(expected, TOKENS[tokens], **how))
+
+
 class Machine(RuleBasedStateMachine):
     """Random operations on a store and on its model."""
 
@@ -85,6 +97,7 @@ class Machine(RuleBasedStateMachine):
         self.path = self.folder / "store"
         self.layers: list[tuple[MemoryLayer, list[Tensor]]] = []
         self.committed: dict[str, Model] = {}
+        self.pins: dict[str, str] = {}
         self.random = torch.Generator().manual_seed(0)
 
     def teardown(self) -> None:
@@ -139,6 +152,16 @@ class Machine(RuleBasedStateMachine):
     def keep_layer(self, layer: int) -> None:
         self.layers.append((self.store.layer(layer), self.model.layer(layer)))
 
+    @rule(tokens=st.integers(0, 1))
+    def score(self, tokens: int) -> None:
+        for layer in range(LAYERS):
+            check_scores(self.store.layer(layer), self.model.layer(layer), tokens)
+
+    @rule(data=st.data(), tokens=st.integers(0, 1))
+    @precondition(lambda self: self.layers)
+    def score_a_kept_layer(self, data: st.DataObject, tokens: int) -> None:
+        check_scores(*data.draw(st.sampled_from(self.layers)), tokens)
+
     @rule(take_fork=st.booleans())
     def fork(self, take_fork: bool) -> None:
         fork, model = self.store.fork(), copy.deepcopy(self.model)
@@ -159,16 +182,47 @@ class Machine(RuleBasedStateMachine):
         readable = self.store.commits()
         recent = list(self.committed)[-self.keep_commits :]
         assert readable[-len(recent) :] == recent
+        pinned = {*self.pins.values()}
+        assert pinned <= {*readable}
         # One more at most: the last durable one.
-        assert len(readable) <= self.keep_commits + 1
+        assert len({*readable} - pinned) <= self.keep_commits + 1
         self.committed = {commit: self.committed[commit] for commit in readable}
+
+    @rule(tokens=st.integers(0, 1), segments=st.integers(1, 3))
+    @precondition(lambda self: self.on_disk)
+    def read_on(self, tokens: int, segments: int) -> None:
+        """As a model does, which leaves scores of some rows on disk that those of others are added to."""
+        for _ in range(segments):
+            self.append([2, 0, 1], 0)
+            self.score(tokens)
+            self.commit(False)
+        self.read_every_commit()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.on_disk)
+    def pin(self, data: st.DataObject) -> None:
+        commit = data.draw(st.sampled_from([*self.committed]))
+        self.pins[self.store.pin(commit)] = commit
+        assert self.store.pins() == self.pins
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.pins)
+    def unpin(self, data: st.DataObject) -> None:
+        pin = data.draw(st.sampled_from([*self.pins]))
+        self.store.unpin(pin)
+        del self.pins[pin]
+        assert self.store.pins() == self.pins
 
     @rule()
     @precondition(lambda self: self.on_disk)
     def read_every_commit(self) -> None:
         for commit, model in self.committed.items():
-            with MemoryStore.open(self.path, commit=commit) as reader:
-                model.check(reader)
+            for tokens in range(len(TOKENS)):
+                # Whichever of them the commit has scores of, they are asked for before rows are read.
+                with MemoryStore.open(self.path, commit=commit) as reader:
+                    for layer in range(LAYERS):
+                        check_scores(reader.layer(layer), model.layer(layer), tokens)
+                    model.check(reader)
 
     @rule(data=st.data())
     @precondition(lambda self: self.on_disk)
@@ -186,22 +240,27 @@ class Machine(RuleBasedStateMachine):
             self.committed[new] = copy.deepcopy(self.model)
             self.committed = {commit: self.committed[commit] for commit in self.store.commits()}
 
-    @rule()
-    def copy_to(self) -> None:
+    @rule(tokens=st.integers(0, 1))
+    def copy_to(self, tokens: int) -> None:
         path = self.folder / f"copy-{len(list(self.folder.iterdir()))}"
         commit = self.store.copy_to(path)
         with MemoryStore.open(path) as store:
+            check_scores(store.layer(0), self.model.layer(0), tokens)
             self.model.check(store)
             assert store.commits() == [commit]
 
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_store_agrees_with_lists_of_rows(on_disk: bool, dtype: torch.dtype) -> None:
+def test_store_agrees_with_lists_of_rows(
+    on_disk: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So few rows would all be scored again, before the scores on disk are used.
+    monkeypatch.setattr(scores, "_SAMPLES", 1)
     machine = type("Case", (Machine,), {"on_disk": on_disk, "dtype": dtype})
     chosen = settings(
         max_examples=15,
-        stateful_step_count=25,
+        stateful_step_count=30,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )

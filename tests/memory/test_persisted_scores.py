@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import zarr
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory import MemoryLayer, MemoryStore, scores
+from xlroute.memory import CorruptionError, MemoryLayer, MemoryStore, scores
+from xlroute.memory.chunks import ChunkFiles
+from xlroute.memory.commits import record_path
+from xlroute.memory.sealed import checksum
 
 HOW: dict[str, Any] = {"normalize": "rms", "scale": 0.3}
 DIM = 8
@@ -167,15 +171,8 @@ def test_scores_that_another_machine_would_not_compute_are_not_used(
         check(store, tokens)
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "delete a file", "delete the folder", "metadata"])
-def test_damaged_scores_are_computed_anew(tmp_path: Path, tokens: list[Tensor], harm: str) -> None:
-    path = tmp_path / "s"
-    with create(path) as store:
-        append(store, 40)
-        store.commit()
-        check(store, tokens)
-        store.commit()
-    [folder] = (path / "scores").glob("layer-1.*")
+def harm_scores(folder: Path, harm: str) -> None:
+    """Damages the scores of stream 1 in a folder of scores."""
     file = folder / "layer-0.stream-1.rows" / "c.1.0"
     if harm == "flip":
         data = bytearray(file.read_bytes())
@@ -187,13 +184,98 @@ def test_damaged_scores_are_computed_anew(tmp_path: Path, tokens: list[Tensor], 
         file.unlink()
     elif harm == "metadata":
         (file.parent / "zarr.json").write_text("{}")
+    elif harm == "delete an array":
+        shutil.rmtree(file.parent)
     else:
         shutil.rmtree(folder)
+
+
+HARMS = ["flip", "truncate", "delete a file", "metadata", "delete an array", "delete the folder"]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_damaged_scores_are_computed_anew(tmp_path: Path, tokens: list[Tensor], harm: str) -> None:
+    path = tmp_path / "s"
+    with create(path) as store:
+        append(store, 40)
+        store.commit()
+        check(store, tokens)
+        store.commit()
+    [folder] = (path / "scores").glob("layer-1.*")
+    harm_scores(folder, harm)
     with MemoryStore.open(path) as store:
         store.layer(0).scores(tokens[0], **HOW)
         with pytest.warns(UserWarning, match="the scores are computed anew: .*layer-1"):
             store.layer(1).scores(tokens[1], **HOW)
         check(store, tokens)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_writer_goes_on_over_damaged_scores_and_mends_them(
+    tmp_path: Path, tokens: list[Tensor], scored: list[int], harm: str
+) -> None:
+    path = tmp_path / "s"
+    with create(path) as store:
+        append(store, 40)
+        for layer, token in enumerate(tokens):
+            store.layer(layer).scores(token, **HOW)
+        store.commit()
+    [folder] = (path / "scores").glob("layer-1.*")
+    harm_scores(folder, harm)
+    with MemoryStore.open(path, mode="r+") as store:
+        store.layer(0).scores(tokens[0], **HOW)
+        with pytest.warns(UserWarning, match="the scores are computed anew: .*layer-1"):
+            store.layer(1).scores(tokens[1], **HOW)
+        append(store, 7, [7, 3])
+        store.commit()
+        check(store, tokens)
+        store.commit()
+    scored.clear()
+    with MemoryStore.open(path) as store:
+        check(store, tokens)
+    assert sorted(scored) == [16] * 4
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_scores_that_the_writer_has_dropped_itself_are_no_damage(
+    tmp_path: Path, tokens: list[Tensor], others: bool
+) -> None:
+    path = tmp_path / "s"
+    states = torch.randn(1, 2, 40, DIM)
+    with create(path, layers=1, keep_commits=1) as store:
+        store.append(states)
+        store.layer(0).scores(tokens[0], **HOW)
+        store.commit()
+    with MemoryStore.open(path, mode="r+") as store:
+        layer = store.layer(0)
+        store.reset([0, 1])
+        append(store, 40)
+        store.layer(0).scores(tokens[0] + others, **HOW)
+        store.commit()
+        # A warning here is an error.
+        assert torch.equal(layer.scores(tokens[0], **HOW), row_scores(states[0], tokens[0], **HOW))
+
+
+def test_scores_that_a_writer_drops_while_they_are_read_are_no_damage(
+    tmp_path: Path, tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s"
+    with create(path, layers=1, keep_commits=1) as store:
+        append(store, 40)
+        store.layer(0).scores(tokens[0], **HOW)
+        store.commit()
+        expected = store.layer(0).scores(tokens[0], **HOW)
+        with MemoryStore.open(path) as reader:
+            real = ChunkFiles.check_present
+
+            def check_present(files: ChunkFiles, *arguments: Any) -> None:
+                real(files, *arguments)
+                if files.root.parent.name == "scores":
+                    store.layer(0).scores(tokens[1], **HOW)
+                    store.commit()
+
+            monkeypatch.setattr(ChunkFiles, "check_present", check_present)
+            assert torch.equal(reader.layer(0).scores(tokens[0], **HOW), expected)
 
 
 def test_a_copy_and_a_fork_have_the_scores(tmp_path: Path, tokens: list[Tensor], scored: list[int]) -> None:
@@ -210,6 +292,51 @@ def test_a_copy_and_a_fork_have_the_scores(tmp_path: Path, tokens: list[Tensor],
         assert torch.equal(
             fork.layer(0).scores(tokens[0], **HOW)[..., :20][0], copy.layer(0).scores(tokens[0], **HOW)[0]
         )
+
+
+def test_a_writer_killed_while_it_drops_scores_leaves_none_of_them(
+    tmp_path: Path, tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s"
+    with create(path, layers=1, keep_commits=1) as store:
+        append(store, 20)
+        store.layer(0).scores(tokens[0], **HOW)
+        store.commit(durable=True)
+        store.layer(0).scores(tokens[1], **HOW)
+        with monkeypatch.context() as patch:
+            # As far as a killed process comes: one file is gone, and the rest is there.
+            patch.setattr(shutil, "rmtree", lambda folder: next(folder.glob("layer-*/zarr.json")).unlink())
+            store.commit(durable=True)
+    with MemoryStore.open(path, mode="r+") as store:
+        store.layer(0).scores(tokens[0], **HOW)
+        store.commit(durable=True)
+        check(store, tokens[:1])
+    assert len([*(path / "scores").glob("*layer-*")]) == len([*(path / "scores").iterdir()]) - 1 == 1
+
+
+def test_a_writer_killed_while_it_makes_the_folder_of_the_scores_leaves_one_that_zarr_reads(
+    tmp_path: Path, tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s"
+    with create(path, layers=1) as store:
+        append(store, 20)
+        store.layer(0).scores(tokens[0], **HOW)
+        with monkeypatch.context() as patch:
+            # As far as a killed process comes: no file in the folder is written to.
+            patch.setattr(Path, "write_bytes", raising)
+            patch.setattr(os, "pwrite", raising)
+            with pytest.raises(KeyboardInterrupt):
+                store.commit()
+    assert (path / "scores").exists()
+    with MemoryStore.open(path, mode="r+") as store:
+        append(store, 20)
+        store.layer(0).scores(tokens[0], **HOW)
+        store.commit()
+    assert len([*zarr.open_group(path / "scores", mode="r").groups()]) == 1
+
+
+def raising(*arguments: object) -> bytes:
+    raise KeyboardInterrupt
 
 
 def test_streams_with_tokens_of_their_own_keep_nothing(tmp_path: Path) -> None:
@@ -233,6 +360,30 @@ def test_zarr_reads_them(tmp_path: Path, tokens: list[Tensor]) -> None:
     assert torch.equal(torch.from_numpy(found).T, expected[1])
 
 
+def rewrite(path: Path, commit: str, change: dict[str, Any]) -> None:
+    """Changes what a record says of the scores of layer 0, with the checksum that belongs to it."""
+    document = json.loads(record_path(path, commit).read_text())
+    document["scores"][0] |= change
+    del document["crc32c"]
+    crc = checksum(document)
+    record_path(path, commit).unlink()
+    record_path(path, f"{commit[:12]}-{crc}").write_text(json.dumps(document | {"crc32c": crc}))
+
+
+def test_more_columns_than_there_are_tokens_are_not_read(tmp_path: Path, tokens: list[Tensor]) -> None:
+    path = tmp_path / "s"
+    with create(path, layers=1) as store:
+        append(store, 20)
+        store.layer(0).scores(tokens[0], **HOW)
+        last = store.commit()
+    rewrite(path, last, {"columns": 1 << 16})
+    with (
+        MemoryStore.open(path) as store,
+        pytest.warns(UserWarning, match="the scores are computed anew: .*expected a chunk file of"),
+    ):
+        check(store, tokens[:1])
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -246,21 +397,11 @@ def test_zarr_reads_them(tmp_path: Path, tokens: list[Tensor]) -> None:
     ids=str,
 )
 def test_impossible_records_are_refused(tmp_path: Path, tokens: list[Tensor], change: dict[str, Any]) -> None:
-    from xlroute.memory.commits import record_path
-    from xlroute.memory.errors import CorruptionError
-    from xlroute.memory.sealed import checksum
-
     path = tmp_path / "s"
     with create(path, layers=1) as store:
         append(store, 20)
         store.layer(0).scores(tokens[0], **HOW)
         last = store.commit()
-    document = json.loads(record_path(path, last).read_text())
-    document["scores"][0] |= change
-    del document["crc32c"]
-    crc = checksum(document)
-    renamed = f"{last[:12]}-{crc}"
-    record_path(path, last).unlink()
-    record_path(path, renamed).write_text(json.dumps(document | {"crc32c": crc}))
+    rewrite(path, last, change)
     with pytest.raises(CorruptionError, match="expected a commit record, got another document"):
         MemoryStore.open(path)

@@ -1,0 +1,246 @@
+"""What the writers of benchmarks/crash.py do, step by step, and what a store must hold after each step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlroute.kernels import row_scores
+from xlroute.memory import MemoryStore, scores
+
+LAYERS, STREAMS, DIM, CAPACITY, CHUNK_ROWS = 2, 2, 4, 40, 16
+MOST = 9  # rows that a stream appends at once
+HOW: dict[str, Any] = {"normalize": "rms", "scale": 0.5}
+# Few enough for their scores to be dropped, and written again, again and again.
+TOKENS = [torch.randn(2, DIM, generator=torch.Generator().manual_seed(number)) for number in range(3)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is done to a store between two numbers; it follows from the first number alone.
+
+    Attributes:
+        reset: streams whose documents have ended.
+        states: rows, [l, b, n, d].
+        lengths: how many of them each stream appends.
+        scored: which of `TOKENS` all layers are scored with, or None.
+        commits: whether a commit ends the step.
+        durable: whether that one is durable.
+    """
+
+    reset: list[int]
+    states: Tensor
+    lengths: list[int]
+    scored: int | None
+    commits: bool
+    durable: bool
+
+    @classmethod
+    def of(cls, seed: int, number: int) -> Step:
+        """The step that follows on the number."""
+        chance = random.Random(seed << 40 | number)
+        states = torch.randn(
+            LAYERS, STREAMS, MOST, DIM, generator=torch.Generator().manual_seed(chance.getrandbits(60))
+        )
+        return cls(
+            reset=[stream for stream in range(STREAMS) if chance.random() < 0.15],
+            states=states,
+            lengths=[chance.randint(0, MOST) for _ in range(STREAMS)],
+            scored=tokens_of(number) if chance.random() < 0.7 else None,
+            commits=chance.random() < 0.4,
+            durable=chance.random() < 0.3,
+        )
+
+    def take(self, store: MemoryStore, number: int) -> str | None:
+        """Does it to a store that stands at the number; returns the id of the commit, if there is one."""
+        if self.reset:
+            store.reset(self.reset)
+        store.append(self.states, self.lengths)
+        if self.scored is not None:
+            scores_of(store, self.scored)
+        if not self.commits:
+            return None
+        store.fingerprint = str(number + 1)
+        return store.commit(durable=self.durable)
+
+
+def create(path: Path, *, keep_commits: int) -> str:
+    """Makes the store that the steps are for, at number 0; returns the id of its commit."""
+    with MemoryStore.create(
+        path,
+        layers=LAYERS,
+        streams=STREAMS,
+        dim=DIM,
+        capacity=CAPACITY,
+        fingerprint="0",
+        chunk_bytes=CHUNK_ROWS * DIM * 4,
+        keep_commits=keep_commits,
+    ) as store:
+        return store.commits()[0]
+
+
+def prepare() -> None:
+    """Readies this process, and those that it forks, for steps and checks."""
+    # So few rows would nearly all be scored again, before the scores on disk are used.
+    scores._SAMPLES = 1
+    # Imports what the first score needs, so that no forked process does it for itself.
+    row_scores(torch.ones(1, DIM), TOKENS[0], **HOW)
+
+
+def tokens_of(number: int) -> int:
+    """Which of `TOKENS` the step that follows on the number scores with, if it does."""
+    return number // 5 % len(TOKENS)
+
+
+def number_of(store: MemoryStore) -> int:
+    """The number that a store stands at."""
+    return int(store.fingerprint or 0)
+
+
+def scores_of(store: MemoryStore, tokens: int) -> list[Tensor]:
+    """The scores of all layers against one of `TOKENS`."""
+    with torch.no_grad():
+        return [store.layer(layer).scores(TOKENS[tokens], **HOW) for layer in range(store.layers)]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a store holds at a number.
+
+    Attributes:
+        number: the number.
+        rows: for every stream its rows, [l, m, d], oldest first.
+        appended: how many rows each stream has appended since its reset.
+    """
+
+    number: int = 0
+    rows: list[Tensor] = field(default_factory=lambda: [torch.empty(LAYERS, 0, DIM)] * STREAMS)
+    appended: list[int] = field(default_factory=lambda: [0] * STREAMS)
+
+    def after(self, step: Step) -> Contents:
+        """What it holds after a step."""
+        rows, appended = list(self.rows), list(self.appended)
+        for stream in range(STREAMS):
+            if stream in step.reset:
+                rows[stream], appended[stream] = rows[stream][:, :0], 0
+            new = step.states[:, stream, : step.lengths[stream]]
+            rows[stream] = torch.cat([rows[stream], new], dim=1)[:, -CAPACITY:]
+            appended[stream] += step.lengths[stream]
+        return Contents(self.number + 1, rows, appended)
+
+    def check(self, store: MemoryStore) -> None:
+        """Compares everything that can be read of a store with it.
+
+        Raises:
+            WrongError: It holds something else.
+        """
+        for check in self.checks(store):
+            check()
+
+    def checks(self, store: MemoryStore) -> list[Callable[[], None]]:
+        """The comparisons one by one: what is held, then of each layer single rows, scores, and all rows."""
+        calls: list[Callable[[], None]] = [lambda: self._check_positions(store)]
+        for layer in range(LAYERS):
+            calls += [
+                # Before all rows are in memory: from there on nothing is read from disk.
+                partial(self._check_picked, store, layer),
+                partial(self._check_scores, store, layer),
+                partial(self._check_rows, store, layer),
+            ]
+        return calls
+
+    def _lengths(self) -> list[int]:
+        return [rows.shape[1] for rows in self.rows]
+
+    def _indices(self) -> Tensor:
+        """All rows, from the newest to the oldest, and one that does not exist."""
+        lengths = self._lengths()
+        indices = torch.full((STREAMS, max(lengths) + 1), -1)
+        for stream, length in enumerate(lengths):
+            indices[stream, :length] = torch.arange(length).flip(0)
+        return indices
+
+    def _check_positions(self, store: MemoryStore) -> None:
+        lengths, indices = torch.tensor(self._lengths()), self._indices()
+        expect("lengths", store.lengths, lengths, self.number)
+        evicted = torch.tensor(self.appended) - lengths
+        positions = torch.where(indices < 0, indices, indices + evicted[:, None])
+        expect("positions", store.positions(indices), positions, self.number)
+
+    def _check_picked(self, store: MemoryStore, layer: int) -> None:
+        picked = store.gather(layer, self._indices())
+        for stream, rows in enumerate(self.rows):
+            expected = rows[layer].flip(0)
+            given = picked[stream, : len(expected)]
+            expect(f"picked rows of layer {layer}, stream {stream}", given, expected, self.number)
+
+    def _check_rows(self, store: MemoryStore, layer: int) -> None:
+        found = store.rows(layer)[0]
+        for stream, rows in enumerate(self.rows):
+            given = found[stream, : rows.shape[1]]
+            expect(f"rows of layer {layer}, stream {stream}", given, rows[layer], self.number)
+
+    def _check_scores(self, store: MemoryStore, layer: int) -> None:
+        """Scores of the tokens that a commit at this number most likely has on disk."""
+        tokens = TOKENS[tokens_of(self.number - 1)]
+        with torch.no_grad():
+            found = store.layer(layer).scores(tokens, **HOW)
+            for stream, rows in enumerate(self.rows):
+                given = found[stream, :, : rows.shape[1]]
+                expected = row_scores(rows[layer], tokens, **HOW)
+                expect(f"scores of layer {layer}, stream {stream}", given, expected, self.number)
+
+    def check_some(self, store: MemoryStore) -> None:
+        """Compares the rows that a repair has left with those that were held at their positions.
+
+        Raises:
+            WrongError: Others are held.
+        """
+        lengths = store.lengths.tolist()
+        for stream, length in enumerate(lengths):
+            if not length:
+                continue
+            first = torch.full((STREAMS, 1), -1)
+            first[stream] = 0
+            start = int(store.positions(first)[stream]) - self.appended[stream] + self.rows[stream].shape[1]
+            for layer in range(LAYERS):
+                given = store.rows(layer)[0][stream, :length]
+                expected = self.rows[stream][layer, start : start + length]
+                expect(f"rows left of layer {layer}, stream {stream}", given, expected, self.number)
+
+
+class WrongError(Exception):
+    """A store is not what it must be."""
+
+
+def expect(what: str, given: Tensor, expected: Tensor, number: int) -> None:
+    """Raises WrongError unless both are the same, bit for bit."""
+    if not torch.equal(given, expected):
+        raise WrongError(f"{what} at number {number}: expected {expected}, got {given}")
+
+
+class History:
+    """What a store holds at any number, computed step by step and kept from some number on."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._known = {0: Contents()}
+
+    def at(self, number: int) -> Contents:
+        """What a store holds at the number."""
+        last = max(self._known)
+        while last < number:
+            self._known[last + 1] = self._known[last].after(Step.of(self._seed, last))
+            last += 1
+        return self._known[number]
+
+    def forget(self, number: int) -> None:
+        """Forgets what is before the number."""
+        self._known = {each: held for each, held in self._known.items() if each >= number}

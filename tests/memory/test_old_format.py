@@ -1,0 +1,135 @@
+"""Stores that an earlier release wrote: they open, hold what they held, and can be written to.
+
+fixtures/format-1.tar.xz is what `python -P tests/memory/test_old_format.py FILE` wrote when format 1 was new.
+All numbers in it are small integers, so that sums of products are exact in whatever order they are added:
+scores have the same bits on every machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from xlroute.kernels import row_scores
+from xlroute.memory import MemoryStore
+
+STORES = {"plain": torch.bfloat16, "scored": torch.float32}
+HOW: dict[str, Any] = {"normalize": None, "scale": 0.5}
+TOKENS = torch.tensor([[1.0, 0.0, -2.0], [3.0, 1.0, 1.0]])
+# The positions that each stream holds in each commit.
+HELD = [(range(0), range(0)), (range(7), range(5)), (range(4, 13), range(3))]
+
+
+def states(positions: range) -> Tensor:
+    """Rows that tell their position, layer and stream: [2, 2, n, 3]."""
+    numbers = torch.tensor([*positions], dtype=torch.float32)
+    layers, streams = torch.arange(2.0)[:, None, None], torch.arange(2.0)[None, :, None]
+    return torch.stack(torch.broadcast_tensors(numbers, layers, streams), dim=-1)
+
+
+def make(path: Path, dtype: torch.dtype, *, scored: bool) -> None:
+    with MemoryStore.create(
+        path,
+        layers=2,
+        streams=2,
+        dim=3,
+        dtype=dtype,
+        capacity=9,
+        fingerprint="weights",
+        chunk_bytes=4 * 3 * dtype.itemsize,
+    ) as store:
+        store.append(states(range(7)), [7, 5])
+        if scored:
+            for layer in range(2):
+                store.layer(layer).scores(TOKENS, **HOW)
+        store.pin(store.commit(durable=True))
+        store.reset([1])
+        store.append(states(range(7, 13)), [6, 0])
+        store.append(states(range(3)), [0, 3])
+        if scored:
+            for layer in range(2):
+                store.layer(layer).scores(TOKENS, **HOW)
+        store.commit()
+
+
+@pytest.fixture(params=STORES)
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of one of the stores."""
+    with tarfile.open(Path(__file__).parent / "fixtures" / "format-1.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    found: Path = tmp_path / request.param
+    return found
+
+
+def check(store: MemoryStore, held: tuple[range, range]) -> None:
+    assert store.lengths.tolist() == [len(positions) for positions in held]
+    for stream, positions in enumerate(held):
+        indices = torch.full((2, len(positions)), -1)
+        indices[stream] = torch.arange(len(positions))
+        assert store.positions(indices)[stream].tolist() == [*positions]
+        for layer in range(2):
+            expected = states(positions)[layer, stream].to(store.dtype)
+            assert torch.equal(store.gather(layer, indices)[stream], expected)
+            assert torch.equal(store.rows(layer)[0][stream, : len(positions)], expected)
+
+
+def test_every_commit_holds_what_it_held(path: Path) -> None:
+    assert MemoryStore.verify(path, all_commits=True).ok
+    with MemoryStore.open(path, fingerprint="weights") as store:
+        assert (store.layers, store.streams, store.dim, store.capacity) == (2, 2, 3, 9)
+        assert store.dtype == STORES[path.name]
+        commits = store.info().commits
+        check(store, HELD[-1])
+    assert [(each.durable, each.pinned) for each in commits] == [(False, False), (True, True), (False, False)]
+    for commit, held in zip(commits, HELD, strict=True):
+        with MemoryStore.open(path, commit=commit.id) as store:
+            check(store, held)
+
+
+def test_scores_that_are_stored_are_used(path: Path) -> None:
+    for commit, held in zip(MemoryStore.open(path).commits(), HELD, strict=True):
+        with MemoryStore.open(path, commit=commit) as store:
+            for layer in range(2):
+                rows = store.layer(layer)
+                found = rows.scores(TOKENS, **HOW)
+                on_disk = [not getattr(each, "loaded", True) for each in rows._streams]
+                assert on_disk == [path.name == "scored" and len(positions) > 0 for positions in held]
+                for stream, positions in enumerate(held):
+                    expected = row_scores(states(positions)[layer, stream], TOKENS, **HOW)
+                    assert torch.equal(found[stream, :, : len(positions)], expected)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_writing_goes_on(path: Path, back: bool) -> None:
+    commits = MemoryStore.open(path).commits()
+    with MemoryStore.open(path, mode="r+", commit=commits[1] if back else None) as store:
+        before = HELD[1] if back else HELD[2]
+        new = [range(positions.stop, positions.stop + 4) for positions in before]
+        for stream in range(2):
+            store.append(states(new[stream]), [4 * (stream == 0), 4 * (stream == 1)])
+        for layer in range(2):
+            store.layer(layer).scores(TOKENS, **HOW)
+        store.commit(durable=True)
+    held = tuple(
+        range(max(positions.start, each.stop - 9), each.stop)
+        for positions, each in zip(before, new, strict=True)
+    )
+    with MemoryStore.open(path) as store:
+        check(store, (held[0], held[1]))
+    with MemoryStore.open(path, commit=commits[1]) as store:
+        check(store, HELD[1])
+    assert MemoryStore.verify(path, all_commits=True).ok
+
+
+if __name__ == "__main__":
+    with tarfile.open(sys.argv[1], "w:xz") as archive, tempfile.TemporaryDirectory() as folder:
+        for name, dtype in STORES.items():
+            make(Path(folder) / name, dtype, scored=name == "scored")
+            archive.add(Path(folder) / name, name)
