@@ -7,6 +7,7 @@ may have saved a view of the rows for backward, long before the next rows come.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -33,6 +34,12 @@ class Rows(Protocol):
         """Copies of the rows at `index` (int64 [k], each in [-1, len)), [k, d] on the store's device.
 
         Where the index is -1 the result is zeros.
+        """
+
+    def blocks(self, start: int = 0) -> Iterator[Tensor]:
+        """The rows from `start` on, oldest first, in blocks [n, d] on the store's device, for reading only.
+
+        What is on disk is read block by block, and stays there.
         """
 
     def dropped(self, count: int) -> Rows:
@@ -95,6 +102,10 @@ class RowSpan:
     def gather(self, index: Tensor) -> Tensor:
         """Copies of the rows at `index` (int64 [k]), [k, d]; zeros where it is -1."""
         return gather_rows(self.view()[None], index.to(self._buffer.data.device)[None])[0]
+
+    def blocks(self, start: int = 0) -> Iterator[Tensor]:
+        """See `Rows`."""
+        yield self.view()[start:]
 
     def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
         """See `Rows`."""

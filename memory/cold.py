@@ -107,6 +107,17 @@ class ColdRows:
             data[given >= 0] = found
         return self._tensor(data).to(self._device)
 
+    def blocks(self, start: int = 0) -> Iterator[Tensor]:
+        """See `Rows`.
+
+        Raises:
+            CorruptionError: A row, or the file it is in, is damaged or missing.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+        if self._span is not None:
+            return self._span.blocks(start)
+        return self._read(self._log.oldest + start, self._log.end)
+
     def dropped(self, count: int) -> ColdRows | RowSpan:
         """The rows without the `count` oldest ones."""
         if self._span is not None:
