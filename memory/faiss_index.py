@@ -39,6 +39,8 @@ _LINKS, _LINK_CANDIDATES = 32, 128
 # Codes of product quantisation order rows roughly: so many times k are fetched, to choose from.
 _FETCHED_PER_CODE = 2
 _CODE_BITS = 8
+# What the kernels of faiss can return.
+_MOST_ON_GPU = 2048
 
 
 def import_faiss(kind: str) -> Any:
@@ -73,24 +75,33 @@ class FaissIndex:
     Args:
         kind: "flat", "hnsw", "ivf" or "ivfpq".
         index: faiss's own index.
+        device: Where the rows are. On a GPU, all kinds but "hnsw" go there if faiss has it.
         trained_for: How many rows there were when it was trained; 0 if it never was.
         removed: How many of the rows in it have left.
     """
 
-    def __init__(self, kind: FaissKind, index: Any, *, trained_for: int = 0, removed: int = 0) -> None:
+    def __init__(
+        self, kind: FaissKind, index: Any, device: torch.device, *, trained_for: int = 0, removed: int = 0
+    ) -> None:
         self.kind = kind
         self.trained_for = trained_for
         self.removed = removed
-        self._faiss = import_faiss(kind)
+        self._faiss = faiss = import_faiss(kind)
+        self._on_gpu = device.type == "cuda" and kind != "hnsw" and hasattr(faiss, "StandardGpuResources")
+        if self._on_gpu:
+            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
         self._index = index
 
     @classmethod
-    def empty(cls, kind: FaissKind, dim: int, rows: int, read: Callable[[Tensor], Tensor]) -> FaissIndex:
+    def empty(
+        cls, kind: FaissKind, dim: int, device: torch.device, rows: int, read: Callable[[Tensor], Tensor]
+    ) -> FaissIndex:
         """An index without rows, trained for those to come.
 
         Args:
             kind: "flat", "hnsw", "ivf" or "ivfpq".
             dim: Width of a row.
+            device: Where the rows are.
             rows: How many rows will be added at once.
             read: Reads some of them, [n, d], by their indices, int64 [n]. It is asked for a sample.
 
@@ -119,11 +130,19 @@ class FaissIndex:
                 # Lists of few rows are no mistake here: faiss would warn of them.
                 clustering.min_points_per_centroid = 1
             index.train(_as_array(read(torch.unique(drawn))))
-        return cls(kind, index, trained_for=rows if lists else 0)
+        return cls(kind, index, device, trained_for=rows if lists else 0)
 
     @classmethod
     def deserialize(
-        cls, kind: FaissKind, dim: int, data: bytes, *, held: int, trained_for: int, removed: int
+        cls,
+        kind: FaissKind,
+        dim: int,
+        device: torch.device,
+        data: bytes,
+        *,
+        held: int,
+        trained_for: int,
+        removed: int,
     ) -> FaissIndex:
         """The index that `serialize` made bytes of.
 
@@ -143,11 +162,12 @@ class FaissIndex:
         expected = (dim, removed + held, faiss.METRIC_INNER_PRODUCT)
         if found != expected:
             raise CorruptionError(f"expected width, rows and metric {expected}, got {found}")
-        return cls(kind, index, trained_for=trained_for, removed=removed)
+        return cls(kind, index, device, trained_for=trained_for, removed=removed)
 
     def serialize(self) -> bytes:
         """The index as bytes, with the rows that have left."""
-        data: bytes = self._faiss.serialize_index(self._index).tobytes()
+        index = self._faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
+        data: bytes = self._faiss.serialize_index(index).tobytes()
         return data
 
     def __len__(self) -> int:
@@ -183,33 +203,34 @@ class FaissIndex:
 
         Returns:
             Indices of rows, int64 [r, c] on the CPU, ascending, each at most once, with -1 in front for none.
-            There are up to k, and with codes of product quantisation up to 2k to choose from.
+            Up to k, or more to choose from; on a GPU at most 2,048.
         """
         if self.kind == "ivfpq":
             k *= _FETCHED_PER_CODE
         k = min(k, len(self))
         if k == 0:
             return torch.empty(tokens.shape[0], 0, dtype=torch.int64)
-        _, found = self._index.search(_as_array(tokens), k, params=self._parameters(k, nprobe))
-        found[found >= 0] -= self.removed
+        # On a GPU rows cannot be passed over: more are fetched, and those that have left count as none.
+        fetched = min(k + self.removed, _MOST_ON_GPU) if self._on_gpu else k
+        _, found = self._index.search(_as_array(tokens), fetched, params=self._parameters(k, nprobe))
+        found = np.where(found >= self.removed, found - self.removed, -1)
         return torch.from_numpy(np.sort(found, axis=-1))
 
     def _parameters(self, k: int, nprobe: int | None) -> Any:
         """How hard faiss searches, and for which rows."""
         faiss = self._faiss
         selected: dict[str, Any] = {}
-        if self.removed:
+        if self.removed and not self._on_gpu:
             selected["sel"] = faiss.IDSelectorRange(self.removed, self._index.ntotal)
         if self.kind == "hnsw":
             return faiss.SearchParametersHNSW(efSearch=2 * k, **selected)
         if not self.trained_for:
-            return faiss.SearchParameters(**selected)
+            return faiss.SearchParameters(**selected) if selected else None
         lists = self._index.nlist
         if nprobe is None:
             enough = math.ceil(_ROWS_PER_FOUND * k * lists / len(self))
             nprobe = max(lists // _LISTS_PER_PROBE, enough)
-        kind = faiss.SearchParametersIVF if self.kind == "ivf" else faiss.IVFPQSearchParameters
-        return kind(nprobe=min(nprobe, lists), **selected)
+        return faiss.SearchParametersIVF(nprobe=min(nprobe, lists), **selected)
 
     @contextmanager
     def _in_order(self) -> Iterator[None]:

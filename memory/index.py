@@ -59,7 +59,8 @@ class MemoryIndex:
     Lists are for 4,096 rows or more; below, all rows are scored. There are about 2 sqrt(m) of them, a power
     of two, for the m rows there are at the time, trained on 64 rows for each list; they are trained anew when
     m has become four times as many. Nothing is deleted from an index of faiss: rows that have left stay in it
-    until they are more than those held, and then it is built anew.
+    until they are more than those held, and then it is built anew. For a store on a GPU all kinds but "hnsw"
+    live there too where faiss has one; they then find up to 2,048 rows.
 
     Args:
         store: The memory. The index can be used as long as it is open.
@@ -275,7 +276,11 @@ class MemoryIndex:
             index.remove_oldest(len(index) - kept)
         else:
             index = FaissIndex.empty(
-                kind, self._store.dim, log.held, lambda drawn: self._normalized(rows.gather(drawn))
+                kind,
+                self._store.dim,
+                self._store.device,
+                log.held,
+                lambda drawn: self._normalized(rows.gather(drawn)),
             )
         for block in rows.blocks(kept):
             for start in range(0, block.shape[0], _ROWS_AT_ONCE):
@@ -309,6 +314,7 @@ class MemoryIndex:
                 index = FaissIndex.deserialize(
                     kind,
                     self._store.dim,
+                    self._store.device,
                     saved.data,
                     held=sum(extent.stop - extent.start for extent in saved.extents),
                     trained_for=saved.trained_for,

@@ -670,6 +670,54 @@ def test_which_rows_are_those_held_before(
     assert index.kept_rows(*extents) == kept
 
 
+class OnGpu:
+    """What an index of faiss on a GPU lets one do."""
+
+    def __init__(self, on_cpu: Any) -> None:
+        self.on_cpu = on_cpu
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.on_cpu, name)
+
+    def search(self, tokens: Any, k: int, params: Any) -> Any:
+        assert k <= 2048
+        assert params is None or params.sel is None
+        return self.on_cpu.search(tokens, k, params=params)
+
+
+def test_an_index_moves_to_the_gpu_of_faiss_and_back(
+    kind: FaissKind, short_lists: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faiss = pytest.importorskip("faiss")
+    moved: list[tuple[str, int]] = []
+
+    def to_gpu(resources: str, device: int, on_cpu: Any) -> OnGpu:
+        moved.append((resources, device))
+        return OnGpu(on_cpu)
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+    monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda there: there.on_cpu, raising=False)
+    rows, tokens = torch.randn(3000, 8), torch.randn(4, 8)
+    on_gpu, on_cpu = (
+        FaissIndex.empty(kind, 8, torch.device(device), 3000, lambda drawn: rows[drawn])
+        for device in ("cuda:1", "cpu")
+    )
+    assert moved == ([] if kind == "hnsw" else [("resources", 1)])
+    for each in (on_gpu, on_cpu):
+        each.add(rows)
+        each.remove_oldest(1000)
+    assert on_gpu.serialize() == on_cpu.serialize()
+    for k in (5, 1500):
+        there, here = on_gpu.search(tokens, k, ALL_LISTS), on_cpu.search(tokens, k, ALL_LISTS)
+        assert there.shape[1] <= 2048
+        assert there.max() < 2000
+        for one, other in zip(there, here, strict=True):
+            # Those that were to be found are among those fetched, as far as they are not more than 2,048.
+            found = torch.isin(other[other >= 0], one)
+            assert found.all() if k == 5 else found.float().mean() > 0.6
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_rows_on_a_gpu(kind: FaissKind) -> None:
     states, tokens = torch.randn(1, 2, 300, 8), torch.randn(3, 8)
