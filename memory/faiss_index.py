@@ -36,9 +36,12 @@ _LISTS_PER_PROBE = 8
 _ROWS_PER_FOUND = 16
 # Neighbours of a row in the graph of HNSW, and how many it is chosen from.
 _LINKS, _LINK_CANDIDATES = 32, 128
-# Codes of product quantisation order rows roughly: so many times k are fetched, to choose from.
+# Rounding to float16 swaps neighbours, and codes order rows roughly: so many more than k, and so many times
+# k are fetched, for the caller to choose from.
+_SPARE = 32
 _FETCHED_PER_CODE = 2
 _CODE_BITS = 8
+_LARGEST_HALF = torch.finfo(torch.float16).max
 # What the kernels of faiss can return.
 _MOST_ON_GPU = 2048
 
@@ -118,7 +121,10 @@ class FaissIndex:
         else:
             quantizer = faiss.IndexFlatIP(dim)
             if kind == "ivf":
-                index = faiss.IndexIVFFlat(quantizer, dim, lists, faiss.METRIC_INNER_PRODUCT)
+                half, by_residual = faiss.ScalarQuantizer.QT_fp16, False
+                index = faiss.IndexIVFScalarQuantizer(
+                    quantizer, dim, lists, half, faiss.METRIC_INNER_PRODUCT, by_residual
+                )
             else:
                 index = faiss.IndexIVFPQ(
                     quantizer, dim, lists, _code_bytes(dim), _CODE_BITS, faiss.METRIC_INNER_PRODUCT
@@ -186,6 +192,9 @@ class FaissIndex:
 
     def add(self, rows: Tensor) -> None:
         """Adds rows [n, d] at the newest end."""
+        if self.kind == "ivf" and self.trained_for:
+            # A search needs numbers that float16 has; the caller scores with those that the rows have.
+            rows = rows.clamp(-_LARGEST_HALF, _LARGEST_HALF)
         with self._in_order():
             self._index.add(_as_array(rows))
 
@@ -205,7 +214,9 @@ class FaissIndex:
             Indices of rows, int64 [r, c] on the CPU, ascending, each at most once, with -1 in front for none.
             Up to k, or more to choose from; on a GPU at most 2,048.
         """
-        if self.kind == "ivfpq":
+        if self.kind == "ivf":
+            k += _SPARE
+        elif self.kind == "ivfpq":
             k *= _FETCHED_PER_CODE
         k = min(k, len(self))
         if k == 0:

@@ -48,7 +48,7 @@ class MemoryIndex:
     | "exact" | the k best, equal ones by the lower index; reads all rows, a block at a time | nothing |
     | "flat" | the k best up to rounding | the rows in float32 |
     | "hnsw" | about the k best, through a graph of neighbours | the rows in float32, and the graph |
-    | "ivf" | about the k best, in the lists nearest to the token | the rows in float32, in lists |
+    | "ivf" | about the k best, in the lists nearest to the token | the rows in float16, in lists |
     | "ivfpq" | about the k best, in the same lists, by codes | a byte for every four numbers or so |
 
     All but "exact" are those of faiss (Douze et al., arXiv 2401.08281), with product quantisation after Jégou

@@ -203,6 +203,16 @@ def test_recall_on_clustered_rows(rows: int, floors: tuple[float, ...], kind: Fa
         assert narrow < MemoryIndex(store, kind, nprobe=ALL_LISTS).recall(0, tokens, 100)
 
 
+def test_rows_beyond_float16_are_found(kind: FaissKind, short_lists: None) -> None:
+    states = torch.randn(1, 1, 500, 4) * 1e6
+    store = in_memory(states)
+    memory_index = MemoryIndex(store, kind)
+    scores, indices = memory_index.search(0, states[0, 0, :3] / 1e6, 5)
+    assert scores.isfinite().all()
+    products = (states[0, 0, :3] / 1e6)[:, None] * states[0, 0][indices[0]]
+    torch.testing.assert_close(scores[0], products.sum(-1))
+
+
 def test_recall_counts_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     memory_index = MemoryIndex(in_memory(torch.randn(1, 2, 30, 4)))
     tokens = torch.randn(3, 4)
