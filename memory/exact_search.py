@@ -42,31 +42,32 @@ def search_rows(
     for block in blocks:
         for start in range(0, block.shape[0], step):
             rows = block[start : start + step]
-            found, places = take_best(row_scores(rows, tokens, normalize=normalize), None, k)
-            places = torch.where(places < 0, places, places + first)
+            new = row_scores(rows, tokens, normalize=normalize)
+            places = top_indices(new, min(k, rows.shape[0]))
+            found = new.gather(-1, places.clamp(min=0)).masked_fill(places < 0, -math.inf)
             # Those found before have the lower indices, and stand in front.
-            scores, indices = take_best(torch.cat([scores, found], -1), torch.cat([indices, places], -1), k)
+            scores, indices = take_best(
+                torch.cat([scores, found], -1), torch.cat([indices, places + first], -1), k
+            )
             first += rows.shape[0]
     return take_best(scores, indices, k)
 
 
-def take_best(scores: Tensor, indices: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Takes the k highest scores of each row, and their indices.
+def take_best(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Takes the k highest of some scores, and their indices.
 
     Args:
-        scores: [r, n].
-        indices: What they are the scores of, int64 [r, n], ascending where scores are equal; -1 for none,
-            with a score of -inf. None stands for 0, 1, 2, ...
+        scores: [r, n]; -inf and NaN for what cannot be taken.
+        indices: What they are the scores of, int64 [r, n], ascending where scores are equal.
         k: How many.
 
     Returns:
         Scores [r, k], highest first and among equals the lower index first; and their indices, int64 [r, k].
-        Where there are no more, and for NaN, they are -inf and -1.
+        Where there are no more, they are -inf and -1.
     """
-    places = top_indices(scores, min(k, scores.shape[-1]))
-    places = pad(places, (0, k - places.shape[-1]), value=-1)
-    if scores.shape[-1] == 0:
-        return torch.full_like(places, -math.inf, dtype=scores.dtype), places
-    at = places.clamp(min=0)
-    best = scores.gather(-1, at).masked_fill(places < 0, -math.inf)
-    return best, places if indices is None else indices.gather(-1, at).masked_fill(places < 0, -1)
+    scores = scores.masked_fill(scores.isnan(), -math.inf)
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)
+    scores, indices = scores[:, :k], indices.gather(-1, order[:, :k])
+    indices = indices.masked_fill(scores == -math.inf, -1)
+    missing = k - scores.shape[1]
+    return pad(scores, (0, missing), value=-math.inf), pad(indices, (0, missing), value=-1)

@@ -252,11 +252,7 @@ class MemoryIndex:
 
     def _scored(self, rows: Rows, queries: Tensor, found: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best of the rows found, int64 [r, c], by their scores in full precision."""
-        count = found.shape[1]
-        if count == 0:
-            dtype = compute_dtype(self._store.dtype)
-            return take_best(torch.empty(found.shape, dtype=dtype, device=found.device), found, k)
-        taken = rows.gather(found.reshape(-1)).view(*found.shape, -1)
+        taken = rows.gather(found.reshape(-1)).view(*found.shape, self._store.dim)
         scores = row_scores(taken, queries[:, None], normalize=self._normalize)[:, 0]
         return take_best(scores.masked_fill(found < 0, -math.inf), found, k)
 

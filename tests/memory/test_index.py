@@ -170,15 +170,22 @@ def test_rows_on_disk_stay_there_when_searched_exactly(tmp_path: Path) -> None:
         assert torch.equal(one, loaded)
 
 
-def test_nothing_to_find(kind: FaissKind) -> None:
-    store = MemoryStore.create(layers=1, streams=2, dim=3)
-    for each in ("exact", kind):
-        memory_index = MemoryIndex(store, each)
-        scores, indices = memory_index.search(0, torch.randn(2, 3), 4)
-        assert (scores == -math.inf).all()
-        assert (indices == -1).all()
-        assert memory_index.search(0, torch.randn(0, 3), 4)[0].shape == (2, 0, 4)
-        assert memory_index.recall(0, torch.randn(2, 3), 4) == 1.0
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_nothing_to_find(kind: FaissKind, where: str, tmp_path: Path) -> None:
+    path = tmp_path / "s" if where == "disk" else None
+    with MemoryStore.create(path, layers=1, streams=2, dim=3) as store:
+        for rows in (0, 5, 0):
+            store.append(torch.randn(1, 2, rows, 3))
+            for each in ("exact", kind):
+                memory_index = MemoryIndex(store, each)
+                assert memory_index.search(0, torch.randn(0, 3), 4)[0].shape == (2, 0, 4)
+                assert memory_index.recall(0, torch.randn(0, 3), 4) == 1.0
+                if not rows:
+                    scores, indices = memory_index.search(0, torch.randn(2, 3), 4)
+                    assert (scores == -math.inf).all()
+                    assert (indices == -1).all()
+                    assert memory_index.recall(0, torch.randn(2, 3), 4) == 1.0
+            store.reset(range(2))
 
 
 def test_a_row_that_is_no_number_is_not_found(kind: FaissKind) -> None:
