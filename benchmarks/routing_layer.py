@@ -227,8 +227,8 @@ def sweep(sizes: Sizes, device: torch.device) -> Iterator[Point]:
         if not _fits(size + m * BYTES_A_ROW + BYTES_BESIDE, device):
             return
         yield from _routed_points(m, sizes, routed, reference, device)
-        # Keys and values are as large as the memories.
-        if dense is None or not _fits(3 * size + BYTES_BESIDE, device):
+        # Keys and values are each as large as the memories, and a CUDA graph holds them once more.
+        if dense is None or not _fits(5 * size + BYTES_BESIDE, device):
             continue
         point = _dense_point(m, sizes, dense, device)
         if point.measurement.timing is None or point.measurement.timing.median > SECOND:

@@ -100,12 +100,22 @@ def budget_per_row(k: float | Tensor, s: Tensor) -> Tensor:
         if k.device != s.device:
             raise ValueError(f"k must be on the device of s, {s.device}, got {k.device}")
         return k.to(torch.float64).expand(rows)
+    return torch.full(rows, check_budget(k), dtype=torch.float64, device=s.device)
+
+
+def check_budget(k: float) -> float:
+    """A budget that is a number, as a float.
+
+    Raises:
+        TypeError: ``k`` is no real number.
+        ValueError: ``k`` is not finite.
+    """
     if isinstance(k, bool) or not isinstance(k, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"k must be a number or a real tensor, got {type(k).__name__}")
     # Compared, not math.isfinite(k), which torch.compile cannot trace for a k that changes between calls.
     if not -math.inf < k < math.inf:
         raise ValueError(f"k must be finite, got {k}")
-    return torch.full(rows, float(k), dtype=torch.float64, device=s.device)
+    return float(k)
 
 
 def resolve_backend(backend: Backend | None, tensor: Tensor) -> Backend:

@@ -43,7 +43,7 @@ BLOCK = 2048  # entries that the second pass reads at once
 MAX_TILES = 512  # of a row
 MAX_FOLDS = 16  # tiles that share their chunks
 COLLECT_PROGRAMS = 264  # of the second pass, in all: each of them searches for the threshold
-RANK_BLOCK = 32  # candidates that are ranked at once
+RANK_BLOCK = 16  # candidates that are ranked at once
 OTHERS = 512  # candidates that they are compared with at once
 COUNTERS = 3  # of a row: candidates, programs that have finished, candidates of the radix selection
 
@@ -662,9 +662,11 @@ def selection_rank_kernel(
     capacity: tl.tensor,
     parts: tl.tensor,
     sums: tl.tensor,
+    number: tl.float64,
     eps: tl.float64,
     scale: tl.float64,
     HAS_MASK: tl.constexpr,
+    HAS_K: tl.constexpr,
     LEVEL: tl.constexpr,
     CHOSEN: tl.constexpr,
     STRAIGHT: tl.constexpr,
@@ -768,7 +770,7 @@ def selection_rank_kernel(
             valid = tl.sum(tl.load(p_sums + 2 * sums + o_sum, mask=m_sum, other=0))
             total = tl.where(valid < _POISON, total, float("nan"))
             valid = (valid & (_POISON - 1)).to(tl.float64)
-            k = tl.load(p_k + i_row * stride_k)
+            k = tl.load(p_k + i_row * stride_k) if HAS_K else tl.full([], number, tl.float64)
             picks = count_picks(k, valid, tl.minimum(count, largest))
             shift = tl.load(p_sorted + tl.maximum(picks - 1, 0), mask=count > 0, other=0.0)
             shift = tl.where(shift < float("inf"), shift, 0.0).to(tl.float64)
@@ -845,20 +847,22 @@ def select(
     num: int,
     eps: float = 1.0,
     k: Tensor | None = None,
+    number: float = 0.0,
     levels: Tensor | None = None,
     chosen: Tensor | None = None,
     straight_through: bool = False,
 ) -> Tensor:
-    """Indices [rows, num] of the largest scores of each row; with budgets, solves for its level too.
+    """Indices [rows, num] of the largest scores of each row; solves for its level too, if asked.
 
     Args:
         rows: scores and mask.
         largest: how many to select, at least 1, ``num`` and ceil(k), at most n and ``LARGEST``.
         num: how many indices are wanted.
         eps: the temperature of the gates.
-        k: the budget of each row, float64 [rows].
+        k: the budget of each row, float64 [rows]; None for one number in all rows.
+        number: that number.
         levels: filled with the shift and the level of each row and what saturated entries leave of its
-            budget, float64 [3, rows]; goes with ``k``.
+            budget, float64 [3, rows].
         chosen: filled with the gates of the largest scores, [rows, num].
         straight_through: gates that are chosen are 1.
     """
@@ -876,7 +880,7 @@ def select(
     ranked = torch.empty(size, dtype=compute_dtype(s.dtype), device=s.device)
     counters = torch.empty(count * COUNTERS, dtype=torch.int32, device=s.device)
     thresholds = torch.empty(count, dtype=key_type, device=s.device)
-    sums = torch.empty(0 if k is None else count * 3 * parts, dtype=torch.int64, device=s.device)
+    sums = torch.empty(0 if levels is None else count * 3 * parts, dtype=torch.int64, device=s.device)
     indices = torch.empty((count, num), dtype=torch.int64, device=s.device)
     scale = math.log2(math.e) / eps
 
@@ -918,7 +922,7 @@ def select(
             cut.blocks,
             scale,
             HAS_MASK=has_mask,
-            LEVEL=k is not None,
+            LEVEL=levels is not None,
             DTYPE=dtype,
             TILE_CHUNKS=SEGMENT // cut.group,
             FOLDS=cut.folds,
@@ -951,10 +955,12 @@ def select(
             cut.capacity,
             rankers,
             parts,
+            number,
             eps,
             scale,
             HAS_MASK=has_mask,
-            LEVEL=k is not None,
+            HAS_K=k is not None,
+            LEVEL=levels is not None,
             CHOSEN=chosen is not None,
             STRAIGHT=straight_through,
             DTYPE=dtype,

@@ -9,6 +9,7 @@ from torch import Tensor
 from xlroute.kernels.arguments import (
     Backend,
     budget_per_row,
+    check_budget,
     check_eps,
     check_mask,
     check_scores,
@@ -90,9 +91,9 @@ def soft_topk_with_indices(
     Raises:
         TypeError, ValueError: as `soft_topk` and `top_indices` do.
     """
-    budget, largest, backend = _checked(s, k, num, eps, mask, backend, largest)
+    budgets, number, largest, backend = _checked(s, k, num, eps, mask, backend, largest)
     gates: Tensor
-    gates, _, indices = _forward(s, budget, mask, float(eps), largest, num, backend)
+    gates, _, indices = _forward(s, budgets, number, mask, float(eps), largest, num, backend)
     return gates, indices
 
 
@@ -130,9 +131,11 @@ def top_gates(
     Raises:
         TypeError, ValueError: as `soft_topk` and `top_indices` do.
     """
-    budget, largest, backend = _checked(s, k, num, eps, mask, backend, largest)
+    budgets, number, largest, backend = _checked(s, k, num, eps, mask, backend, largest)
     gates: Tensor
-    gates, _, indices = _forward_chosen(s, budget, mask, float(eps), largest, num, straight_through, backend)
+    gates, _, indices = _forward_chosen(
+        s, budgets, number, mask, float(eps), largest, num, straight_through, backend
+    )
     return gates, indices
 
 
@@ -144,15 +147,21 @@ def _checked(
     mask: Tensor | None,
     backend: Backend | None,
     largest: int | None,
-) -> tuple[Tensor, int | None, Backend]:
-    """Checks the arguments; the budget of each row, a bound on it, and the backend."""
+) -> tuple[Tensor | None, float, int | None, Backend]:
+    """Checks the arguments; the budget of each row or of all, a bound on it, and the backend."""
     check_scores(s)
     check_mask(mask, s)
     check_eps(eps)
     check_count("num", num, s)
-    if not isinstance(k, Tensor):
-        largest = math.ceil(min(max(k, 0), 2**53))
-    return budget_per_row(k, s), largest, resolve_backend(backend, s)
+    backend = resolve_backend(backend, s)
+    if isinstance(k, Tensor):
+        return budget_per_row(k, s), 0.0, largest, backend
+    number = check_budget(k)
+    largest = math.ceil(min(max(k, 0), 2**53))
+    if torch.compiler.is_compiling():
+        # A graph is made for one number, but for any tensor.
+        return budget_per_row(k, s), 0.0, largest, backend
+    return None, number, largest, backend
 
 
 def _offset(s: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -168,9 +177,19 @@ def _masked_scores(s: Tensor, mask: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("xlroute::soft_topk", mutates_args=())
 def _forward(
-    s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int | None, num: int, backend: str
+    s: Tensor,
+    k: Tensor | None,
+    number: float,
+    mask: Tensor | None,
+    eps: float,
+    largest: int | None,
+    num: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gates [..., n]; levels [3, ...] of `_solve_by_sorting`; int64 indices [..., num]."""
+    """Gates [..., n] for the budgets ``k`` [...], or ``number`` for all rows.
+
+    And the levels [3, ...] of `_solve_by_sorting`, and int64 indices [..., num].
+    """
     lead = s.shape[:-1]
     if s.numel() == 0:
         levels = s.new_zeros((3, *lead), dtype=torch.float64)
@@ -179,8 +198,8 @@ def _forward(
     if in_triton:
         from xlroute.kernels import water_level_triton
 
-        return water_level_triton.forward(s, k, mask, eps, largest, num)
-    gates, levels = _solve_by_sorting(s, k, mask, eps, largest)
+        return water_level_triton.forward(s, k, number, mask, eps, largest, num)
+    gates, levels = _solve_by_sorting(s, k, number, mask, eps, largest)
     indices = select_by_sorting(s, num, mask) if num > 0 else s.new_empty((*lead, 0), dtype=torch.int64)
     return gates, levels, indices
 
@@ -188,7 +207,8 @@ def _forward(
 @torch.library.custom_op("xlroute::top_gates", mutates_args=())
 def _forward_chosen(
     s: Tensor,
-    k: Tensor,
+    k: Tensor | None,
+    number: float,
     mask: Tensor | None,
     eps: float,
     largest: int | None,
@@ -205,8 +225,8 @@ def _forward_chosen(
     if in_triton:
         from xlroute.kernels import water_level_triton
 
-        return water_level_triton.forward_chosen(s, k, mask, eps, largest, num, straight_through)
-    gates, levels = _solve_by_sorting(s, k, mask, eps, largest)
+        return water_level_triton.forward_chosen(s, k, number, mask, eps, largest, num, straight_through)
+    gates, levels = _solve_by_sorting(s, k, number, mask, eps, largest)
     indices = select_by_sorting(s, num, mask)
     chosen = gates.gather(-1, indices.clamp(min=0))
     if straight_through:
@@ -214,7 +234,7 @@ def _forward_chosen(
     return chosen.masked_fill_(indices < 0, 0.0), levels, indices
 
 
-def _plan(s: Tensor, k: Tensor, largest: int | None, num: int, backend: str) -> tuple[int, bool]:
+def _plan(s: Tensor, k: Tensor | None, largest: int | None, num: int, backend: str) -> tuple[int, bool]:
     """A bound on the budgets, between 1 and n, and whether Triton solves for them."""
     n = s.shape[-1]
     if backend == "triton":
@@ -229,13 +249,14 @@ def _plan(s: Tensor, k: Tensor, largest: int | None, num: int, backend: str) -> 
     return min(max(largest, 1), n), False
 
 
-def _largest_budget(k: Tensor, n: int) -> int:
+def _largest_budget(k: Tensor | None, n: int) -> int:
     """The largest ceil(k) of all rows, read by the host."""
+    assert k is not None  # a number comes with a bound
     return int(k.nan_to_num(nan=0.0).amax().clamp(0, n).ceil())
 
 
 def _solve_by_sorting(
-    s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int
+    s: Tensor, k: Tensor | None, number: float, mask: Tensor | None, eps: float, largest: int
 ) -> tuple[Tensor, Tensor]:
     """The reference of the gates and levels: one top-k of ``largest`` and one logsumexp.
 
@@ -244,6 +265,8 @@ def _solve_by_sorting(
     """
     with torch.autocast(s.device.type, enabled=False):
         n = s.shape[-1]
+        if k is None:
+            k = torch.full(s.shape[:-1], number, dtype=torch.float64, device=s.device)
         scores = _masked_scores(s, mask)
         invalid = scores == -math.inf
         valid = n - invalid.sum(-1)
@@ -332,7 +355,14 @@ def _backward_chosen(
 
 @_forward.register_fake
 def _(
-    s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int | None, num: int, backend: str
+    s: Tensor,
+    k: Tensor | None,
+    number: float,
+    mask: Tensor | None,
+    eps: float,
+    largest: int | None,
+    num: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lead = s.shape[:-1]
     levels = s.new_empty((3, *lead), dtype=torch.float64)
@@ -342,7 +372,8 @@ def _(
 @_forward_chosen.register_fake
 def _(
     s: Tensor,
-    k: Tensor,
+    k: Tensor | None,
+    number: float,
     mask: Tensor | None,
     eps: float,
     largest: int | None,
@@ -376,7 +407,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    s, _, mask, ctx.eps, _, _, ctx.backend = inputs
+    s, k, _, mask, ctx.eps, _, _, ctx.backend = inputs
+    ctx.has_budgets = k is not None
     ctx.save_for_backward(s, mask, output[1])
     ctx.set_materialize_grads(False)
 
@@ -386,11 +418,12 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     ds = dk = None
     if grad is not None:
         ds, dk = _backward(grad, s, mask, levels, ctx.eps, ctx.backend)
-    return ds, dk, None, None, None, None, None
+    return ds, dk if ctx.has_budgets else None, None, None, None, None, None, None
 
 
 def _setup_chosen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    s, _, mask, ctx.eps, _, _, _, ctx.backend = inputs
+    s, k, _, mask, ctx.eps, _, _, _, ctx.backend = inputs
+    ctx.has_budgets = k is not None
     _, levels, indices = output
     ctx.save_for_backward(s, mask, levels, indices)
     ctx.set_materialize_grads(False)
@@ -401,7 +434,7 @@ def _autograd_chosen(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[
     ds = dk = None
     if grad is not None:
         ds, dk = _backward_chosen(grad, indices, s, mask, levels, ctx.eps, ctx.backend)
-    return ds, dk, None, None, None, None, None, None
+    return ds, dk if ctx.has_budgets else None, None, None, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

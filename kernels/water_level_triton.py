@@ -112,9 +112,11 @@ def water_level_short_fwd_kernel(
     stride_m1: tl.tensor,
     stride_mn: tl.tensor,
     stride_k: tl.tensor,
+    number: tl.float64,
     eps: tl.float64,
     scale: tl.float64,
     HAS_MASK: tl.constexpr,
+    HAS_K: tl.constexpr,
     CHOSEN: tl.constexpr,
     STRAIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -138,7 +140,7 @@ def water_level_short_fwd_kernel(
         p_indices + i_row * num + o_rank, tl.where(o_rank < valid, b_id, -1).to(tl.int64), mask=o_rank < num
     )
 
-    k = tl.load(p_k + i_row * stride_k)
+    k = tl.load(p_k + i_row * stride_k) if HAS_K else tl.full([], number, tl.float64)
     picks = count_picks(k, valid.to(tl.float64), n)
     b_sorted = from_key(b_key, tl.float32)
     b_score = tl.where((o_rank < valid) & (b_sorted < float("inf")), b_sorted, 0.0)
@@ -393,13 +395,20 @@ def chosen_bwd_kernel(
 
 
 def forward(
-    s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int, num: int
+    s: Tensor,
+    k: Tensor | None,
+    number: float,
+    mask: Tensor | None,
+    eps: float,
+    largest: int,
+    num: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gates [..., n]; float64 scalars [3, ...], see `select`; the ``num`` largest [..., num].
 
     Args:
         s: scores, [..., n].
-        k: float64 budgets, [...].
+        k: float64 budgets, [...]; None for one number in all rows.
+        number: that number.
         mask: broadcasts to [..., n].
         eps: the temperature.
         largest: a bound on ceil(k), for which `can_select` holds.
@@ -408,13 +417,13 @@ def forward(
     lead, n = s.shape[:-1], s.shape[-1]
     rows = prepare_rows(s, mask)
     count = rows.s.shape[0]
-    k = k.reshape(count)
+    k = None if k is None else k.reshape(count)
     gates = torch.empty(s.shape, dtype=s.dtype, device=s.device)
     if sorts_whole_rows(s):
-        levels, indices = forward_short(rows, k, eps, num, gates)
+        levels, indices = forward_short(rows, k, number, eps, num, gates)
         return gates, levels.view(3, *lead), indices.view(*lead, num)
     levels = torch.empty((3, count), dtype=torch.float64, device=s.device)
-    indices = select(rows, min(max(largest, num, 1), n), num, eps, k, levels)
+    indices = select(rows, min(max(largest, num, 1), n), num, eps, k, number, levels)
     blocks = triton.cdiv(n, BLOCK)
     with torch.cuda.device_of(s):  # type: ignore[no-untyped-call]
         water_level_fwd_kernel[(count * blocks,)](
@@ -436,26 +445,34 @@ def forward(
 
 
 def forward_chosen(
-    s: Tensor, k: Tensor, mask: Tensor | None, eps: float, largest: int, num: int, straight_through: bool
+    s: Tensor,
+    k: Tensor | None,
+    number: float,
+    mask: Tensor | None,
+    eps: float,
+    largest: int,
+    num: int,
+    straight_through: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `forward`, with the gates of the ``num`` largest alone, [..., num]."""
     lead, n = s.shape[:-1], s.shape[-1]
     rows = prepare_rows(s, mask)
     count = rows.s.shape[0]
-    k = k.reshape(count)
+    k = None if k is None else k.reshape(count)
     chosen = torch.empty((*lead, num), dtype=s.dtype, device=s.device)
     if sorts_whole_rows(s):
-        levels, indices = forward_short(rows, k, eps, num, chosen, True, straight_through)
+        levels, indices = forward_short(rows, k, number, eps, num, chosen, True, straight_through)
     else:
         levels = torch.empty((3, count), dtype=torch.float64, device=s.device)
         largest = min(max(largest, num, 1), n)
-        indices = select(rows, largest, num, eps, k, levels, chosen, straight_through)
+        indices = select(rows, largest, num, eps, k, number, levels, chosen, straight_through)
     return chosen, levels.view(3, *lead), indices.view(*lead, num)
 
 
 def forward_short(
     rows: Rows,
-    k: Tensor,
+    k: Tensor | None,
+    number: float,
     eps: float,
     num: int,
     gates: Tensor,
@@ -480,10 +497,12 @@ def forward_short(
             num,
             count,
             *strides,
-            k.stride(0),
+            0 if k is None else k.stride(0),
+            number,
             eps,
             math.log2(math.e) / eps,
             HAS_MASK=has_mask,
+            HAS_K=k is not None,
             CHOSEN=chosen,
             STRAIGHT=straight_through,
             BLOCK=block,

@@ -16,6 +16,8 @@ from torch import Tensor
 from xlroute.kernels import gather_rows, row_scores
 from xlroute.memory.scores import KeptScores, Scoring, StoredScores
 
+_BLOCK_ROWS = 1 << 16  # of rows in memory that are handed on at once
+
 
 class Rows(Protocol):
     """The rows that one stream holds in one layer, oldest first, wherever they are."""
@@ -30,17 +32,17 @@ class Rows(Protocol):
     def span(self) -> RowSpan:
         """All rows, in memory."""
 
+    def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Rows `start` to `stop` in blocks [k, d], for reading only."""
+
     def gather(self, index: Tensor) -> Tensor:
         """Copies of the rows at `index` (int64 [k], each in [-1, len)), [k, d] on the store's device.
 
         Where the index is -1 the result is zeros.
         """
 
-    def blocks(self, start: int = 0) -> Iterator[Tensor]:
-        """The rows from `start` on, oldest first, in blocks [n, d] on the store's device, for reading only.
-
-        What is on disk is read block by block, and stays there.
-        """
+    def prefetch(self, index: Tensor) -> None:
+        """Begins to fetch rows that will be gathered soon, where they are not in memory."""
 
     def dropped(self, count: int) -> Rows:
         """The rows without the `count` oldest ones."""
@@ -58,10 +60,13 @@ class Rows(Protocol):
 class _Buffer:
     """Room for rows, [size, d]; the first `used` of them belong to some span and are never written again."""
 
-    def __init__(self, size: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, size: int, dim: int, dtype: torch.dtype, device: torch.device, pinned: bool = False
+    ) -> None:
+        self.pinned = pinned
         # A tensor made in inference mode could not be saved for backward later.
         with torch.inference_mode(False):
-            self.data = torch.empty(size, dim, dtype=dtype, device=device)
+            self.data = torch.empty(size, dim, dtype=dtype, device=device, pin_memory=pinned)
             # An alias with a version counter of its own. Writing through `data`, or through `data.detach()`,
             # would raise the counter that all views of `data` share, and autograd would then refuse to run
             # backward over rows that it saved, although the write is beyond all of them.
@@ -79,9 +84,11 @@ class RowSpan:
         self._stop = stop
 
     @classmethod
-    def empty(cls, dim: int, dtype: torch.dtype, device: torch.device, *, room: int = 0) -> RowSpan:
-        """A span of no rows, with room for `room` rows to come."""
-        return cls(_Buffer(room, dim, dtype, device), 0, 0)
+    def empty(
+        cls, dim: int, dtype: torch.dtype, device: torch.device, *, room: int = 0, pinned: bool = False
+    ) -> RowSpan:
+        """A span of no rows, with room for `room` rows to come; in memory that a GPU reads fast if pinned."""
+        return cls(_Buffer(room, dim, dtype, device, pinned), 0, 0)
 
     def __len__(self) -> int:
         return self._stop - self._start
@@ -95,6 +102,21 @@ class RowSpan:
         """The span itself."""
         return self
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._buffer.data.device
+
+    def alike(self, room: int) -> RowSpan:
+        """A span of no rows of the same kind, with room for `room` rows to come."""
+        data = self._buffer.data
+        return RowSpan.empty(data.shape[1], data.dtype, data.device, room=room)
+
+    def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
+        """See `Rows`."""
+        for first in range(start, stop, _BLOCK_ROWS):
+            yield self.view()[first : min(stop, first + _BLOCK_ROWS)]
+
     def view(self) -> Tensor:
         """The rows, [m, d], without a copy. Reading only: the memory is shared."""
         return self._buffer.data[self._start : self._stop]
@@ -103,9 +125,8 @@ class RowSpan:
         """Copies of the rows at `index` (int64 [k]), [k, d]; zeros where it is -1."""
         return gather_rows(self.view()[None], index.to(self._buffer.data.device)[None])[0]
 
-    def blocks(self, start: int = 0) -> Iterator[Tensor]:
-        """See `Rows`."""
-        yield self.view()[start:]
+    def prefetch(self, index: Tensor) -> None:
+        """They are there."""
 
     def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
         """See `Rows`."""
@@ -138,7 +159,7 @@ class RowSpan:
         if buffer.used != stop or stop + count > buffer.data.shape[0]:
             live = len(self)
             old = buffer.data[start:stop]
-            buffer = _Buffer(2 * (live + count), old.shape[1], old.dtype, old.device)
+            buffer = _Buffer(2 * (live + count), old.shape[1], old.dtype, old.device, buffer.pinned)
             start, stop = 0, live
             with torch.no_grad():
                 buffer.target[:live].copy_(old)

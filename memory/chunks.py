@@ -51,10 +51,8 @@ def address_bits(
 
 def row_checksums(data: Bytes) -> NDArray[np.uint32]:
     """CRC32C of every row of `data` [k, row_bytes], [k]."""
-    raw, size = data.tobytes(), data.shape[1]
-    value = google_crc32c.value
-    sums = (value(raw[start : start + size]) for start in range(0, len(raw), size))
-    return np.fromiter(sums, np.uint32, data.shape[0])
+    # A row of an array is read where it is; slices of its bytes would be copied first.
+    return np.fromiter(map(google_crc32c.value, np.ascontiguousarray(data)), np.uint32, data.shape[0])
 
 
 def _wrong_rows(
@@ -85,6 +83,7 @@ class Holder(Protocol):
 class _Chunk(NamedTuple):
     rows: Bytes
     checksums: NDArray[np.uint32]
+    memory: mmap.mmap  # of the rows
 
 
 class ChunkFiles:
@@ -140,6 +139,20 @@ class ChunkFiles:
         if wrong.size:
             raise self._wrong_row(layer, stream, int(wrong[0]))
         return data
+
+    def prefetch(self, layer: int, stream: int, rows: NDArray[np.int64]) -> None:
+        """Asks the operating system to fetch rows [k] that will be read soon; it does so meanwhile.
+
+        Raises:
+            CorruptionError: The file that a row is in is damaged or missing.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+        size = self.layout.row_bytes
+        chunks, local = np.divmod(rows, self.layout.chunk_rows)
+        for chunk, row in zip(chunks.tolist(), local.tolist(), strict=True):
+            start = row * size // mmap.PAGESIZE * mmap.PAGESIZE
+            memory = self._map(layer, stream, chunk).memory
+            memory.madvise(mmap.MADV_WILLNEED, start, (row + 1) * size - start)
 
     def blocks(self, layer: int, stream: int, extents: Iterable[Extent]) -> Iterator[Bytes]:
         """Reads whole extents in order, in blocks of a few MiB [k, row_bytes], and checks every row.
@@ -241,7 +254,7 @@ class ChunkFiles:
             # Rows are chosen by content: reading ahead would read what nobody asked for.
             memory.madvise(mmap.MADV_RANDOM)
         rows = np.frombuffer(maps[0], np.uint8).reshape(self.layout.chunk_rows, self.layout.row_bytes)
-        self._maps[key] = _Chunk(rows, np.frombuffer(maps[1], np.dtype("<u4")))
+        self._maps[key] = _Chunk(rows, np.frombuffer(maps[1], np.dtype("<u4")), maps[0])
         if len(self._maps) > _MAX_MAPS:
             self._maps.popitem(last=False)
         return self._maps[key]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xlroute.memory.buffer import RowSpan
@@ -54,6 +56,11 @@ class ColdRows:
         return self._log.held
 
     @property
+    def device(self) -> torch.device:
+        """Where rows go that are read."""
+        return self._device
+
+    @property
     def loaded(self) -> bool:
         """Whether all rows are in memory."""
         return self._span is not None
@@ -94,29 +101,34 @@ class ColdRows:
         """
         if self._span is not None:
             return self._span.gather(index)
-        extents = np.array(self._log.extents, np.int64).reshape(-1, 3)
-        counts = extents[:, 1] - extents[:, 0]
-        ends = np.cumsum(counts)
         given = index.cpu().numpy()
         chosen = given[given >= 0]
-        extent = np.searchsorted(ends, chosen, side="right")
-        rows = extents[extent, 0] + chosen - (ends - counts)[extent]
-        data = self._files.read(self._layer, self.stream, rows, extents[extent, 2])
+        rows, writers = self._find(chosen)
+        data = self._files.read(self._layer, self.stream, rows, writers)
         if chosen.size < given.size:
             found, data = data, np.zeros((given.size, data.shape[1]), np.uint8)
             data[given >= 0] = found
         return self._tensor(data).to(self._device)
 
-    def blocks(self, start: int = 0) -> Iterator[Tensor]:
+    def prefetch(self, index: Tensor) -> None:
         """See `Rows`.
 
         Raises:
-            CorruptionError: A row, or the file it is in, is damaged or missing.
+            CorruptionError: The file that a row is in is damaged or missing.
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
-        if self._span is not None:
-            return self._span.blocks(start)
-        return self._read(self._log.oldest + start, self._log.end)
+        if self._span is None:
+            given = index.cpu().numpy()
+            rows, _ = self._find(given[given >= 0])
+            self._files.prefetch(self._layer, self.stream, rows)
+
+    def _find(self, chosen: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Numbers in the log, and the writers, of rows that are counted from the oldest, [k]."""
+        extents = np.array(self._log.extents, np.int64).reshape(-1, 3)
+        counts = extents[:, 1] - extents[:, 0]
+        ends = np.cumsum(counts)
+        extent = np.searchsorted(ends, chosen, side="right")
+        return extents[extent, 0] + chosen - (ends - counts)[extent], extents[extent, 2]
 
     def dropped(self, count: int) -> ColdRows | RowSpan:
         """The rows without the `count` oldest ones."""
@@ -135,7 +147,8 @@ class ColdRows:
         first = self._log.oldest
         differentiated = torch.is_grad_enabled() and tokens.requires_grad
         if self._span is None and not differentiated and self.stored.serves(first, tokens, scoring):
-            return self.stored.of(first, self._log.end, tokens, scoring, self._read)
+            read = partial(self._numbered_blocks, first)
+            return self.stored.of(first, self._log.end, tokens, scoring, read)
         return self.span().scores(tokens, scoring)
 
     def kept_scores(self) -> KeptScores | None:
@@ -144,11 +157,18 @@ class ColdRows:
             return self._span.kept_scores()
         return self.stored.kept(self._log.oldest, self._log.end)
 
-    def _read(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Rows, in the numbers of the scores."""
-        extents = self._log.part(start - self._log.oldest, stop - self._log.oldest)
-        for block in self._files.blocks(self._layer, self.stream, extents):
+    def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
+        """See `Rows`.
+
+        Raises:
+            CorruptionError: A row, or the file it is in, is damaged or missing.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+        for block in self._files.blocks(self._layer, self.stream, self._log.part(start, stop)):
             yield self._tensor(block).to(self._device)
+
+    def _numbered_blocks(self, oldest: int, start: int, stop: int) -> Iterator[Tensor]:
+        return self.blocks(start - oldest, stop - oldest)
 
     def _tensor(self, data: Bytes) -> Tensor:
         # Flat first: PyTorch refuses to view no rows as another type.

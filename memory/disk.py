@@ -289,29 +289,18 @@ class Disk:
                 f"{opened.fingerprint!r}"
             )
 
-    def cold(
-        self,
-        layer: int,
-        stream: int,
-        log: StreamLog,
-        device: torch.device,
-        stored: StoredScores | None = None,
-    ) -> ColdRows:
-        """What a stream holds in one layer, to be read when asked for.
+    def stored_scores(self, layer: int, stream: int, log: StreamLog, device: torch.device) -> StoredScores:
+        """The scores, in the numbers of the log, of the rows that a stream holds in the open commit."""
+        scores = self._scores[layer] if self._scores else None
+        committed = None
+        if scores is not None:
+            committed = CommittedStreamScores(self._score_files, scores, layer, stream, log)
+        return StoredScores(DTYPES[self.layout.dtype], device, committed)
 
-        Args:
-            layer: Layer.
-            stream: Stream.
-            log: What the stream holds.
-            device: Where rows go that are read.
-            stored: The scores of the rows that the stream held before; None for those of the open commit.
-        """
-        if stored is None:
-            scores = self._scores[layer] if self._scores else None
-            committed = None
-            if scores is not None:
-                committed = CommittedStreamScores(self._score_files, scores, layer, stream, log)
-            stored = StoredScores(DTYPES[self.layout.dtype], device, committed)
+    def cold(
+        self, layer: int, stream: int, log: StreamLog, device: torch.device, stored: StoredScores
+    ) -> ColdRows:
+        """What a stream holds in one layer, to be read when asked for."""
         return ColdRows(self.files, layer, stream, log, device, stored)
 
     def write(self, stream: int, log: StreamLog, rows: Tensor, appended: int) -> StreamLog:

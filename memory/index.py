@@ -240,13 +240,13 @@ class MemoryIndex:
 
     def _exact(self, held: MemoryLayer, per_stream: Tensor, k: int) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(held.dtype)
+        results = []
         with torch.no_grad():
-            results = [
-                search_rows(
-                    held.of_stream(stream).blocks(), queries, k, normalize=self._normalize, dtype=dtype
-                )
-                for stream, queries in enumerate(per_stream)
-            ]
+            for stream, queries in enumerate(per_stream):
+                rows = held.of_stream(stream)
+                # Those that are not on the device go there a block at a time.
+                blocks = (block.to(held.device) for block in rows.blocks(0, len(rows)))
+                results.append(search_rows(blocks, queries, k, normalize=self._normalize, dtype=dtype))
         scores, indices = zip(*results, strict=True)
         return torch.stack(scores), torch.stack(indices)
 
@@ -278,7 +278,7 @@ class MemoryIndex:
                 log.held,
                 lambda drawn: self._normalized(rows.gather(drawn)),
             )
-        for block in rows.blocks(kept):
+        for block in rows.blocks(kept, len(rows)):
             for start in range(0, block.shape[0], _ROWS_AT_ONCE):
                 index.add(self._normalized(block[start : start + _ROWS_AT_ONCE]))
         self._followed[layer, stream] = _Followed(log.extents, index)

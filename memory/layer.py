@@ -135,6 +135,21 @@ class MemoryLayer:
         """
         return self.take(checked_indices(indices, self.lengths))
 
+    def prefetch(self, indices: Tensor) -> None:
+        """Begins to fetch rows that will be gathered soon and are on disk; returns at once.
+
+        Args:
+            indices: As for `gather`.
+
+        Raises:
+            TypeError, ValueError, IndexError: As `gather`.
+            CorruptionError: The file that a row is in is damaged or missing.
+        """
+        flat = checked_indices(indices, self.lengths).reshape(len(self._streams), -1)
+        for rows, index in zip(self._streams, flat, strict=True):
+            if len(rows):
+                rows.prefetch(index)
+
     def take(self, indices: Tensor) -> Tensor:
         """As `gather`, for indices that are in range for sure, as those of a router are: nothing is checked.
 

@@ -67,7 +67,7 @@ class StoredScores:
     def __init__(
         self, dtype: torch.dtype, device: torch.device, persisted: PersistedScores | None = None
     ) -> None:
-        self._dtype = compute_dtype(dtype)
+        self._dtype = compute_dtype(dtype)  # of the scores
         self._device = device
         self._persisted = persisted
         self._tokens: Tensor | None = None  # a copy
@@ -77,6 +77,24 @@ class StoredScores:
         self._base = 0
         self._first = 0  # the rows from here to `stop` have scores
         self._stop = 0
+        self._end: int | None = None  # the last number that a row has been promised
+
+    def extended(self, start: int, stop: int) -> StoredScores:
+        """The scores of a stream that goes on with the numbers `start` to `stop`.
+
+        They are these, unless another stream, a fork, has gone on from here with other rows: then a copy.
+        """
+        if self._end is None or self._end == start:
+            self._end = stop
+            return self
+        copy = StoredScores(self._dtype, self._device, self._persisted)
+        copy._end = stop
+        if self._first <= start:
+            copy._tokens, copy._scoring = self._tokens, self._scoring
+            copy._first, copy._stop = self._first, min(self._stop, start)
+            copy._base = self._first
+            copy._values = self._values[:, self._first - self._base : copy._stop - self._base].clone()
+        return copy
 
     @property
     def nbytes(self) -> int:

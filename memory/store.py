@@ -21,6 +21,7 @@ from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Layout, check_positive
 from xlroute.memory.log import StreamLog
 from xlroute.memory.repair import RepairReport, repair_store
 from xlroute.memory.scores import KeptScores
+from xlroute.memory.tiers import TieredRows, Tiers, rows_in_memory, rows_on_disk
 from xlroute.memory.verify import Progress, VerifyReport, verify_store
 
 Mode = Literal["r", "r+"]
@@ -56,6 +57,7 @@ class MemoryStore:
         path: Path | None = None,
         mode: Mode = "r+",
         disk: Disk | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         self.path = path
         self.mode: Mode = mode
@@ -64,6 +66,7 @@ class MemoryStore:
         self._layout = layout
         self._fingerprint = fingerprint
         self._disk = disk
+        self._tiers = tiers
         self._closed = False
         self._logs = list(logs)
         self._rows = [list(streams) for streams in rows]
@@ -82,6 +85,8 @@ class MemoryStore:
         fingerprint: str | None = None,
         chunk_bytes: int = 64 * 2**20,
         keep_commits: int = 8,
+        device_bytes: int | None = None,
+        host_bytes: int | None = None,
     ) -> MemoryStore:
         """Makes an empty store, and opens it for writing. On disk it has one commit.
 
@@ -99,6 +104,10 @@ class MemoryStore:
             fingerprint: Identifies the weights that write the rows.
             chunk_bytes: Size of a file of rows, in bytes, rounded down to whole rows.
             keep_commits: How many commits stay readable, besides the pinned ones and the last durable one.
+            device_bytes: Memory that rows may take on the device, of all layers and streams together. The
+                newest rows are kept there; all are in the host's memory or, for a store on disk, there.
+            host_bytes: Memory that rows of a store on disk may take on the host besides; newer ones are kept.
+                It goes with `device_bytes`.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -123,10 +132,19 @@ class MemoryStore:
         device = _checked_device(device)
         if path is not None:
             create_store(Path(path).absolute(), layout, fingerprint)
-            return cls.open(path, mode="r+", device=device)
-        empty = [[RowSpan.empty(dim, dtype, device) for _ in range(streams)] for _ in range(layers)]
+            return cls.open(path, mode="r+", device=device, device_bytes=device_bytes, host_bytes=host_bytes)
+        if host_bytes is not None:
+            raise ValueError(f"host_bytes: expected None for a store in memory, got {host_bytes}")
+        tiers = _tiers(layout, device_bytes, host_bytes)
+        rows: list[list[Rows]] = [
+            [
+                RowSpan.empty(dim, dtype, device) if tiers is None else rows_in_memory(layout, device)
+                for _ in range(streams)
+            ]
+            for _ in range(layers)
+        ]
         logs = [StreamLog() for _ in range(streams)]
-        return cls(layout, device=device, fingerprint=fingerprint, logs=logs, rows=empty)
+        return cls(layout, device=device, fingerprint=fingerprint, logs=logs, rows=rows, tiers=tiers)
 
     @classmethod
     def open(
@@ -137,6 +155,8 @@ class MemoryStore:
         device: torch.device | str = "cpu",
         fingerprint: str | None = None,
         commit: str | None = None,
+        device_bytes: int | None = None,
+        host_bytes: int | None = None,
     ) -> MemoryStore:
         """Opens a store on disk. No row is read before it is needed.
 
@@ -147,6 +167,10 @@ class MemoryStore:
             fingerprint: What the commit's fingerprint must be; None opens whatever weights wrote it.
             commit: Id of the commit to open, or None for the last. With mode "r+", the store goes back to it
                 at once: its contents become the last commit, and commits in between age out like others.
+            device_bytes: Memory that rows may take on the device, of all layers and streams together; others
+                are read from disk when asked for. None for all that are appended, and for older ones from the
+                first time that all are needed.
+            host_bytes: Memory that rows may take on the host besides; it goes with `device_bytes`.
 
         Raises:
             TypeError: `device` or `fingerprint` is of the wrong type.
@@ -166,7 +190,7 @@ class MemoryStore:
         root = Path(path).absolute()
         disk = Disk(root, commit=commit, writable=mode == "r+", fingerprint=fingerprint)
         try:
-            return cls._opened(root, disk, mode, device)
+            return cls._opened(root, disk, mode, device, _tiers(disk.layout, device_bytes, host_bytes))
         except BaseException:
             disk.close()
             raise
@@ -232,26 +256,35 @@ class MemoryStore:
         return repair_store(Path(path).absolute(), progress=progress)
 
     @classmethod
-    def _opened(cls, root: Path, disk: Disk, mode: Mode, device: torch.device) -> MemoryStore:
+    def _opened(
+        cls, root: Path, disk: Disk, mode: Mode, device: torch.device, tiers: Tiers | None
+    ) -> MemoryStore:
         """The store at the commit that `disk` is at."""
         layout = disk.layout
-        empty = RowSpan.empty(layout.dim, DTYPES[layout.dtype], device)
-        rows: list[list[Rows]] = [
-            [
-                disk.cold(layer, stream, log, device) if log.extents else empty
-                for stream, log in enumerate(disk.logs)
-            ]
-            for layer in range(layout.layers)
-        ]
+
+        def held(layer: int, stream: int, log: StreamLog) -> Rows:
+            stored = disk.stored_scores(layer, stream, log, device)
+            if tiers is not None:
+                host = torch.device("cpu") if tiers.host_rows is not None else device
+                cold = disk.cold(layer, stream, log, host, stored)
+                return rows_on_disk(cold, layout, device, log, stored, on_host=tiers.host_rows is not None)
+            if log.extents:
+                return disk.cold(layer, stream, log, device, stored)
+            return RowSpan.empty(layout.dim, DTYPES[layout.dtype], device)
+
         return cls(
             layout,
             device=device,
             fingerprint=disk.fingerprint,
             logs=disk.logs,
-            rows=rows,
+            rows=[
+                [held(layer, stream, log) for stream, log in enumerate(disk.logs)]
+                for layer in range(layout.layers)
+            ],
             path=root,
             mode=mode,
             disk=disk,
+            tiers=tiers,
         )
 
     @property
@@ -337,15 +370,33 @@ class MemoryStore:
             else:
                 logs[stream] = log.extended(written, 0, appended=count)
             for layer in range(self.layers):
-                held = table[layer][stream]
-                if self._disk is not None and isinstance(held, ColdRows) and not held.loaded:
-                    table[layer][stream] = self._disk.cold(
-                        layer, stream, logs[stream], self.device, held.stored
-                    )
-                else:
-                    table[layer][stream] = held.span().dropped(excess).appended(new[layer])
+                held = table[layer][stream].dropped(excess)
+                table[layer][stream] = self._grown(held, layer, stream, logs[stream], new[layer])
         self._logs, self._rows = logs, table
         self.version += 1
+
+    def _grown(self, held: Rows, layer: int, stream: int, log: StreamLog, new: Tensor) -> Rows:
+        """The rows of a layer and stream followed by `new`, which are on disk already if the store is."""
+        if isinstance(held, TieredRows):
+            assert self._tiers is not None
+            home = self._home_of(held.home, layer, stream, log, new)
+            return held.grown(new, home, self._tiers.device_rows)
+        if self._disk is not None and isinstance(held, ColdRows) and not held.loaded:
+            return self._disk.cold(layer, stream, log, self.device, held.stored)
+        return held.span().appended(new)
+
+    def _home_of(self, home: Rows, layer: int, stream: int, log: StreamLog, new: Tensor) -> Rows | None:
+        """All rows, the new ones too, outside of fast memory; None if they are nowhere but on disk."""
+        if isinstance(home, TieredRows):
+            assert self._tiers is not None
+            assert self._tiers.host_rows is not None
+            below = self._home_of(home.home, layer, stream, log, new)
+            return home.grown(new, below, self._tiers.host_rows)
+        if isinstance(home, ColdRows):
+            if self._disk is None:
+                return None  # the fork of a store on disk writes nothing there
+            return self._disk.cold(layer, stream, log, home.device, home.stored)
+        return home.span().appended(new)
 
     def _checked_counts(self, states: Tensor, lengths: Tensor | Sequence[int] | None) -> list[int]:
         """Checks the arguments of `append`; returns how many rows each stream appends."""
@@ -548,7 +599,12 @@ class MemoryStore:
         """
         self._check_open()
         return MemoryStore(
-            self._layout, device=self.device, fingerprint=self._fingerprint, logs=self._logs, rows=self._rows
+            self._layout,
+            device=self.device,
+            fingerprint=self._fingerprint,
+            logs=self._logs,
+            rows=self._rows,
+            tiers=self._tiers,
         )
 
     def copy_to(self, path: str | os.PathLike[str], durable: bool = False) -> str:
@@ -615,6 +671,28 @@ class MemoryStore:
                 f"{verb}: expected a store with a path, got one in memory (copy_to gives it one)"
             )
         return self._disk
+
+
+def _tiers(layout: Layout, device_bytes: int | None, host_bytes: int | None) -> Tiers | None:
+    """How many rows of each layer and stream may be where; None for no bound.
+
+    Raises:
+        TypeError: A number is no integer.
+        ValueError: It is below 1, or there are only `host_bytes`.
+    """
+    if device_bytes is None and host_bytes is None:
+        return None
+    if device_bytes is None:
+        raise ValueError(f"device_bytes: expected a number beside host_bytes={host_bytes}, got None")
+    rows = []
+    for name, given in (("device_bytes", device_bytes), ("host_bytes", host_bytes)):
+        if given is not None:
+            check_positive(name, given)
+        # A buffer that grows has room for twice the rows that it held when it was made.
+        share = 2 * layout.layers * layout.streams * layout.row_bytes
+        rows.append(None if given is None else max(1, given // share))
+    assert rows[0] is not None
+    return Tiers(rows[0], rows[1])
 
 
 def _checked_device(device: object) -> torch.device:

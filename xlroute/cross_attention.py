@@ -240,15 +240,17 @@ class ConditionalRoutedCrossAttention(nn.Module):
             keys = self._project(self.to_q, self.norm(tokens))
         else:
             keys = self._project(self.to_k, rows if value_rows is None else self.context_norm(tokens))
+        values = self._project(self.to_v, rows)
         if self.null_key is None:
-            keys = F.normalize(keys, dim=-1)
+            # Autocast computes a norm in float32.
+            keys = F.normalize(keys, dim=-1).to(values.dtype)
         mask = routed.mask
         if mask is not None:
             mask = F.pad(mask.to(keys.device), (1, 0), value=True)
             mask = mask.repeat_interleave(self.heads // self.sets, dim=1)[:, :, None]
         keys, values = gated_keys_values(
             keys,
-            self._project(self.to_v, rows),
+            values,
             routed.scores.to(keys.device),
             self.null_key,
             self.null_value,

@@ -11,6 +11,7 @@ import shutil
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -171,6 +172,8 @@ def load_state(
     mode: Literal["r", "r+"],
     device: torch.device | str | None,
     allow_other_weights: bool,
+    device_bytes: int | None,
+    host_bytes: int | None,
 ) -> TransformerXLState:
     """See `RoutedTransformerXL.load_state`."""
     if mode not in ("r", "r+"):
@@ -195,11 +198,19 @@ def load_state(
     if header["memory"] is not None:
         path = _find_store(header["memory"], folder)
         commit = header["memory"]["commit"]
-        with MemoryStore.open(path, device=device, commit=commit) as committed:
+        open_store = partial(
+            MemoryStore.open,
+            path,
+            device=device,
+            commit=commit,
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+        )
+        with open_store() as committed:
             model.check_memory_shape(committed, streams)
             memory = committed.fork()
         if mode == "r+":
-            memory = MemoryStore.open(path, mode="r+", device=device, commit=commit)
+            memory = open_store(mode="r+")
     return TransformerXLState(
         window=tensors["window"].to(device, weight.dtype),
         window_lengths=tensors["window_lengths"],

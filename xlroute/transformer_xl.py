@@ -266,6 +266,8 @@ class RoutedTransformerXL(nn.Module):
         *,
         device: torch.device | str | None = None,
         allow_other_weights: bool = False,
+        device_bytes: int | None = None,
+        host_bytes: int | None = None,
     ) -> TransformerXLState:
         """Open a state that `state.save` wrote.
 
@@ -275,13 +277,23 @@ class RoutedTransformerXL(nn.Module):
                 in memory; "r+" takes the writer's lock of the store and rolls it back to that commit.
             device: where the state goes; None for that of the weights.
             allow_other_weights: open a state, and a memory, that other weights wrote.
+            device_bytes: memory that rows may take on the device, as for `MemoryStore.open`.
+            host_bytes: memory that they may take on the host besides, as there.
 
         Raises:
             FingerprintError: if other weights wrote it.
             MemoryStoreError: if there is no state, or it or its memory is damaged, locked or of a newer
             format. ValueError: if the state does not fit the model.
         """
-        return load_state(self, folder, mode=mode, device=device, allow_other_weights=allow_other_weights)
+        return load_state(
+            self,
+            folder,
+            mode=mode,
+            device=device,
+            allow_other_weights=allow_other_weights,
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+        )
 
     def fingerprint(self) -> str:
         """A hash of all weights, 32 hexadecimal digits: equal if and only if the weights are, bit for bit."""

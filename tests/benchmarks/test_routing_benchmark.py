@@ -28,9 +28,11 @@ ROWS = (
     "ConditionalRoutedCrossAttention, 512 memories bf16, forward",
     "the same, forward + backward",
     "the same, extra GPU memory",
+    "the same with stored scores, forward, 512 memories",
+    "the same with stored scores, forward, 1,024 memories",
     "gradient error, n = 64, k = 8, T = 50, eps 4 to 0.03",
 )
-STEPS = ("descent", "soft_topk", "scores", "routed_attention", "gradient_error")
+STEPS = ("descent", "soft_topk", "scores", "routed_attention", "stored_attention", "gradient_error")
 
 Load = Callable[[str], ModuleType]
 

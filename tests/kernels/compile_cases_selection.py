@@ -72,9 +72,14 @@ def cases(dtype: str, masked: bool, largest: int) -> list[tuple[Any, dict[str, s
         found.append(
             (
                 kernels.selection_rank_kernel,
-                rows | counts | shared | results | {"stride_k": "i32", "eps": "fp64", "scale": "fp64"},
+                rows
+                | counts
+                | shared
+                | results
+                | {"stride_k": "i32", "number": "fp64", "eps": "fp64", "scale": "fp64"},
                 common
                 | {
+                    "HAS_K": level and masked,
                     "LEVEL": level,
                     "CHOSEN": level,
                     "STRAIGHT": largest > 64,

@@ -36,6 +36,7 @@ def cases(dtype: str, masked: bool) -> list[tuple[Any, dict[str, str], dict[str,
         "p_sums": "*fp64",
         "stride_s": "i64",
         "stride_g": "i64",
+        "number": "fp64",
         "eps": "fp64",
         "scale": "fp64",
     }
@@ -53,7 +54,7 @@ def cases(dtype: str, masked: bool) -> list[tuple[Any, dict[str, str], dict[str,
     if not wide:
         for n in (32, 1000, selection_triton.SHORT):
             block, warps = selection_triton.sort_block(n)
-            short = {"HAS_MASK": masked, "STRAIGHT": masked, "BLOCK": block}
+            short = {"HAS_MASK": masked, "HAS_K": masked, "STRAIGHT": masked, "BLOCK": block}
             for chosen in (False, True):
                 found.append((kernels.water_level_short_fwd_kernel, short | {"CHOSEN": chosen}, warps))
     return [

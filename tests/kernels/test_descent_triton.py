@@ -441,7 +441,10 @@ def test_long_rows(monkeypatch: pytest.MonkeyPatch, rows: int, n: int) -> None:
     ("rows", "n"), [(1, 40), (70_000, 8), (4096, 512), (300, 1000), (5, 16_384), (5, 32_768)]
 )
 def test_many_shapes(rows: int, n: int) -> None:
-    compare([random_case(rows, n, masked=True, n_iters=20, schedule=SCHEDULES["steep"])], rows=rows)
+    # Of a few rows it would be chance how far off they are.
+    draws = max(1, 64 // rows) if n < 1000 else 1
+    cases = [random_case(rows, n, masked=True, n_iters=20, schedule=SCHEDULES["steep"]) for _ in range(draws)]
+    compare(cases, rows=rows)
 
 
 @on_gpu

@@ -43,10 +43,10 @@ def test_opcheck_soft_topk(dtype: torch.dtype) -> None:
     op = torch.ops.xlroute.soft_topk.default
     s = torch.randn(2, 3, 9, dtype=dtype, requires_grad=True)
     k = torch.rand(2, 3, dtype=torch.float64).add_(1.0).requires_grad_()
-    torch.library.opcheck(op, (s, k, torch.rand(9) < 0.7, 0.1, None, 2, "torch"))
-    torch.library.opcheck(
-        op, (s.detach().transpose(0, 2), torch.ones(1, 1).double().expand(9, 3), None, 0.1, 1, 0, "torch")
-    )
+    torch.library.opcheck(op, (s, k, 0.0, torch.rand(9) < 0.7, 0.1, None, 2, "torch"))
+    budgets = torch.ones(1, 1).double().expand(9, 3)
+    torch.library.opcheck(op, (s.detach().transpose(0, 2), budgets, 0.0, None, 0.1, 1, 0, "torch"))
+    torch.library.opcheck(op, (s, None, 1.5, None, 0.1, 2, 0, "torch"))
 
 
 def test_opcheck_top_indices() -> None:

@@ -328,12 +328,15 @@ def test_opcheck(n: int) -> None:
     s = torch.randn(1, 2, n, device=DEVICE, requires_grad=True)
     k = (torch.rand(1, 2, dtype=torch.float64, device=DEVICE) + 1.0).requires_grad_()
     mask = torch.rand(n, device=DEVICE) < 0.7
-    torch.library.opcheck(op, (s, k, mask, 0.1, None, 2, "triton"))
+    torch.library.opcheck(op, (s, k, 0.0, mask, 0.1, None, 2, "triton"))
     torch.library.opcheck(
-        op, (s.detach().transpose(0, 1), k.detach()[:, :1].expand(2, 1), None, 0.1, 3, 0, "triton")
+        op, (s.detach().transpose(0, 1), k.detach()[:, :1].expand(2, 1), 0.0, None, 0.1, 3, 0, "triton")
     )
     for backend in ("torch", "triton"):
-        arguments = (s, k, mask, 0.1, None, 2, True, backend)
+        arguments = (s, k, 0.0, mask, 0.1, None, 2, True, backend)
+        torch.library.opcheck(
+            torch.ops.xlroute.top_gates.default, (s, None, 1.5, mask, 0.1, 2, 2, False, backend)
+        )
         torch.library.opcheck(torch.ops.xlroute.top_gates.default, arguments)
         _, levels, indices = torch.ops.xlroute.top_gates.default(*arguments)
         grad = torch.randn(1, 2, 2, device=DEVICE)

@@ -19,19 +19,6 @@ HOW: dict[str, Any] = {"normalize": "rms", "scale": 0.3}
 DIM = 8
 
 
-@pytest.fixture
-def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each call has scored."""
-    counts: list[int] = []
-
-    def counting(rows: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        counts.append(rows.shape[-2])
-        return row_scores(rows, *arguments, **options)
-
-    monkeypatch.setattr(scores, "row_scores", counting)
-    return counts
-
-
 def create(path: Path, **options: Any) -> MemoryStore:
     # Two chunks and a bit in forty rows.
     defaults = {"layers": 2, "streams": 2, "dim": DIM, "chunk_bytes": 16 * DIM * 4}

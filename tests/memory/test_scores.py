@@ -10,22 +10,9 @@ import torch
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory import MemoryStore, scores
+from xlroute.memory import MemoryStore
 
 HOW: dict[str, Any] = {"normalize": "rms", "scale": 0.3}
-
-
-@pytest.fixture
-def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each call has scored."""
-    counts: list[int] = []
-
-    def counting(rows: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        counts.append(rows.shape[-2])
-        return row_scores(rows, *arguments, **options)
-
-    monkeypatch.setattr(scores, "row_scores", counting)
-    return counts
 
 
 def expected(store: MemoryStore, tokens: Tensor, **how: Any) -> Tensor:

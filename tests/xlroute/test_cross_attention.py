@@ -142,12 +142,13 @@ def test_only_the_chosen_rows_leave_the_memory(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [(2, 2, 6)]
 
 
-def test_autocast_and_half_precision_run() -> None:
-    module = build(num_tokens_q=4, kv_routing_tokens=2)
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "share_qk": True}], ids=["plain", "cosine"])
+def test_autocast_and_half_precision_run(options: dict[str, bool]) -> None:
+    module = build(num_tokens_q=4, kv_routing_tokens=2, **options)
     x, context = torch.randn(2, 10, 32), torch.randn(2, 50, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert module(x, context).isfinite().all()
-    half = build(kv_routing_tokens=2).to(torch.bfloat16)
+    half = build(kv_routing_tokens=2, **options).to(torch.bfloat16)
     out = half(x.to(torch.bfloat16), context.to(torch.bfloat16))
     assert out.dtype == torch.bfloat16
     assert half(x.to(torch.bfloat16), context).dtype == torch.bfloat16
