@@ -244,8 +244,7 @@ class MemoryIndex:
         with torch.no_grad():
             for stream, queries in enumerate(per_stream):
                 rows = held.of_stream(stream)
-                # Those that are not on the device go there a block at a time.
-                blocks = (block.to(held.device) for block in rows.blocks(0, len(rows)))
+                blocks = rows.blocks(0, len(rows))
                 results.append(search_rows(blocks, queries, k, normalize=self._normalize, dtype=dtype))
         scores, indices = zip(*results, strict=True)
         return torch.stack(scores), torch.stack(indices)
