@@ -14,6 +14,7 @@ from xlroute.memory.errors import (
     StoreNotFoundError,
     StoreWriteError,
 )
+from xlroute.memory.index import IndexKind, MemoryIndex
 from xlroute.memory.info import CommitInfo, DiskUsage, MemoryInfo
 from xlroute.memory.layer import MemoryLayer
 from xlroute.memory.repair import RepairReport, StreamLoss
@@ -28,6 +29,8 @@ __all__ = [
     "DiskUsage",
     "FingerprintError",
     "FormatError",
+    "IndexKind",
+    "MemoryIndex",
     "MemoryInfo",
     "MemoryLayer",
     "MemoryStore",

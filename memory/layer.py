@@ -114,6 +114,10 @@ class MemoryLayer:
         """The rows of each stream, b tensors [m_i, d], oldest first, without a copy: for reading only."""
         return [rows.span().view() for rows in self._streams]
 
+    def of_stream(self, stream: int) -> Rows:
+        """The rows of one stream, wherever they are."""
+        return self._streams[stream]
+
     def gather(self, indices: Tensor) -> Tensor:
         """Copies the rows at the given indices.
 
@@ -185,6 +189,19 @@ class MemoryLayer:
         """
         return positions_of(indices, self.lengths, self._appended)
 
+    def tokens_of_streams(self, tokens: Tensor) -> Tensor:
+        """The routing tokens of each stream, [b, r, d], of those given, [r, d] or [b, r, d].
+
+        Raises:
+            ValueError: `tokens` has another shape.
+        """
+        streams, _, dim = self.shape
+        if tokens.ndim not in (2, 3) or tokens.shape[-1] != dim or tokens.shape[:-2] not in ((), (streams,)):
+            raise ValueError(
+                f"tokens: expected shape [r, {dim}] or [{streams}, r, {dim}], got {list(tokens.shape)}"
+            )
+        return tokens.expand(streams, *tokens.shape[-2:])
+
     def scores(
         self,
         tokens: Tensor,
@@ -212,12 +229,8 @@ class MemoryLayer:
             ValueError: `tokens` has another shape.
             CorruptionError: A row on disk is damaged.
         """
-        streams, longest, dim = self.shape
-        if tokens.ndim not in (2, 3) or tokens.shape[-1] != dim or tokens.shape[:-2] not in ((), (streams,)):
-            raise ValueError(
-                f"tokens: expected shape [r, {dim}] or [{streams}, r, {dim}], got {list(tokens.shape)}"
-            )
-        per_stream = tokens.expand(streams, *tokens.shape[-2:])
+        streams, longest, _ = self.shape
+        per_stream = self.tokens_of_streams(tokens)
         scoring = Scoring(normalize, scale, backend)
         scores = [rows.scores(token, scoring) for rows, token in zip(self._streams, per_stream, strict=True)]
         if streams == 1:

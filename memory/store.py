@@ -330,6 +330,12 @@ class MemoryStore:
         self._check_open()
         return torch.tensor([log.held for log in self._logs], dtype=torch.int64)
 
+    @property
+    def logs(self) -> tuple[StreamLog, ...]:
+        """What each stream holds now, for whoever follows the store, as `MemoryIndex` does."""
+        self._check_open()
+        return tuple(self._logs)
+
     def append(self, states: Tensor, lengths: Tensor | Sequence[int] | None = None) -> None:
         """Appends rows to every stream, detached and in the store's type.
 

@@ -1,0 +1,341 @@
+"""How many rows an index finds, and how fast: MemoryIndex by kind beside exact search, on one CPU.
+
+    python benchmarks/index.py                    1,000,000 clustered rows of width 128; some minutes
+    python benchmarks/index.py --rows FILE.npy    hidden states of a model, [m, d]
+    python benchmarks/index.py --tiny             to see that it runs: its numbers mean nothing
+
+Queries come one at a time. They are rows like the others, taken out before, so that none finds itself. The
+table and index.csv in --out say what share of the k best rows each kind finds, over all queries, and how many
+queries it answers a second, in as many threads for all. No speed is printed of a result that was not checked
+against float64 first; where a check is red, the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from measurement import Check, Measurement, close, equal, measure
+from torch import Tensor
+
+from xlroute.memory import IndexKind, MemoryIndex, MemoryStore
+
+Found = tuple[Tensor, Tensor]  # scores and indices, [k]
+Search = Callable[[Tensor], Found]
+
+CPU = torch.device("cpu")
+PLAIN = "plain PyTorch"
+EXACT = (PLAIN, "exact", "flat")
+KINDS: tuple[IndexKind, ...] = ("exact", "flat", "hnsw", "ivf", "ivfpq")
+COLUMNS = (
+    "search",
+    "recall",
+    "queries a second",
+    "ms",
+    "20% to 80%",
+    "x exact",
+    "x fastest exact",
+    "built in s",
+    "reach",
+)
+REACHES = {"ivf": "0.95 at 10 x exact"}
+NOTES = """\
+x exact: how many times as fast as MemoryIndex with kind="exact".
+x fastest exact: as the fastest of those that find the k best rows for sure: plain PyTorch, exact and flat."""
+CLUSTERS = 2000
+# Rows that are copied to float64 at a time.
+ROWS_AT_ONCE = 1 << 17
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    out: Path
+    rows: Path | None
+    count: int
+    dim: int
+    queries: int
+    k: int
+    kinds: tuple[IndexKind, ...]
+    nprobe: int | None
+    threads: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one search.
+
+    Attributes:
+        name: the kind of index, or what else searched.
+        recall: the share of the k best rows that it found.
+        built: seconds until it could be asked.
+        measurement: of one query.
+    """
+
+    name: str
+    recall: float
+    built: float
+    measurement: Measurement
+
+    @property
+    def milliseconds(self) -> float | None:
+        """Of one query, the median."""
+        timing = self.measurement.timing
+        return None if timing is None else timing.median
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    set_threads(options.threads)
+    try:
+        rows, queries = inputs(options)
+        results = run(rows, queries, options)
+    finally:
+        set_threads(threads)
+    facts = describe(rows, queries, options)
+    print(table(results, facts))
+    write_csv(options.out / "index.csv", results, facts)
+    wrong = [f"{each.name}: {each.measurement.failure}" for each in results if each.measurement.failure]
+    if wrong:
+        print("\n" + "\n".join(wrong))
+    return 1 if wrong else 0
+
+
+def parse(arguments: list[str] | None) -> Options:
+    """The options, or an exit with one line that says what is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder of the CSV")
+    parser.add_argument(
+        "--rows", type=Path, metavar="FILE.npy", help="rows [m, d] in place of synthetic ones"
+    )
+    parser.add_argument("--tiny", action="store_true", help="6,000 rows of width 32, k = 64")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=("exact", "flat", "ivf", "ivfpq"), help="kinds of index"
+    )
+    parser.add_argument(
+        "--nprobe", type=int, help="lists that ivf and ivfpq look into; default: the library's"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch and of faiss; default: 1")
+    given = parser.parse_args(arguments)
+    if given.rows is not None and not given.rows.is_file():
+        parser.error(f"--rows: expected a file, got {given.rows}")
+    for name in ("threads", "nprobe"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(given, name)}")
+    count, dim, queries, k = (6000, 32, 20, 64) if given.tiny else (1_000_000, 128, 200, 1024)
+    kinds = tuple(given.kinds)
+    return Options(given.out, given.rows, count, dim, queries, k, kinds, given.nprobe, given.threads)
+
+
+def set_threads(count: int) -> None:
+    """Tell PyTorch and, where it is installed, faiss how many threads to use."""
+    torch.set_num_threads(count)
+    try:
+        import faiss
+    except ImportError:
+        return
+    faiss.omp_set_num_threads(count)
+
+
+def inputs(options: Options) -> tuple[Tensor, Tensor]:
+    """Rows [m, d] and queries [q, d] of the same kind, none in both."""
+    generator = torch.Generator().manual_seed(0)
+    if options.rows is None:
+        rows = clustered(options.count + options.queries, options.dim, generator)
+    else:
+        rows = torch.from_numpy(np.load(options.rows)).float()
+    if rows.ndim != 2 or rows.shape[0] <= options.queries + options.k:
+        sys.exit(f"--rows: expected [m, d] with m > {options.queries + options.k}, got {list(rows.shape)}")
+    order = torch.randperm(rows.shape[0], generator=generator)
+    taken = torch.zeros(rows.shape[0], dtype=torch.bool)
+    taken[order[: options.queries]] = True
+    return rows[~taken], rows[taken]
+
+
+def clustered(count: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Rows around centres: both normal, with a variance of 1 each."""
+    centres = torch.randn(CLUSTERS, dim, generator=generator)
+    rows = torch.randn(count, dim, generator=generator)
+    for start in range(0, count, ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        part += centres[torch.randint(CLUSTERS, (part.shape[0],), generator=generator)]
+    return rows
+
+
+def run(rows: Tensor, queries: Tensor, options: Options) -> list[Result]:
+    """Measure one kind after the other."""
+    store = MemoryStore.create(layers=1, streams=1, dim=rows.shape[1])
+    store.append(rows[None, None])
+    truth = exact_scores(rows, queries[:1])[0]
+    results = [timed(PLAIN, lambda q: plain_search(rows, q, options.k), queries, truth, options.k, 1.0, 0.0)]
+    for kind in options.kinds:
+        print(f"building {kind}", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        lists = options.nprobe if kind in ("ivf", "ivfpq") else None
+        index = MemoryIndex(store, kind, nprobe=lists)
+        index.update()
+        built = time.perf_counter() - start
+        recall = index.recall(0, queries, options.k)
+        results.append(timed(kind, searcher(index, options.k), queries, truth, options.k, recall, built))
+    return results
+
+
+def searcher(index: MemoryIndex, k: int) -> Search:
+    """Asks an index for one query [d]."""
+
+    def search(query: Tensor) -> Found:
+        scores, indices = index.search(0, query[None], k)
+        return scores[0, 0], indices[0, 0]
+
+    return search
+
+
+def plain_search(rows: Tensor, query: Tensor, k: int) -> Found:
+    """The exact result, by what PyTorch has for it."""
+    scores, indices = torch.mv(rows, query).topk(k)
+    return scores, indices
+
+
+def exact_scores(rows: Tensor, queries: Tensor) -> Tensor:
+    """All scores in float64, [q, m]."""
+    parts = [queries.double() @ part.double().T for part in rows.split(ROWS_AT_ONCE)]  # type: ignore[no-untyped-call]
+    return torch.cat(parts, -1)
+
+
+def timed(
+    name: str, search: Search, queries: Tensor, truth: Tensor, k: int, recall: float, built: float
+) -> Result:
+    """Check what a search finds for the first query, then time it, another query every time."""
+
+    def build() -> Callable[[], Found]:
+        following = itertools.cycle(queries)
+        return lambda: search(next(following))
+
+    def verify(found: Found) -> list[Check]:
+        scores, indices = found
+        exist = indices >= 0
+        checks = [
+            close("scores", scores[exist], truth[indices[exist]]),
+            equal(
+                "rows found twice",
+                torch.unique(indices[exist]),
+                indices[exist].sort().values,
+                "none",
+            ),
+        ]
+        if name in EXACT:
+            checks.append(close("the k best", scores, truth.topk(k).values))
+        return checks
+
+    return Result(name, recall, built, measure(name, build, verify, CPU))
+
+
+def speedups(result: Result, results: list[Result]) -> tuple[str, str]:
+    """How many times as fast a search is as kind "exact", and as the fastest that is exact for sure."""
+    times = {each.name: each.milliseconds for each in results if each.milliseconds is not None}
+    certain = [times[name] for name in EXACT if name in times]
+
+    def ratio(other: float | None) -> str:
+        return f"{other / times[result.name]:.3g}" if result.name in times and other is not None else "-"
+
+    return ratio(times.get("exact")), ratio(min(certain, default=None))
+
+
+def describe(rows: Tensor, queries: Tensor, options: Options) -> dict[str, str]:
+    """What a reader must know, by name."""
+    source = "synthetic, clustered" if options.rows is None else str(options.rows)
+    return {
+        "rows": f"{rows.shape[0]:,} x {rows.shape[1]} float32, {source}",
+        "queries": f"{queries.shape[0]}, one at a time",
+        "k": f"{options.k:,}",
+        "nprobe": "default" if options.nprobe is None else str(options.nprobe),
+        "threads": str(options.threads),
+        "device": f"CPU {platform.machine()}",
+        "PyTorch": torch.__version__,
+        "faiss": version_of_faiss(),
+        "Python": platform.python_version(),
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+    }
+
+
+def version_of_faiss() -> str:
+    """As the module says, whichever package it came with."""
+    try:
+        import faiss
+    except ImportError:
+        return "not installed"
+    return str(faiss.__version__)
+
+
+def table(results: list[Result], facts: dict[str, str]) -> str:
+    """The results as text, one line for each search."""
+    lines = [COLUMNS, *(_line(each, results) for each in results)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    aligned = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in lines
+    ]
+    on = "; ".join(f"{name} {fact}" for name, fact in facts.items())
+    return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:], "", on, NOTES])
+
+
+def _line(result: Result, results: list[Result]) -> tuple[str, ...]:
+    timing, reach = result.measurement.timing, REACHES.get(result.name, "")
+    if timing is None:
+        return (result.name, "failed", *["-"] * 6, reach)
+    return (
+        result.name,
+        f"{result.recall:.4f}",
+        f"{1e3 / timing.median:,.1f}",
+        f"{timing.median:.3g}",
+        f"{timing.low:.3g} to {timing.high:.3g}",
+        *speedups(result, results),
+        f"{result.built:.1f}",
+        reach,
+    )
+
+
+def write_csv(path: Path, results: list[Result], facts: dict[str, str]) -> None:
+    """Everything that was measured, behind lines that say on what; a cell without a number is empty."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.writelines(f"# {name}: {fact}\n" for name, fact in facts.items())
+        lines = [_csv_row(each, results) for each in results]
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _csv_row(result: Result, results: list[Result]) -> dict[str, str]:
+    timing = result.measurement.timing
+    row = {"search": result.name, "recall": f"{result.recall:.6f}"}
+    for quantile in ("median", "low", "high"):
+        row[f"{quantile}_ms"] = "" if timing is None else f"{getattr(timing, quantile):.6g}"
+    of_exact, of_fastest = ("" if each == "-" else each for each in speedups(result, results))
+    return row | {
+        "x_exact": of_exact,
+        "x_fastest_exact": of_fastest,
+        "built_s": f"{result.built:.3f}",
+        "method": "" if timing is None else timing.method,
+        "checks": "; ".join(map(str, result.measurement.checks)),
+        "failure": result.measurement.failure or "",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

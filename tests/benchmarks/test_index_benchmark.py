@@ -1,0 +1,100 @@
+"""benchmarks/index.py at a tiny size: what it writes, and that nothing unchecked is printed."""
+
+import csv
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module as the script has it, timing each call but twice."""
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(importlib.import_module("timing"), "REPEATS", (2, 2))
+    yield importlib.import_module("index")
+    for name in names & (set(sys.modules) - before):
+        del sys.modules[name]
+
+
+def cells(printed: str) -> dict[str, list[str]]:
+    """The cells of each line of the table, by the search that it begins with."""
+    lines = printed.split("---\n")[1].split("\n\n")[0].splitlines()
+    return {line[:13].strip(): line[13:].split() for line in lines}
+
+
+def test_table_and_csv(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("faiss")
+    threads = torch.get_num_threads()
+    assert benchmark.main(["--tiny", "--out", str(tmp_path), "--nprobe", "1000"]) == 0
+    assert torch.get_num_threads() == threads
+    lines = cells(capsys.readouterr().out)
+    assert list(lines) == ["plain PyTorch", "exact", "flat", "ivf", "ivfpq"]
+    for name, line in lines.items():
+        recall, queries = float(line[0]), float(line[1].replace(",", ""))
+        assert recall == 1.0 if name != "ivfpq" else 0.5 < recall <= 1.0
+        assert queries > 0
+    text = (tmp_path / "index.csv").read_text(encoding="utf-8").splitlines()
+    facts = [line for line in text if line.startswith("# ")]
+    assert "# rows: 6,000 x 32 float32, synthetic, clustered" in facts
+    rows = list(csv.DictReader(text[len(facts) :]))
+    assert [row["search"] for row in rows] == list(lines)
+    assert [row["x_exact"] for row in rows if row["search"] == "exact"] == ["1"]
+    certain = [float(row["x_fastest_exact"]) for row in rows if row["search"] in benchmark.EXACT]
+    assert (len(certain), max(certain)) == (3, 1.0)
+    assert all(row["checks"] and not row["failure"] for row in rows)
+
+
+def test_a_red_check_prints_no_speed(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = benchmark.MemoryIndex.search
+
+    def wrong(*arguments: Any) -> Any:
+        scores, indices = right(*arguments)
+        return scores * 1.01, indices
+
+    monkeypatch.setattr(benchmark.MemoryIndex, "search", wrong)
+    assert benchmark.main(["--tiny", "--out", str(tmp_path), "--kinds", "exact"]) == 1
+    printed = capsys.readouterr().out
+    lines = cells(printed)
+    assert lines["exact"][:2] == ["failed", "-"]
+    assert float(lines["plain PyTorch"][0]) == 1.0
+    assert "exact: scores: error 1.0e-02 against float64" in printed
+
+
+def test_rows_of_a_file_become_rows_and_queries(benchmark: ModuleType, tmp_path: Path) -> None:
+    rows = np.random.default_rng().normal(size=(500, 6)).astype(np.float16)
+    np.save(tmp_path / "rows.npy", rows)
+    options = benchmark.parse(["--tiny", "--rows", str(tmp_path / "rows.npy")])
+    kept, queries = benchmark.inputs(options)
+    assert (kept.shape, queries.shape, kept.dtype) == ((480, 6), (20, 6), torch.float32)
+    both = torch.cat([kept, queries])
+    assert sorted(both.tolist()) == sorted(rows.astype(np.float32).tolist())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "nowhere.npy"], "--rows: expected a file, got nowhere.npy"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--nprobe", "-1"], "--nprobe: expected at least 1, got -1"),
+    ],
+)
+def test_refused_options(
+    arguments: list[str], message: str, benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.parse(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
