@@ -126,7 +126,7 @@ class StoredScores:
         self._source = _source(tokens)
         if stop > self._stop:
             for rows in read(self._stop, stop):
-                self._add(row_scores(rows, tokens, **scoring._asdict()))
+                self._add(row_scores(rows, tokens, **scoring._asdict()), start)
         return self._values[:, start - self._base : stop - self._base]
 
     def serves(self, start: int, tokens: Tensor, scoring: Scoring) -> bool:
@@ -179,12 +179,13 @@ class StoredScores:
         samples = torch.linspace(0, values.shape[1] - 1, min(_SAMPLES, values.shape[1])).long().tolist()
         rows = torch.cat([block for each in samples for block in read(start + each, start + each + 1)])
         if torch.equal(row_scores(rows, tokens, **scoring._asdict()), values[:, samples]):
-            self._add(values)
+            self._add(values, start)
 
-    def _add(self, values: Tensor) -> None:
-        """Appends scores [r, n] of the rows from `stop` on."""
+    def _add(self, values: Tensor, oldest: int) -> None:
+        """Appends scores [r, n] of the rows from `stop` on; those before `oldest` may go."""
         stop = self._stop + values.shape[1]
         if stop - self._base > self._values.shape[1]:
+            self._first = min(max(self._first, oldest), self._stop)
             live = self._values[:, self._first - self._base : self._stop - self._base]
             with torch.inference_mode(False), torch.no_grad():
                 shape = (values.shape[0], 2 * (stop - self._first))

@@ -752,3 +752,22 @@ def test_rows_on_a_gpu(kind: FaissKind) -> None:
     exact = MemoryIndex(store).search(0, tokens, 10)
     on_cpu = MemoryIndex(in_memory(states)).search(0, tokens, 10)
     torch.testing.assert_close(exact[0].cpu(), on_cpu[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat"])
+def test_rows_in_tiers_are_found_like_others(kind: IndexKind, tmp_path: Path) -> None:
+    if kind != "exact":
+        pytest.importorskip("faiss")
+    plain = MemoryStore.create(layers=1, streams=2, dim=8, capacity=90)
+    tiered = MemoryStore.create(
+        tmp_path / "s", layers=1, streams=2, dim=8, capacity=90, chunk_bytes=4096, device_bytes=2048
+    )
+    indexes = MemoryIndex(plain, kind), MemoryIndex(tiered, kind)
+    for count in (30, 50, 40, 7):
+        states = clustered(1, 2, count, 8)
+        for store in (plain, tiered):
+            store.append(states)
+        tokens = torch.randn(3, 8)
+        (scores, found), (ours, same) = (each.search(0, tokens, 12) for each in indexes)
+        assert torch.equal(ours, scores)
+        assert torch.equal(same, found)

@@ -102,6 +102,19 @@ def test_memory_is_bounded(kind: str, tmp_path: Path) -> None:
         assert reader.info().memory_bytes == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_evicted_rows_take_no_memory(kind: str, tmp_path: Path) -> None:
+    store = create(kind, tmp_path, capacity=40)
+    tokens = torch.randn(2, DIM)
+    sizes = []
+    for _ in range(60):
+        store.append(torch.randn(2, 2, 8, DIM))
+        for layer in range(2):
+            store.layer(layer).scores(tokens, **HOW)
+        sizes.append(store.info().memory_bytes)
+    assert max(sizes[30:]) <= max(sizes[:30])
+
+
 def test_only_rows_that_were_asked_for_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = create("disk and device", tmp_path, layers=1, device_bytes=10 * SHARE)
     states = torch.randn(1, 2, 50, DIM)
