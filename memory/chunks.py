@@ -8,6 +8,7 @@ array or another row, or left by a writer whose rows no commit refers to.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 from collections import OrderedDict
@@ -130,9 +131,11 @@ class ChunkFiles:
         data = np.empty((rows.shape[0], self.layout.row_bytes), np.uint8)
         stored = np.empty(rows.shape[0], np.uint32)
         chunks, local = np.divmod(rows, self.layout.chunk_rows)
-        for chunk in np.unique(chunks):
-            chosen = np.nonzero(chunks == chunk)[0]
-            files = self._map(layer, stream, int(chunk))
+        order = np.argsort(chunks, kind="stable")
+        bounds = np.flatnonzero(np.diff(chunks[order], prepend=-1, append=-1))
+        for first, last in itertools.pairwise(bounds.tolist()):
+            chosen = order[first:last]
+            files = self._map(layer, stream, int(chunks[chosen[0]]))
             data[chosen] = files.rows[local[chosen]]
             stored[chosen] = files.checksums[local[chosen]]
         wrong = _wrong_rows(layer, stream, data, stored, rows, writers)
