@@ -56,7 +56,7 @@ class ScoreFiles:
         """
         files = self._files(layer, stamp, values.shape[0], create=True)
         done = 0
-        for extent in extents:
+        for extent in _bound(layer, stamp, extents):
             count = extent.stop - extent.start
             data = as_bytes(values[:, done : done + count].T.cpu())
             files.write(0, stream, extent.start, data, extent.writer, fresh_from=0)
@@ -71,6 +71,7 @@ class ScoreFiles:
             return None
         files = self._files(layer, stamp, columns, create=False)
         dtype = DTYPES[files.layout.dtype]
+        extents = _bound(layer, stamp, extents)
         try:
             files.check_present(0, stream, extents)
             parts = [torch.from_numpy(block).view(dtype) for block in files.blocks(0, stream, extents)]
@@ -182,6 +183,12 @@ class ScoreFiles:
         building.mkdir()
         write_layout(building, layout)
         os.rename(building, folder)
+
+
+def _bound(layer: int, stamp: str, extents: Sequence[Extent]) -> list[Extent]:
+    """The extents with writers that stand for the layer and stamp too: other files have other checksums."""
+    bits = int(stamp[:8], 16) ^ layer
+    return [extent._replace(writer=extent.writer ^ bits) for extent in extents]
 
 
 class CommittedStreamScores:

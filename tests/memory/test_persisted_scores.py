@@ -278,6 +278,22 @@ def test_scores_that_a_writer_drops_while_they_are_read_are_no_damage(
             assert torch.equal(reader.layer(0).scores(tokens[0], **HOW), expected)
 
 
+def test_scores_of_another_layer_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    tokens = torch.randn(2, 2, DIM)
+    with create(path) as store:
+        append(store, 20)
+        for layer in range(2):
+            store.layer(layer).scores(tokens[layer], **HOW)
+        store.commit()
+    [first] = (path / "scores").glob("layer-0.*")
+    [second] = (path / "scores").glob("layer-1.*")
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    with MemoryStore.open(path) as store, pytest.warns(UserWarning, match="the scores are computed anew"):
+        check(store, [*tokens])
+
+
 def test_a_copy_and_a_fork_have_the_scores(tmp_path: Path, tokens: list[Tensor], scored: list[int]) -> None:
     store = MemoryStore.create(layers=2, streams=2, dim=DIM)
     append(store, 20, [20, 0])
