@@ -195,6 +195,9 @@ def _verify_text(report: VerifyReport) -> str:
     lines = [f"{report.path}: {report.rows:,} rows in all layers, of {_count(len(report.commits), 'commit')}"]
     lines += [f"  {name}" for name in report.commits]
     lines += _damage_lines(report.path, report.damage) or ["no damage"]
+    if report.scores:
+        lines.append("stored scores damaged, which are computed anew:")
+        lines += _damage_lines(report.path, report.scores)[1:]
     if report.leftovers:
         work = f", or the work of {report.writer}" if report.writer else ""
         lines.append(f"left behind, needed by no commit{work}:")

@@ -69,9 +69,8 @@ class ScoreFiles:
         """The scores [r, n] of the n rows of the extents; None if dropped or, with a warning, damaged."""
         if self._has_dropped(layer, stream, stamp, extents):
             return None
-        files = self._files(layer, stamp, columns, create=False)
+        files, extents = self.find(layer, stamp, columns, extents)
         dtype = DTYPES[files.layout.dtype]
-        extents = _bound(layer, stamp, extents)
         try:
             files.check_present(0, stream, extents)
             parts = [torch.from_numpy(block).view(dtype) for block in files.blocks(0, stream, extents)]
@@ -84,6 +83,12 @@ class ScoreFiles:
             self._damaged.add((layer, stream, stamp))
             return None
         return torch.cat(parts).T
+
+    def find(
+        self, layer: int, stamp: str, columns: int, extents: Sequence[Extent]
+    ) -> tuple[ChunkFiles, Sequence[Extent]]:
+        """The chunk files of a layer's scores, as layer 0, and the extents as they are written there."""
+        return self._files(layer, stamp, columns, create=False), _bound(layer, stamp, extents)
 
     def _has_dropped(self, layer: int, stream: int, stamp: str, extents: Sequence[Extent]) -> bool:
         """Whether `keep` may have deleted scores of the extents: a layer can outlive all commits of it."""

@@ -29,6 +29,7 @@ from xlroute.memory.layout import (
 )
 from xlroute.memory.lock import read_holder
 from xlroute.memory.log import Extent
+from xlroute.memory.score_files import ScoreFiles
 from xlroute.memory.sealed import TEMPORARY, read_document
 
 # What is called after every few MiB with the bytes done so far, and with all there are.
@@ -74,6 +75,7 @@ class VerifyReport:
         commits: Ids of the commits whose rows were examined, oldest first.
         rows: Number of rows that these commits hold, in all layers together; each counts once.
         damage: Everything that is damaged: metadata, then commit records, then rows by stream and layer.
+        scores: Damage to stored scores. It does no harm: they are computed anew.
         leftovers: Files and folders that a crash has left behind. They do no harm, and `repair` removes them.
         writer: Who holds the store for writing, or held it until killed; None if the last writer closed it.
             What a writer at work has not committed yet is among the leftovers.
@@ -83,6 +85,7 @@ class VerifyReport:
     commits: tuple[str, ...]
     rows: int
     damage: tuple[Damage, ...]
+    scores: tuple[Damage, ...]
     leftovers: tuple[Path, ...]
     writer: str | None
 
@@ -103,7 +106,7 @@ def verify_store(
         layout = read_group(root)
     except CorruptionError as error:
         group = _damage_of(error, root / METADATA)
-        return VerifyReport(root, (), 0, (group,), tuple(find_leftovers(root)), read_holder(root))
+        return VerifyReport(root, (), 0, (group,), (), tuple(find_leftovers(root)), read_holder(root))
     known, records = read_records(root, layout)
     if commit is None:
         chosen = known if all_commits else dict(list(known.items())[-1:])
@@ -143,7 +146,27 @@ def verify_store(
         rows = [each for each in (_held_by(each, examined) for each in rows) if each.commits]
     damage = (*(_held_by(each, examined) for each in metadata), *records, *rows)
     leftovers = find_leftovers(root, layout, [] if records else [*known.values()])
-    return VerifyReport(root, tuple(examined), count, damage, tuple(leftovers), read_holder(root))
+    scores = tuple(_check_scores(root, layout, examined.values())) if countable else ()
+    if scores:
+        # A writer that drops a commit meanwhile drops its scores too.
+        remaining = [held for name, held in examined.items() if record_path(root, name).exists()]
+        scores = tuple(_check_scores(root, layout, remaining))
+    return VerifyReport(root, tuple(examined), count, damage, scores, tuple(leftovers), read_holder(root))
+
+
+def _check_scores(root: Path, layout: Layout, commits: Iterable[Commit]) -> Iterator[Damage]:
+    """Reads all scores that the commits name, and yields what is damaged."""
+    named = {
+        (layer, scores.stamp, scores.columns, stream, log.part(*span))
+        for commit in commits
+        for layer, scores in enumerate(commit.scores)
+        if scores is not None
+        for stream, (log, span) in enumerate(zip(commit.logs, scores.spans, strict=True))
+    }
+    files = ScoreFiles(root, layout, None)
+    for layer, stamp, columns, stream, held in sorted(named):
+        chunks, extents = files.find(layer, stamp, columns, held)
+        yield from check_rows(chunks, 0, stream, extents, lambda _: None)
 
 
 class Meter:

@@ -389,3 +389,26 @@ def test_what_it_calls_fine_can_be_read(path: Path) -> None:
         store.gather(1, torch.tensor([[*range(11)], [0, *[-1] * 10]]))
         with pytest.raises(CorruptionError, match=str(damage.path)):
             store.gather(1, torch.tensor([[-1], [1]]))
+
+
+def test_damaged_scores_are_told_and_count_as_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with MemoryStore.create(path, layers=2, streams=2, dim=3) as store:
+        store.append(torch.randn(2, 2, 9, 3))
+        for layer in range(2):
+            store.layer(layer).scores(torch.randn(2, 3), normalize="rms", scale=1.0)
+        store.commit()
+    assert MemoryStore.verify(path).scores == ()
+    [folder] = (path / "scores").glob("layer-1.*")
+    file = folder / "layer-0.stream-1.rows" / "c.0.0"
+    with file.open("r+b") as opened:
+        opened.seek(3 * 8)
+        opened.write(b"\xff")
+    report = MemoryStore.verify(path)
+    assert report.ok
+    [damage] = report.scores
+    assert (damage.path, damage.rows) == (file, ((3, 4),))
+    shutil.rmtree(folder)
+    report = MemoryStore.verify(path)
+    assert report.ok
+    assert {each.path.parent.parent for each in report.scores} == {folder}
