@@ -175,7 +175,8 @@ def test_more_iterations_than_the_backward_prepares_at_once(monkeypatch: pytest.
 def test_spreads_and_offsets(path: str, spread: float, offset: float) -> None:
     case = random_case(64, 70, n_iters=4, schedule=SCHEDULES["constant"])
     case["s"] = case["s"] * spread + offset
-    compare([case])
+    # The wider the scores, the fewer rows hold most of the error: it takes many to compare.
+    compare([case], rows=64)
 
 
 def test_temperatures_are_those_of_the_schedule() -> None:
