@@ -82,7 +82,9 @@ def test_half_precision_and_autocast(dtype: torch.dtype, options: dict[str, bool
         for ours, reference in zip(given, expected, strict=True):
             assert (ours.float() - reference).norm() <= 40 * torch.finfo(dtype).eps * reference.norm()
     with torch.no_grad(), torch.autocast("cuda", dtype=dtype):
-        torch.testing.assert_close(module(x, context), cast[0].detach())
+        without_grad = module(x, context)
+    # One rounding apart at most, and of what was added up, which may be more than what is left of it.
+    assert (without_grad - cast[0]).norm() <= torch.finfo(dtype).eps * cast[0].norm()
 
 
 def test_it_compiles_to_one_graph() -> None:
