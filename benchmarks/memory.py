@@ -1,7 +1,10 @@
 """How fast the memory store is on disk: one table, beside a raw file, a numpy memmap and zarr, in one run.
 
     python benchmarks/memory.py                     about two minutes; 5 GB of disk below --folder
+    python benchmarks/memory.py --peer FOLDER       with KNNMemory, which is in requirements-peers-memory.txt
     python benchmarks/memory.py --tiny              to see that it runs: its times mean nothing
+
+Where there is a GPU, it measures too what a GPU gets from there, and takes ten minutes and 60 GB.
 
 Everything is read warm, from the page cache. No time is printed of a result that was not checked first; where
 a check is red, the cell says so, and the exit code is 1. It writes memory.csv and memory.png to --out.
@@ -11,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import os
 import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from itertools import cycle
@@ -29,7 +32,10 @@ import torch
 import zarr
 from measurement import Check, Measurement, equal, measure
 from memory_large import build_large
+from memory_tiers import DRAWS, gather_tiers, route_large
+from memory_work import CPU, KNN, OURS, RAW, TINY, ZARR, Sizes, Work
 from numpy.typing import NDArray
+from timing import on_one_stream
 from torch import Tensor
 
 from xlroute.memory import MemoryStore
@@ -39,34 +45,11 @@ import matplotlib.pyplot as plt
 
 T = TypeVar("T")
 
-CPU = torch.device("cpu")
-OURS, RAW, ZARR = "xlroute", "raw file or memmap", "zarr"
-DRAWS = 200  # of the rows of a gather
-COLUMNS = ("work", OURS, "20% to 80%", RAW, ZARR, "x raw", "reach")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large the work is."""
-
-    segment: int = 1024  # rows of an append
-    dim: int = 512
-    chosen: int = 1024  # rows of a gather
-    gather: tuple[int, ...] = tuple(2**i for i in range(12, 21, 2))  # rows of the stores
-    large: int = 100_000_000
-    large_dim: int = 128
-
-
-TINY = Sizes(segment=16, dim=8, chosen=10, gather=(64, 256), large=5000, large_dim=4)
-
-
-@dataclass(frozen=True)
-class Work:
-    """One piece of work, and what was measured of all who do it."""
-
-    name: str
-    reach: str
-    measurements: list[Measurement] = field(default_factory=list)
+COLUMNS = ("work", OURS, "20% to 80%", RAW, ZARR, KNN, "x raw", "reach")
+NOTES = """\
+Milliseconds, medians. raw: as many writes, and for durable as many fsyncs; one numpy memmap; for rows on a
+GPU or in the host's memory, PyTorch's index_select; for routing, torch.topk and a memmap. KNNMemory: that
+of memorizing-transformers-pytorch, which adds the rows to its index as well, and waits for its memmap."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,16 +61,22 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, default=Path("build/benchmarks"), help="folder of CSV and picture"
     )
     parser.add_argument("--folder", type=Path, help="where the stores go for as long as it runs")
+    parser.add_argument("--peer", type=Path, help="where KNNMemory was installed")
     parser.add_argument("--tiny", action="store_true", help="sizes that take a second")
     options = parser.parse_args(arguments)
     sizes = TINY if options.tiny else Sizes()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         gathers = list(gather(sizes, folder))
-        works = [*append(sizes, folder), gathers[-1][1], open_large(sizes, folder)]
+        works = [*append(sizes, folder, options.peer), gathers[-1][1], open_large(sizes, folder)]
+        if device.type == "cuda" or options.tiny:
+            with on_one_stream(device):
+                works += [*gather_tiers(sizes, folder, device), route_large(sizes, folder, device)]
+    gpu = f", {torch.cuda.get_device_name()}" if device.type == "cuda" else ""
     facts = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores{gpu}",
         "PyTorch": torch.__version__,
         "zarr": zarr.__version__,
         "Python": platform.python_version(),
@@ -107,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def append(sizes: Sizes, folder: Path) -> Iterator[Work]:
+def append(sizes: Sizes, folder: Path, peer: Path | None) -> Iterator[Work]:
     """A segment appended and committed: beside raw files with as many fsyncs, and zarr's own append."""
     states = torch.randn(1, 1, sizes.segment, sizes.dim).to(torch.float16)
     for durable in (False, True):
@@ -130,6 +119,8 @@ def append(sizes: Sizes, folder: Path) -> Iterator[Work]:
         work.measurements.append(
             _measured(RAW, partial(raw.append, states[0, 0]), partial(_check_raw, raw, states[0, 0]))
         )
+        if durable and peer is not None:
+            work.measurements.append(_knn_memory(peer, sizes, folder))
         if not durable:  # zarr never calls fsync
             array = zarr.create_array(
                 folder / "zarr-append",
@@ -151,6 +142,21 @@ def append(sizes: Sizes, folder: Path) -> Iterator[Work]:
 def _commit(store: MemoryStore, states: Tensor, durable: bool) -> None:
     store.append(states)
     store.commit(durable=durable)
+
+
+def _knn_memory(peer: Path, sizes: Sizes, folder: Path) -> Measurement:
+    """A segment added to the memory of another library, as keys and as values."""
+    sys.path.append(str(peer))
+    peer_module = importlib.import_module("memorizing_transformers_pytorch")
+    memory = peer_module.KNNMemory(
+        sizes.dim, 64 * sizes.segment, 1, str(folder / "knn"), multiprocessing=False
+    )
+    rows = torch.randn(1, sizes.segment, 2, sizes.dim)
+
+    def verify(_: object) -> list[Check]:
+        return [equal("rows", torch.from_numpy(memory.db[0, : sizes.segment]), rows[0], "what was added")]
+
+    return _measured(KNN, partial(memory.add, rows), verify)
 
 
 def _check_store(store: MemoryStore, states: Tensor, _: object) -> list[Check]:
@@ -283,13 +289,13 @@ def table(works: list[Work], facts: dict[str, str]) -> str:
         cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
         text.append("  ".join(cells))
     machine = "; ".join(f"{name} {fact}" for name, fact in facts.items())
-    notes = "Milliseconds, medians. raw: as many writes, and for durable as many fsyncs; one numpy memmap."
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", machine, notes])
+    notes = [f"{work.name}: {note}" for work in works for note in work.notes]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *notes, machine, NOTES])
 
 
 def _line(work: Work) -> tuple[str, ...]:
     medians: dict[str, float] = {}
-    cells = dict.fromkeys((OURS, RAW, ZARR), "-")
+    cells = dict.fromkeys((OURS, RAW, ZARR, KNN), "-")
     spread = "-"
     for each in work.measurements:
         cells[each.subject] = "failed"
@@ -299,7 +305,7 @@ def _line(work: Work) -> tuple[str, ...]:
             if each.subject == OURS:
                 spread = f"{each.timing.low:.3g} to {each.timing.high:.3g}"
     ratio = f"{medians[OURS] / medians[RAW]:.2f}" if {OURS, RAW} <= medians.keys() else "-"
-    return work.name, cells[OURS], spread, cells[RAW], cells[ZARR], ratio, work.reach
+    return work.name, cells[OURS], spread, cells[RAW], cells[ZARR], cells[KNN], ratio, work.reach
 
 
 def write_csv(path: Path, works: list[Work], gathers: list[tuple[int, Work]], facts: dict[str, str]) -> None:

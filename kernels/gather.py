@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlroute.kernels.arguments import Backend, check_floating, compute_dtype, resolve_backend
+from xlroute.kernels.arguments import HAS_TRITON, Backend, check_floating, compute_dtype, resolve_backend
 
 _ALL_PAIRS = 1 << 14  # indices of a stream up to which Triton compares all pairs, instead of sorting them
 
@@ -34,6 +34,30 @@ def gather_rows(x: Tensor, indices: Tensor, backend: Backend | None = None) -> T
     backend = resolve_backend(backend, x)
     rows: Tensor
     rows, _ = _gather(x, None, indices, False, backend)
+    return rows
+
+
+def gather_pinned_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """Rows in the host's pinned memory, gathered by a GPU, which reads those over the bus and no others.
+
+    The host waits for nothing. There is no gradient.
+
+    Args:
+        x: rows, [m, d], in pinned memory.
+        indices: int64, [k], on a GPU, each in [-1, m); -1 gathers zeros.
+
+    Returns:
+        The rows, [k, d], on the device of the indices.
+    """
+    if not HAS_TRITON:
+        return gather_rows(x[None], indices.cpu()[None])[0].to(indices.device)
+    if indices.numel() == 0 or x.numel() == 0:
+        return x.new_zeros((indices.shape[0], x.shape[1]), device=indices.device)
+    from xlroute.kernels import gather_triton
+
+    rows = gather_triton.gather(x[None], None, indices[None])[0][0]
+    # PyTorch hands out pinned memory again once all copies from it are done, and knows nothing of kernels.
+    x[:1, :1].to(indices.device, non_blocking=True)
     return rows
 
 

@@ -210,19 +210,22 @@ def scatter_rows_bwd_kernel(
 def gather(
     x: Tensor, gates: Tensor | None, indices: Tensor, straight_through: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rows of x [b, m, d] at indices [b, ...], and their gates [b, ..., m], without gates [0]; b, d > 0."""
+    """Rows of x [b, m, d] at indices [b, ...], and their gates [b, ..., m], without gates [0]; b, d > 0.
+
+    x may be in pinned memory of the host; the others are on the GPU.
+    """
     b, m, d = x.shape
     indices = indices.contiguous()
-    rows = torch.empty((*indices.shape, d), dtype=x.dtype, device=x.device)
+    rows = torch.empty((*indices.shape, d), dtype=x.dtype, device=indices.device)
     if gates is None:
-        chosen = torch.empty(0, dtype=x.dtype, device=x.device)
+        chosen = torch.empty(0, dtype=x.dtype, device=indices.device)
     else:
         gates = gates.contiguous()
-        chosen = torch.empty(indices.shape, dtype=gates.dtype, device=x.device)
+        chosen = torch.empty(indices.shape, dtype=gates.dtype, device=indices.device)
     total = indices.numel()
     bk, bd = gather_block(d)
     wide = torch.float64 in (x.dtype, chosen.dtype)
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(indices):  # type: ignore[no-untyped-call]
         gather_rows_fwd_kernel[(triton.cdiv(total, bk) * triton.cdiv(d, bd),)](
             x,
             gates,

@@ -7,16 +7,25 @@ may have saved a view of the rows for backward, long before the next rows come.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from xlroute.kernels import gather_rows, row_scores
+from xlroute.kernels import gather_pinned_rows, gather_rows, row_scores
 from xlroute.memory.scores import KeptScores, Scoring, StoredScores
 
 _BLOCK_ROWS = 1 << 16  # of rows in memory that are handed on at once
+
+
+def on_device(blocks: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Blocks [k, d] copied to a device; a GPU copies, and works on, one while the host reads the next."""
+    for block in blocks:
+        if device.type == "cuda" and block.device.type == "cpu":
+            # Memory that PyTorch keeps for this, and hands out again once the copy is done.
+            block = block.pin_memory()
+        yield block.to(device, non_blocking=True)
 
 
 class Rows(Protocol):
@@ -122,8 +131,13 @@ class RowSpan:
         return self._buffer.data[self._start : self._stop]
 
     def gather(self, index: Tensor) -> Tensor:
-        """Copies of the rows at `index` (int64 [k]), [k, d]; zeros where it is -1."""
-        return gather_rows(self.view()[None], index.to(self._buffer.data.device)[None])[0]
+        """Copies of the rows at `index` (int64 [k]), [k, d]; zeros where it is -1.
+
+        Of rows in pinned memory, they are on the device of the index.
+        """
+        if self._buffer.pinned and index.is_cuda:
+            return gather_pinned_rows(self.view(), index)
+        return gather_rows(self.view()[None], index.to(self.device)[None])[0]
 
     def prefetch(self, index: Tensor) -> None:
         """They are there."""

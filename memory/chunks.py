@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError
 from xlroute.memory.layout import COMMITS, KINDS, METADATA, Layout, read_room
 from xlroute.memory.log import Extent
+from xlroute.memory.maps import FileMap
 from xlroute.memory.sealed import encode, replace_file, sync, write_all
 
 Bytes = NDArray[np.uint8]
-# A map holds a file descriptor, of which a process has 1,024 by default.
-_MAX_MAPS = 128
+# Of two files each; a process may have 65,530 by default.
+_MAX_MAPS = 4096
 _BLOCK_BYTES = 4 * 2**20
 
 
@@ -84,7 +85,7 @@ class Holder(Protocol):
 class _Chunk(NamedTuple):
     rows: Bytes
     checksums: NDArray[np.uint32]
-    memory: mmap.mmap  # of the rows
+    memory: FileMap  # of the rows
 
 
 class ChunkFiles:
@@ -130,14 +131,15 @@ class ChunkFiles:
         self._check_room(layer, stream, int(rows.max(initial=-1)) + 1)
         data = np.empty((rows.shape[0], self.layout.row_bytes), np.uint8)
         stored = np.empty(rows.shape[0], np.uint32)
-        chunks, local = np.divmod(rows, self.layout.chunk_rows)
-        order = np.argsort(chunks, kind="stable")
-        bounds = np.flatnonzero(np.diff(chunks[order], prepend=-1, append=-1))
-        for first, last in itertools.pairwise(bounds.tolist()):
-            chosen = order[first:last]
-            files = self._map(layer, stream, int(chunks[chosen[0]]))
-            data[chosen] = files.rows[local[chosen]]
-            stored[chosen] = files.checksums[local[chosen]]
+        order = np.argsort(rows)
+        chunks, local = np.divmod(rows[order], self.layout.chunk_rows)
+        bounds = np.flatnonzero(np.diff(chunks, prepend=-1, append=-1)).tolist()
+        for first, last in itertools.pairwise(bounds):
+            files = self._map(layer, stream, int(chunks[first]))
+            chosen = local[first:last]
+            data[order[first:last]] = files.rows.take(chosen, 0)
+            files.checksums.take(chosen, 0, stored[first:last], "clip")
+        stored[order] = stored.copy()
         wrong = _wrong_rows(layer, stream, data, stored, rows, writers)
         if wrong.size:
             raise self._wrong_row(layer, stream, int(wrong[0]))
@@ -153,9 +155,8 @@ class ChunkFiles:
         size = self.layout.row_bytes
         chunks, local = np.divmod(rows, self.layout.chunk_rows)
         for chunk, row in zip(chunks.tolist(), local.tolist(), strict=True):
-            start = row * size // mmap.PAGESIZE * mmap.PAGESIZE
             memory = self._map(layer, stream, chunk).memory
-            memory.madvise(mmap.MADV_WILLNEED, start, (row + 1) * size - start)
+            memory.advise(mmap.MADV_WILLNEED, row * size, (row + 1) * size)
 
     def blocks(self, layer: int, stream: int, extents: Iterable[Extent]) -> Iterator[Bytes]:
         """Reads whole extents in order, in blocks of a few MiB [k, row_bytes], and checks every row.
@@ -249,15 +250,14 @@ class ChunkFiles:
             self._maps.move_to_end(key)
             return self._maps[key]
         with self._opened(layer, stream, chunk) as files:
-            maps = [
-                mmap.mmap(file, self.layout.chunk_bytes(kind), access=mmap.ACCESS_READ)
-                for file, kind in zip(files, KINDS, strict=True)
-            ]
-        for memory in maps:
+            memory, checksums = (
+                FileMap(file, self.layout.chunk_bytes(kind)) for file, kind in zip(files, KINDS, strict=True)
+            )
+        for each in (memory, checksums):
             # Rows are chosen by content: reading ahead would read what nobody asked for.
-            memory.madvise(mmap.MADV_RANDOM)
-        rows = np.frombuffer(maps[0], np.uint8).reshape(self.layout.chunk_rows, self.layout.row_bytes)
-        self._maps[key] = _Chunk(rows, np.frombuffer(maps[1], np.dtype("<u4")), maps[0])
+            each.advise(mmap.MADV_RANDOM)
+        rows = memory.data.reshape(self.layout.chunk_rows, self.layout.row_bytes)
+        self._maps[key] = _Chunk(rows, checksums.data.view(np.dtype("<u4")), memory)
         if len(self._maps) > _MAX_MAPS:
             self._maps.popitem(last=False)
         return self._maps[key]

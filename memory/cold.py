@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xlroute.memory.buffer import RowSpan
+from xlroute.memory.buffer import RowSpan, on_device
 from xlroute.memory.chunks import Bytes, ChunkFiles
 from xlroute.memory.layout import DTYPES
 from xlroute.memory.log import Extent, StreamLog
@@ -164,8 +164,8 @@ class ColdRows:
             CorruptionError: A row, or the file it is in, is damaged or missing.
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
-        for block in self._files.blocks(self._layer, self.stream, self._log.part(start, stop)):
-            yield self._tensor(block).to(self._device)
+        data = self._files.blocks(self._layer, self.stream, self._log.part(start, stop))
+        yield from on_device(map(self._tensor, data), self._device)
 
     def _numbered_blocks(self, oldest: int, start: int, stop: int) -> Iterator[Tensor]:
         return self.blocks(start - oldest, stop - oldest)

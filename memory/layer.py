@@ -32,17 +32,14 @@ def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
         raise ValueError(f"indices: expected shape [{streams}, ...], got {list(indices.shape)}")
     indices = indices.long()
     if indices.numel():
-        flat = indices.reshape(streams, -1)
-        low = flat.amin(1).cpu()
-        high = flat.amax(1).cpu()
-        wrong = ((low < -1) | (high >= lengths)).nonzero()
-        if wrong.numel():
-            stream = int(wrong[0])
-            given = int(low[stream]) if low[stream] < -1 else int(high[stream])
-            raise IndexError(
-                f"indices: expected -1 (no row) to {int(lengths[stream]) - 1} in stream {stream}, "
-                f"which holds {int(lengths[stream])} rows, got {given}"
-            )
+        # One wait, where they are on a GPU.
+        bounds = torch.stack(indices.reshape(streams, -1).aminmax(dim=1)).tolist()
+        for stream, (low, high, length) in enumerate(zip(*bounds, lengths.tolist(), strict=True)):
+            if low < -1 or high >= length:
+                raise IndexError(
+                    f"indices: expected -1 (no row) to {length - 1} in stream {stream}, "
+                    f"which holds {length} rows, got {low if low < -1 else high}"
+                )
     return indices
 
 

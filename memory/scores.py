@@ -15,6 +15,9 @@ from xlroute.kernels.arguments import compute_dtype, resolve_backend
 # Rows that are scored again before scores from disk are trusted: another machine may sum in another order.
 _SAMPLES = 16
 
+# Room for scores of rows to come: as many as there are, but no more than this.
+_MOST_ROOM = 1 << 24
+
 ReadRows = Callable[[int, int], Iterable[Tensor]]
 
 
@@ -176,7 +179,9 @@ class StoredScores:
         if values is None:
             return
         values = values.to(self._device)
-        samples = torch.linspace(0, values.shape[1] - 1, min(_SAMPLES, values.shape[1])).long().tolist()
+        count = min(_SAMPLES, values.shape[1])
+        # float32 could not count them.
+        samples = torch.linspace(0, values.shape[1] - 1, count, dtype=torch.float64).long().tolist()
         rows = torch.cat([block for each in samples for block in read(start + each, start + each + 1)])
         if torch.equal(row_scores(rows, tokens, **scoring._asdict()), values[:, samples]):
             self._add(values, start)
@@ -188,7 +193,8 @@ class StoredScores:
             self._first = min(max(self._first, oldest), self._stop)
             live = self._values[:, self._first - self._base : self._stop - self._base]
             with torch.inference_mode(False), torch.no_grad():
-                shape = (values.shape[0], 2 * (stop - self._first))
+                count = stop - self._first
+                shape = (values.shape[0], count + min(count, _MOST_ROOM))
                 self._values = torch.empty(shape, dtype=self._dtype, device=self._device)
                 self._values[:, : live.shape[1]] = live
             self._base = self._first

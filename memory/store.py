@@ -266,8 +266,7 @@ class MemoryStore:
         def held(layer: int, stream: int, log: StreamLog) -> Rows:
             stored = disk.stored_scores(layer, stream, log, device)
             if tiers is not None:
-                host = torch.device("cpu") if tiers.host_rows is not None else device
-                cold = disk.cold(layer, stream, log, host, stored)
+                cold = disk.cold(layer, stream, log, torch.device("cpu"), stored)
                 return rows_on_disk(cold, layout, device, log, stored, on_host=tiers.host_rows is not None)
             if log.extents:
                 return disk.cold(layer, stream, log, device, stored)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory.buffer import Rows, RowSpan
+from xlroute.memory.buffer import Rows, RowSpan, on_device
+from xlroute.memory.cold import ColdRows
 from xlroute.memory.layout import DTYPES, Layout
 from xlroute.memory.log import StreamLog
 from xlroute.memory.scores import KeptScores, Scoring, StoredScores
@@ -79,29 +80,30 @@ class TieredRows:
     def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """Rows `start` to `stop` in blocks [k, d] on the device."""
         if start < min(stop, self._cut):
-            for block in self.home.blocks(start, min(stop, self._cut)):
-                yield block.to(self.device, non_blocking=True)
+            yield from on_device(self.home.blocks(start, min(stop, self._cut)), self.device)
         if max(start, self._cut) < stop:
             yield from self._hot.blocks(max(start, self._cut) - self._cut, stop - self._cut)
 
     def gather(self, index: Tensor) -> Tensor:
         """Copies of the rows at `index` (int64 [k]), [k, d]; zeros where it is -1.
 
-        Of rows that are not in fast memory, only those go to the device that were asked for. Unless all are
-        there, the host has to know the index, and waits for it.
+        Of rows that are not in fast memory, only those go to the device that were asked for. A GPU reads
+        those in pinned memory by itself. For rows on disk the host has to know the index, and waits for it.
         """
         if self._cut == 0:
             return self._hot.gather(index)
+        found = self._hot.gather(torch.where(index >= self._cut, index - self._cut, -1))
+        if index.device != found.device:
+            index = index.to(found.device)
+        if index.is_cuda and not isinstance(self.home, ColdRows):
+            elsewhere = (index >= 0) & (index < self._cut)
+            there = self.home.gather(torch.where(elsewhere, index, -1))
+            return torch.where(elsewhere[:, None], there, found)
         wanted = index.cpu()
-        elsewhere = ((wanted >= 0) & (wanted < self._cut)).nonzero()[:, 0]
-        if elsewhere.numel() == wanted.numel():
-            return self.home.gather(wanted).to(self.device)
-        # The device gathers what it has while the host reads the rest.
-        out = self._hot.gather(torch.where(wanted >= self._cut, wanted - self._cut, -1))
-        if elsewhere.numel():
-            found = self.home.gather(wanted[elsewhere])
-            out[elsewhere.to(self.device)] = found.to(self.device)
-        return out
+        places = ((wanted >= 0) & (wanted < self._cut)).nonzero()[:, 0]
+        if places.numel():
+            found[places.to(found.device)] = self.home.gather(wanted[places]).to(found.device)
+        return found
 
     def prefetch(self, index: Tensor) -> None:
         """See `Rows`."""

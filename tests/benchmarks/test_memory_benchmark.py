@@ -13,6 +13,12 @@ WORKS = (
     "append 16 x 8 fp16 and commit, durable",
     "gather 10 random rows of 256, warm",
     "open 5,000 rows of 4, and a first gather",
+    *(
+        f"{how} 10 random rows of 256 on {place}, for the device{checked}"
+        for place in ("the device", "the host", "disk")
+        for how, checked in (("take", ""), ("gather", ", indices checked"))
+    ),
+    "route 5,000 rows of 4 on disk, 50 of them on the device, by stored scores",
 )
 
 
@@ -28,4 +34,4 @@ def test_it_measures_everything_beside_its_peers(tmp_path: Path) -> None:
     assert {row["work"] for row in rows} == {*WORKS, "gather 10 random rows of 64, warm"}
     assert all(float(row["median_ms"]) > 0 and "error 0.0e+00" in row["checks"] for row in rows)
     subjects = [row["subject"] for row in rows if row["work"] == WORKS[2]]
-    assert subjects == ["xlroute", "raw file or memmap", "zarr"]
+    assert subjects == ["xlroute", "raw", "zarr"]

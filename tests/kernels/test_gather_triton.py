@@ -9,7 +9,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from xlroute.kernels import gather_gated_rows, gather_rows, gather_triton, scatter_rows
+from xlroute.kernels import (
+    gather_gated_rows,
+    gather_pinned_rows,
+    gather_rows,
+    gather_triton,
+    scatter_rows,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -49,6 +55,34 @@ def both(function: Any, inputs: tuple[Tensor, ...], *rest: Tensor) -> list[tuple
         cotangents = cotangents or [torch.randn_like(out) for out in outputs]
         results.append((*outputs, *torch.autograd.grad(outputs, leaves, cotangents)))
     return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(50, 33, 21), (9, 130, 40), (4, 1500, 3), (0, 8, 2), (5, 8, 0)], ids=str)
+def test_gather_from_the_host(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    m, d, k = shape
+    x, indices = randn(m, d, dtype=dtype).cpu(), torch.randint(-1, m, (k,))
+    pinned = x.pin_memory() if DEVICE == "cuda" else x
+    given = gather_pinned_rows(pinned, indices.to(DEVICE))
+    assert given.device.type == DEVICE
+    assert torch.equal(given.cpu(), gather_rows(x[None], indices[None])[0])
+    # Part of a larger buffer.
+    given = gather_pinned_rows(pinned[m // 2 :], (indices - m // 2).clamp(min=-1).to(DEVICE))
+    expected = gather_rows(x[None], indices.masked_fill(indices < m // 2, -1)[None])[0]
+    assert torch.equal(given.cpu(), expected)
+
+
+@needs_gpu
+def test_rows_on_the_host_may_go_before_they_are_read() -> None:
+    x, indices = torch.randn(4096, 64), torch.randint(4096, (1000,), device=DEVICE)
+    gather_pinned_rows(x.pin_memory(), indices)
+    torch.cuda.synchronize()
+    pinned = x.pin_memory()
+    torch.cuda._sleep(100_000_000)
+    rows = gather_pinned_rows(pinned, indices)
+    del pinned
+    torch.zeros(4096, 64).pin_memory()
+    assert torch.equal(rows.cpu(), x[indices.cpu()])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

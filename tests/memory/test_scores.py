@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xlroute.kernels import row_scores
 from xlroute.memory import MemoryStore
+from xlroute.memory.scores import Scoring, StoredScores, _stamp
 
 HOW: dict[str, Any] = {"normalize": "rms", "scale": 0.3}
 
@@ -57,6 +58,31 @@ def test_other_tokens_score_all_rows_again(scored: list[int], change: Callable[[
     for how in ({"normalize": None}, {"scale": 2.0}):
         check(store, tokens, **how)
     assert scored == [20] * 4
+
+
+class OnDisk:
+    """Very many scores that are said to be on disk, each 0."""
+
+    stamp = ""
+    first = 0
+    stop = 2**24 + 4  # float32 rounds the number of the last one to this
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.zeros(1, stop - start)
+
+
+def test_samples_of_very_many_scores_are_rows_of_them() -> None:
+    stored = StoredScores(torch.float32, torch.device("cpu"), OnDisk())
+    tokens, scoring = torch.zeros(1, 2), Scoring(None, 1.0, None)
+    OnDisk.stamp = _stamp(tokens, scoring)
+    read: list[int] = []
+
+    def rows(start: int, stop: int) -> list[Tensor]:
+        read.append(start)
+        return [torch.zeros(stop - start, 2)]
+
+    assert stored.of(0, OnDisk.stop, tokens, scoring, rows).shape == (1, OnDisk.stop)
+    assert (read[0], read[-1], len(read)) == (0, OnDisk.stop - 1, 16)
 
 
 def test_evicted_reset_and_forked_rows() -> None:

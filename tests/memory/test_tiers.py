@@ -23,6 +23,7 @@ DIM = 6
 ROW = DIM * 4
 SHAPE: dict[str, Any] = {"layers": 2, "streams": 2, "dim": DIM}
 SHARE = 2 * SHAPE["layers"] * SHAPE["streams"] * ROW  # bytes for one row of each layer and stream
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 HOW: dict[str, Any] = {"normalize": "rms", "scale": 0.3}
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -44,6 +45,7 @@ def same(given: MemoryStore, expected: MemoryStore, tokens: Tensor) -> None:
     longest = int(expected.lengths.max())
     indices = torch.stack([torch.randint(-1, max(int(n), 1), (2, 9)) for n in expected.lengths])
     indices.masked_fill_((expected.lengths == 0)[:, None, None], -1)
+    indices = indices.to(random.choice(["cpu", given.device]))
     for layer in range(expected.layers):
         assert torch.equal(given.gather(layer, indices), expected.gather(layer, indices))
         for ours, theirs in zip(given.rows(layer), expected.rows(layer), strict=True):
@@ -54,15 +56,16 @@ def same(given: MemoryStore, expected: MemoryStore, tokens: Tensor) -> None:
     assert torch.equal(given.positions(indices), expected.positions(indices))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("capacity", [None, 17])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_store_gives_the_same_wherever_its_rows_are(
-    kind: str, capacity: int | None, tmp_path: Path
+    kind: str, capacity: int | None, device: str, tmp_path: Path
 ) -> None:
-    plain = MemoryStore.create(**SHAPE, capacity=capacity)
-    store = create(kind, tmp_path, capacity=capacity)
+    plain = MemoryStore.create(**SHAPE, capacity=capacity, device=device)
+    store = create(kind, tmp_path, capacity=capacity, device=device)
     forks: list[tuple[MemoryStore, MemoryStore]] = []
-    tokens = torch.randn(3, DIM)
+    tokens = torch.randn(3, DIM, device=device)
     for step in range(30):
         count = random.choice([1, 2, 4, 7, 25])
         states, lengths = torch.randn(2, 2, count, DIM), [count, random.randint(0, count)]
@@ -78,7 +81,7 @@ def test_a_store_gives_the_same_wherever_its_rows_are(
                 each.append(states[:, :, :2])
             same(ours, theirs, tokens)
         if step == 20:
-            tokens = torch.randn(3, DIM)
+            tokens = torch.randn(3, DIM, device=device)
         same(store, plain, tokens)
         if store.path is not None and step % 4 == 3:
             store.commit()
@@ -87,7 +90,7 @@ def test_a_store_gives_the_same_wherever_its_rows_are(
             store.close()
             forks.clear()  # what they have not read is there for as long as a commit holds it
             budgets = {name: KINDS[kind].get(name) for name in ("device_bytes", "host_bytes")}
-            store = MemoryStore.open(store.path, mode="r+", **budgets)
+            store = MemoryStore.open(store.path, mode="r+", device=device, **budgets)
             same(store, plain, tokens)
 
 
@@ -158,11 +161,12 @@ def test_prefetch_asks_for_rows_on_disk_alone(
         store.layer(0).prefetch(torch.tensor([[80], [0]]))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_of_scores_of_rows_elsewhere(kind: str, tmp_path: Path) -> None:
-    store = create(kind, tmp_path, dtype=torch.float64)
+def test_gradient_of_scores_of_rows_elsewhere(kind: str, device: str, tmp_path: Path) -> None:
+    store = create(kind, tmp_path, dtype=torch.float64, device=device)
     store.append(torch.randn(2, 2, 60, DIM, dtype=torch.float64), [60, 33])
-    tokens = torch.randn(3, DIM, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(3, DIM, dtype=torch.float64, device=device, requires_grad=True)
     rows, mask = store.rows(1)
     given = store.layer(1).scores(tokens, **HOW)
     expected = row_scores(rows, tokens, **HOW).masked_fill(~mask[:, None], 0.0)
