@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from xlroute import RoutedTransformerXL
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -98,3 +100,30 @@ def test_refused_options(
         benchmark.parse(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_hidden_states_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    model = RoutedTransformerXL(
+        vocab_size=256,
+        dim=16,
+        depth=2,
+        heads=2,
+        dim_head=8,
+        mem_len=8,
+        memory_layers=(2,),
+        num_tokens_kv=4,
+        segment_len=8,
+    )
+    model.save_pretrained(tmp_path / "model")
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_bytes(bytes(np.random.randint(256, size=70, dtype=np.uint8)))
+    states = importlib.import_module("hidden_states")
+    arguments = [str(tmp_path / "model"), str(tmp_path), str(tmp_path / "x.npy"), "--device", "cpu"]
+    assert states.main([*arguments, "--rows", "101"]) == 0
+    rows = np.load(tmp_path / "x.npy")
+    assert (rows.shape, rows.dtype) == ((101, 16), np.float32)
+    np.testing.assert_allclose((rows**2).mean(-1), 1, rtol=1e-2)
+    assert len(np.unique(rows, axis=0)) > 50
+    with pytest.raises(SystemExit):
+        states.main([*arguments, "--rows", "1000"])
