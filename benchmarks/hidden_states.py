@@ -34,29 +34,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     books = [path.read_bytes() for path in sorted(options.books.glob("*.txt"))]
-    count = -(-options.rows // max(1, len(books)))
-    if not books or min(map(len, books)) < count:
-        parser.error(
-            f"books: expected files of at least {count:,} bytes, got {[len(book) for book in books]}"
-        )
     model = RoutedTransformerXL.from_pretrained(options.model, device=options.device)
-    tokens = torch.from_numpy(np.stack([np.frombuffer(book, np.uint8, count) for book in books])).long()
-    rows = read(model, tokens.to(options.device))[: options.rows]
+    count = -(-options.rows // max(1, len(books)))
+    try:
+        rows = torch.cat(read(model, books, count, options.device))[: options.rows]
+    except ValueError as error:
+        parser.error(str(error))
     np.save(options.target, rows.numpy())
     print(f"{rows.shape[0]:,} x {rows.shape[1]} hidden states of {len(books)} books in {options.target}")
     return 0
 
 
 @torch.no_grad()
-def read(model: RoutedTransformerXL, tokens: torch.Tensor) -> torch.Tensor:
-    """The rows [m, d] that the first memory layer holds after tokens [b, n]."""
-    layers, streams = len(model.memory_layers), tokens.shape[0]
-    store = MemoryStore.create(layers=layers, streams=streams, dim=model.dim, device=tokens.device)
+def read(model: RoutedTransformerXL, books: list[bytes], count: int, device: str) -> list[torch.Tensor]:
+    """The first `count` rows [count, d] of each book that come to the memory of the first memory layer.
+
+    Raises:
+        ValueError: A book is too short, or there is none.
+    """
+    shortest = min(map(len, books), default=0)
+    tokens = torch.from_numpy(np.array([np.frombuffer(book, np.uint8, shortest) for book in books])).long()
+    layers, streams = len(model.memory_layers), max(1, len(books))
+    store = MemoryStore.create(layers=layers, streams=streams, dim=model.dim, device=device)
     state = model.initial_state(streams=streams, memory=store)
     for part in torch.split(tokens, model.segment_len, dim=1):
-        _, state = model(part, state)
-    rows, _ = store.rows(0)
-    return rms_norm(rows.flatten(0, 1), rows.shape[-1:]).cpu()
+        _, state = model(part.to(device), state)
+        # A state of what was read last is still in the window.
+        if int(store.lengths[0]) >= count:
+            rows, _ = store.rows(0)
+            return [rms_norm(each[:count], each.shape[-1:]).cpu() for each in rows]
+    raise ValueError(f"books: expected more than {count:,} bytes in each, got {sorted(map(len, books))}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 Queries come one at a time. They are rows like the others, taken out before, so that none finds itself. The
 table and index.csv in --out say what share of the k best rows each kind finds, over all queries, and how many
-queries it answers a second, in as many threads for all. No speed is printed of a result that was not checked
+queries it answers a second, in --threads threads; indexes are built in all that there are. No speed is printed of a result that was not checked
 against float64 first; where a check is red, the exit code is 1.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import os
 import platform
 import sys
 import time
@@ -131,7 +132,9 @@ def parse(arguments: list[str] | None) -> Options:
     parser.add_argument(
         "--nprobe", type=int, help="lists that ivf and ivfpq look into; default: the library's"
     )
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch and of faiss; default: 1")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of PyTorch and of faiss, for queries; default: 1"
+    )
     given = parser.parse_args(arguments)
     if given.rows is not None and not given.rows.is_file():
         parser.error(f"--rows: expected a file, got {given.rows}")
@@ -189,9 +192,11 @@ def run(rows: Tensor, queries: Tensor, options: Options) -> list[Result]:
         start = time.perf_counter()
         lists = options.nprobe if kind in ("ivf", "ivfpq") else None
         index = MemoryIndex(store, kind, nprobe=lists)
+        set_threads(os.cpu_count() or 1)
         index.update()
         built = time.perf_counter() - start
         recall = index.recall(0, queries, options.k)
+        set_threads(options.threads)
         results.append(timed(kind, searcher(index, options.k), queries, truth, options.k, recall, built))
     return results
 
