@@ -6,8 +6,8 @@
 
 Queries come one at a time. They are rows like the others, taken out before, so that none finds itself. The
 table and index.csv in --out say what share of the k best rows each kind finds, over all queries, and how many
-queries it answers a second, in --threads threads; indexes are built in all that there are. No speed is printed of a result that was not checked
-against float64 first; where a check is red, the exit code is 1.
+queries it answers a second, in --threads threads; indexes are built in all that there are. No speed is
+printed of a result that was not checked against float64 first; where a check is red, the exit code is 1.
 """
 
 from __future__ import annotations
