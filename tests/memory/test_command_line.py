@@ -73,7 +73,7 @@ def test_info_prints_tables(path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (status, err) == (0, "")
     first, last = commits(path)
     expected = rf"""path         {path}
-format       1
+format       2
 shape        layers 2, streams 3, dim 8, float32
 capacity     1,200 rows a stream
 fingerprint  f
