@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError
 from xlroute.memory.layout import COMMITS, KINDS, METADATA, Layout, read_room
-from xlroute.memory.log import Extent
+from xlroute.memory.log import Extent, within
 from xlroute.memory.rows_bytes import Bytes
 from xlroute.memory.sealed import encode, replace_file, sync, write_all
 from xlroute.memory.shards import (
@@ -531,8 +531,9 @@ class ChunkFiles:
         """
         needed = {*named}
         for holder in self._holders:
-            parts = in_shards(holder.extents, self.shards[holder.stream])
-            needed.update((holder.stream, shard) for shard, _ in parts if shard is not None)
+            for shard in self.shards[holder.stream]:
+                if any(within(holder.extents, shard.start, shard.stop)):
+                    needed.add((holder.stream, shard))
         self.shards = [
             [shard for shard in shards if (stream, shard) in needed]
             for stream, shards in enumerate(self.shards)

@@ -56,11 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         ("info", _info, "what a store holds, what it takes up, and its commits"),
         ("verify", _verify, "read everything that a commit refers to and report all damage; change nothing"),
         ("repair", _repair, "keep what is whole of a damaged store, and say what was lost"),
-        (
-            "compact",
-            _compact,
-            "rewrite full chunk files into shards: fewer files, and smaller ones with zstd",
-        ),
+        ("compact", _compact, "rewrite full chunk files into shards: fewer files, smaller ones with --zstd"),
         ("export", _export, "write the rows and their positions to a file"),
         ("plot", _plot, "draw which rows have been read and which are held, as a PNG"),
     ):
@@ -73,13 +69,11 @@ def _parser() -> argparse.ArgumentParser:
         elif name == "plot":
             command.add_argument("target", type=Path, help="new file: .png")
         elif name == "compact":
+            text = (
+                f"compress with zstd, at a level from {LEVELS[0]} to {LEVELS[-1]} (default: {DEFAULT_LEVEL})"
+            )
             command.add_argument(
-                "--zstd",
-                nargs="?",
-                type=int,
-                const=DEFAULT_LEVEL,
-                metavar="LEVEL",
-                help=f"compress with zstd, at a level of {LEVELS[0]} to {LEVELS[-1]} (default: {DEFAULT_LEVEL})",
+                "--zstd", nargs="?", type=int, const=DEFAULT_LEVEL, metavar="LEVEL", help=text
             )
         if name not in ("repair", "compact"):
             which = command.add_mutually_exclusive_group()
@@ -184,12 +178,8 @@ def _info_text(info: MemoryInfo, now: datetime) -> str:
         ("chunk files", f"{disk.chunk_files:,}, of up to {disk.chunk_rows:,} rows"),
     ]
     if disk.shards:
-        facts.append(
-            (
-                "shards",
-                f"{disk.shards:,}, {disk.shard_rows:,} rows of all layers in {_bytes(disk.shard_bytes)}",
-            )
-        )
+        text = f"{disk.shards:,}, with {disk.shard_rows:,} rows of all layers, {_bytes(disk.shard_bytes)}"
+        facts.append(("shards", text))
     streams = [
         (str(stream), f"{held:,}", f"{appended:,}", _span(appended - held, appended))
         for stream, (held, appended) in enumerate(zip(info.rows, info.appended, strict=True))

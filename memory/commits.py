@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,7 +76,7 @@ class Commit:
         """The shards that rows of a stream are in."""
         return self.shards[stream] if self.shards else ()
 
-    def in_files(self, stream: int) -> Iterator[Extent]:
+    def in_files(self, stream: int) -> Iterable[Extent]:
         """What a stream holds in chunk files."""
         return outside(self.logs[stream].extents, self.shards_of(stream))
 

@@ -96,8 +96,10 @@ def in_shards(extents: Iterable[Extent], shards: Sequence[Shard]) -> Iterator[tu
             start = stop
 
 
-def outside(extents: Iterable[Extent], shards: Sequence[Shard]) -> Iterator[Extent]:
+def outside(extents: Iterable[Extent], shards: Sequence[Shard]) -> Iterable[Extent]:
     """The parts of extents that are in chunk files."""
+    if not shards:
+        return extents
     return (part for shard, part in in_shards(extents, shards) if shard is None)
 
 
@@ -433,9 +435,8 @@ def write_shard(
         OSError: The operating system refused.
     """
     folder = root / SHARDS
-    if not folder.exists():
-        folder.mkdir()
-        sync(root)
+    folder.mkdir(exist_ok=True)
+    sync(root)
     if not (folder / METADATA).exists():
         replace_file(folder / METADATA, encode(plain_group_document()), scratch=root / COMMITS, durable=True)
     least = 2 * (stop - start) * layout.layers // _MAX_INNER_CHUNKS
