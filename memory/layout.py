@@ -158,7 +158,7 @@ def write_plain_group(folder: Path) -> None:
 
 def write_layout(root: Path, layout: Layout) -> None:
     """Writes the metadata of an empty store into the empty folder `root`."""
-    (root / METADATA).write_bytes(encode(layout.group_document()))
+    (root / METADATA).write_bytes(encode(replace(layout, format=FORMAT).group_document()))
     (root / COMMITS).mkdir()
     write_plain_group(root / COMMITS)
     for kind in KINDS:
