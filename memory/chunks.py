@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import shutil
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,6 @@ from xlroute.memory.sealed import encode, replace_file, sync, write_all
 from xlroute.memory.shards import (
     OpenShard,
     Shard,
-    delete_shard,
     in_shards,
     outside,
     shard_paths,
@@ -539,7 +539,7 @@ class ChunkFiles:
             for stream, shards in enumerate(self.shards)
         ]
         for path in unnamed_shards(self.root, needed):
-            delete_shard(path)
+            shutil.rmtree(path)
         # A map would keep what is in a deleted file on the disk.
         for key in [key for key in self._maps if len(key) == 2 and key not in needed]:
             del self._maps[key]

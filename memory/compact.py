@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from xlroute.memory.info import allocated_bytes
 from xlroute.memory.layout import KINDS
 from xlroute.memory.log import Extent, within
 from xlroute.memory.rows_bytes import Bytes
-from xlroute.memory.shards import Shard, Source, chunks_in_shard, delete_shard, shard_folder, write_shard
+from xlroute.memory.shards import Shard, Source, chunks_in_shard, shard_folder, write_shard
 from xlroute.memory.verify import Meter, Progress
 
 
@@ -84,8 +84,7 @@ def compact_store(disk: Disk, *, level: int | None, progress: Progress | None) -
         for stream, found in enumerate(shards):
             for shard in found:
                 if (stream, shard) not in named:
-                    with suppress(OSError):
-                        delete_shard(shard_folder(disk.root, stream, shard))
+                    shutil.rmtree(shard_folder(disk.root, stream, shard), ignore_errors=True)
         raise
     folders = [shard_folder(disk.root, stream, shard) for stream, each in enumerate(shards) for shard in each]
     after = [path for folder in folders for path in folder.rglob("*") if path.is_file()]

@@ -19,7 +19,6 @@ import secrets
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,6 @@ from xlroute.memory.rows_bytes import Bytes
 from xlroute.memory.sealed import encode, replace_file, sync, write_all
 
 SHARDS = "shards"
-DROPPED = "dropped"
 LEVELS = range(1, 23)
 DEFAULT_LEVEL = 3
 # What a shard is made of: bytes of rows of all layers in a shard, at least one chunk; and in an inner chunk.
@@ -117,7 +115,7 @@ def shard_paths(root: Path, layout: Layout, stream: int, shard: Shard) -> list[P
 def unnamed_shards(root: Path, named: Iterable[tuple[int, Shard]]) -> list[Path]:
     """Folders of shards other than those, which are given with their streams; whole or in part."""
     try:
-        found = {path for path in (root / SHARDS).iterdir() if path.is_dir()}
+        found = {path for path in (root / SHARDS).iterdir() if path.is_dir() and not path.is_symlink()}
     except FileNotFoundError:
         return []
     return sorted(found - {shard_folder(root, stream, shard) for stream, shard in named})
@@ -442,19 +440,14 @@ def write_shard(
     least = 2 * (stop - start) * layout.layers // _MAX_INNER_CHUNKS
     inner_rows = min(stop - start, max(1, _INNER_BYTES // layout.row_bytes, least))
     shard = Shard(start, stop, secrets.token_hex(4), inner_rows, level, 0)
-    building = folder / f".{shard.name}.creating"
+    # Nobody looks for a shard before a commit names it: it needs no other name until it is whole.
+    place = shard_folder(root, stream, shard)
+    place.mkdir()
     try:
-        building.mkdir()
-        shard = _write_arrays(building, layout, shard, source)
-        os.rename(building, shard_folder(root, stream, shard))
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    try:
+        shard = _write_arrays(place, layout, shard, source)
         sync(folder)
     except BaseException:
-        with suppress(OSError):
-            delete_shard(shard_folder(root, stream, shard))
+        shutil.rmtree(place, ignore_errors=True)
         raise
     return shard
 
@@ -527,14 +520,3 @@ def mend_checksums(file: ShardFile) -> bool:
     finally:
         os.close(opened)
     return mended
-
-
-def delete_shard(folder: Path) -> None:
-    """Deletes the folder of a shard; a crash leaves it under a name that nobody takes for one.
-
-    Raises:
-        OSError: The operating system refused.
-    """
-    dropped = folder.with_name(f".{secrets.token_hex(4)}.{DROPPED}")
-    os.rename(folder, dropped)
-    shutil.rmtree(dropped)
