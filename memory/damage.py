@@ -29,7 +29,8 @@ class Damage:
             for metadata, commit records and whole shards.
         rows: The rows of the log that cannot be read, as ranges [start, stop) without those that no examined
             commit holds. There may be none: metadata, indexes and checksums of chunks that zarr needs.
-        commits: The examined commits that hold any of these rows.
+        commits: The examined commits that hold any of these rows; if there are none, that have others in the
+            damaged shard.
     """
 
     path: Path

@@ -31,7 +31,7 @@ from xlroute.memory.log import Extent
 from xlroute.memory.score_files import ScoreFiles
 from xlroute.memory.sealed import TEMPORARY, read_document
 from xlroute.memory.shard_check import check_shard
-from xlroute.memory.shards import Shard, in_shards, unnamed_shards
+from xlroute.memory.shards import Shard, in_shards, shard_folder, unnamed_shards
 
 # What is called after every few MiB with the bytes done so far, and with all there are.
 Progress = Callable[[int, int], None]
@@ -124,8 +124,8 @@ def verify_store(
             raise CommitNotFoundError(
                 f"commit {', '.join(chosen)}: expected its rows, got a store that has dropped it since then"
             )
-        rows = [each for each in (_held_by(each, examined) for each in rows) if each.commits or not each.rows]
-    damage = (*(_held_by(each, examined) for each in metadata), *records, *rows)
+        rows = [each for each in (_held_by(root, each, examined) for each in rows) if each.commits]
+    damage = (*(_held_by(root, each, examined) for each in metadata), *records, *rows)
     leftovers = find_leftovers(root, layout, [] if records else [*known.values()])
     scores = tuple(_check_scores(root, layout, examined.values())) if countable else ()
     if scores:
@@ -359,16 +359,17 @@ def _check_piece(
         yield paths[0], problem, ranges_of(rows)
 
 
-def _held_by(damage: Damage, commits: dict[str, Commit]) -> Damage:
-    """The damage together with the commits that hold any of its rows."""
+def _held_by(root: Path, damage: Damage, commits: dict[str, Commit]) -> Damage:
+    """The damage together with the commits that hold any of its rows, or have rows in the damaged shard."""
     if damage.stream is None:
         return damage
     holders = []
     for name, commit in commits.items():
         extents = commit.logs[damage.stream].extents
+        folders = {shard_folder(root, damage.stream, shard) for shard in commit.shards_of(damage.stream)}
         if any(
             extent.start < stop and start < extent.stop for extent in extents for start, stop in damage.rows
-        ):
+        ) or (not damage.rows and not folders.isdisjoint(damage.path.parents)):
             holders.append(name)
     return replace(damage, commits=tuple(holders))
 
