@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,7 +80,8 @@ class RepairReport:
         commit: Id of the commit that was written, now the last; None if `base` stands as it was.
         losses: The streams that lost rows.
         damage: What was found damaged of the rows that `base` holds, and could not be restored.
-        restored: Files made as they were: metadata, and chunk files of the wrong length (not their rows).
+        restored: Files made as they were: metadata, files of rows of the wrong length (not their rows), and
+            checksums and indexes of shards that zarr alone needs.
         set_aside: The new names of damaged commit records.
         removed: What a crash had left behind.
     """
@@ -245,14 +247,12 @@ def _restore_shard(files: ChunkFiles, stream: int, shard: Shard, damage: Iterabl
             restored.append(path)
     if not damaged - {*restored}:
         return restored
-    try:
-        with files.opened_shard(stream, shard) as opened:
-            for file in opened.files:
-                if mend_checksums(file):
-                    restored.append(file.path)
-    except CorruptionError:
-        pass  # a file is missing, or an index that nobody knows
-    return restored
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(files.opened_shard(stream, shard))
+        except (CorruptionError, OSError):
+            return restored  # a file is gone, or an index that follows from nothing else
+        return restored + [file.path for file in opened.files if mend_checksums(file)]
 
 
 def _loss(stream: int, log: StreamLog, rows: Iterable[tuple[int, int]]) -> StreamLoss:

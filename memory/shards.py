@@ -199,6 +199,7 @@ class ShardArray:
             "shape": [layers, self._rows, *width],
             "chunk_grid": {"name": "regular", "configuration": grid},
             "codecs": [sharding],
+            # Without the seal.
             "attributes": {name: text for name, text in like["attributes"].items() if name == "dtype"},
         }
 
@@ -248,9 +249,9 @@ class ShardArray:
         offsets, lengths = entries[:, 0], entries[:, 1]
         data = self.size - self.index_bytes
         # No sum of these goes beyond 64 bits.
-        plausible = bool((lengths > _CRC_BYTES).all() and (lengths <= data).all() and (offsets <= data).all())
+        bounded = bool((lengths > _CRC_BYTES).all() and (lengths <= data).all() and (offsets <= data).all())
         ends = offsets + lengths
-        if not plausible or offsets[0] != 0 or ends[-1] != data or (ends[:-1] != offsets[1:]).any():
+        if not bounded or offsets[0] != 0 or ends[-1] != data or (ends[:-1] != offsets[1:]).any():
             raise ValueError("expected inner chunks that follow each other in the file, got another index")
         return entries.astype(np.int64)
 
@@ -307,6 +308,13 @@ class ShardFile:
     def index(self) -> bytes:
         """The bytes of the index."""
         return self.read(self.array.size - self.array.index_bytes, self.array.index_bytes)
+
+    def has_index(self) -> bool:
+        """Whether there is an index that zarr can use."""
+        try:
+            return self._places is not None or self.index() == self.array.plain_index()
+        except OSError:
+            return False  # the medium fails
 
     def place(self, number: int) -> tuple[int, int]:
         """First byte and length of an inner chunk; `number` counts those of all layers."""
@@ -507,13 +515,15 @@ def mend_checksums(file: ShardFile) -> bool:
     opened = os.open(file.path, os.O_WRONLY)
     try:
         for number in range(array.count):
-            inner = file.inner(number)
+            try:
+                inner = file.inner(number)
+            except OSError:
+                continue  # the medium fails, and its rows are lost
             if not has_checksum(inner):
                 start, count = file.place(number)
-                body = inner[:-_CRC_BYTES]
-                write_all(opened, checksum_bytes(body), start + count - _CRC_BYTES)
+                write_all(opened, checksum_bytes(inner[:-_CRC_BYTES]), start + count - _CRC_BYTES)
                 mended = True
-        if array.level is None and file.index() != array.plain_index():
+        if not file.has_index():
             write_all(opened, array.plain_index(), array.size - array.index_bytes)
             mended = True
         os.fsync(opened)

@@ -242,8 +242,9 @@ class MemoryStore:
 
         No commit is dropped and no whole row is written over, so that a damaged file can still be brought
         back from a copy, and an earlier commit opened by its id; they age out as later commits are made.
-        Damaged metadata of arrays is written anew, and chunk files get back their length. A commit record
-        that is damaged is renamed to `<commit id>.json.damaged`. What a crash has left is removed.
+        Damaged metadata of arrays is written anew, and so is what zarr alone needs of shards; chunk files get
+        back their length. A commit record that is damaged is renamed to `<commit id>.json.damaged`. What a
+        crash has left is removed.
 
         Args:
             path: The folder of the store.

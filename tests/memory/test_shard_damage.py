@@ -248,20 +248,22 @@ def test_what_zarr_alone_needs_is_written_anew(original: Made, path: Path, what:
 
 def test_a_medium_that_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = folder_of(path, 1) / "rows" / "c.0.0.0"
-    real, reads = os.pread, 0
+    index = folder_of(path, 0) / "rows" / "c.0.0.0"
+    failing = {(str(file), 0), (str(index), index.stat().st_size - INDEX)}
+    real = os.pread
 
     def pread(descriptor: int, count: int, offset: int) -> bytes:
-        nonlocal reads
-        if os.readlink(f"/proc/self/fd/{descriptor}") == str(file) and offset == 0:
-            reads += 1
+        if (os.readlink(f"/proc/self/fd/{descriptor}"), offset) in failing:
             raise OSError(5, "Input/output error")
         return real(descriptor, count, offset)
 
     monkeypatch.setattr(os, "pread", pread)
-    [damage] = MemoryStore.verify(path).damage
-    assert reads == 1
-    assert (damage.path, damage.rows, damage.chunk) == (file, ((0, 3),), 0)
-    assert damage.problem == "expected a file that can be read, got Input/output error"
+    of_index, of_rows = MemoryStore.verify(path).damage
+    assert (of_rows.path, of_rows.rows, of_rows.chunk) == (file, ((0, 3),), 0)
+    assert of_rows.problem == "expected a file that can be read, got Input/output error"
+    assert (of_index.path, of_index.rows) == (index, ((3, 20),) if is_compressed(path) else ())
+    losses = {loss.stream: loss.kept for loss in MemoryStore.repair(path).losses}
+    assert losses == ({0: (20, 22), 1: (3, 6)} if is_compressed(path) else {1: (3, 6)})
 
 
 def test_a_shard_that_is_dropped_meanwhile_is_not_called_damaged(path: Path) -> None:
