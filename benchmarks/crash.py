@@ -4,11 +4,12 @@
     python benchmarks/crash.py --rounds 50 --damage 300 --readers 3            half a minute, on one core
     python benchmarks/crash.py --damage 10000 --readers 60                     the whole
 
-Writers append, reset, evict, score and commit, and go back to earlier commits, until they are killed: by the
-clock, or in the middle of a call that changes a file. After each, the store must open at a commit that holds
-what it must, bit for bit, and every commit that a writer was told of must stand. With --damage, a byte of a
-file is changed, or the file is cut off or removed, as often: what is read must be right or refused by the
-name of the file. With --readers, processes read whole commits beside a writer for as many seconds.
+Writers append, reset, evict, score, commit and compact, and go back to earlier commits, until they are
+killed: by the clock, or in the middle of a call that changes a file. After each, the store must open at a
+commit that holds what it must, bit for bit, and every commit that a writer was told of must stand. With
+--damage, a byte of a file is changed, or the file is cut off or removed, as often: what is read must be right
+or refused by the name of the file. With --readers, processes read whole commits beside a writer for as many
+seconds.
 
 It prints a line for each. What went wrong is printed with the place of the store, and the exit code is 1.
 """

@@ -70,20 +70,30 @@ def damage_files(folder: Path, times: int, seed: int, tick: Callable[[], object]
 
 
 def _make(path: Path, seed: int, history: History) -> dict[str, Contents]:
-    """Makes a store with scores, a pin and a few commits; what the commits hold."""
+    """Makes a store with scores, a pin, shards of both kinds and a few commits; what the commits hold."""
     create(path, keep_commits=4)
     with MemoryStore.open(path, mode="r+") as store:
         for number in range(STEPS):
-            Step.of(seed, number).take(store, number)
+            _take(Step.of(seed, number), store, number)
             if number == STEPS // 3:
                 store.pin(_commit(store, number + 1))
+            if number == STEPS - 5:
+                _commit(store, number + 1)
+                store.compact(compression="zstd")
         _commit(store, STEPS, durable=True)
+        store.compact()
         commits = store.commits()
     contents = {}
     for commit in commits:
         with MemoryStore.open(path, commit=commit) as store:
             contents[commit] = history.at(number_of(store))
     return contents
+
+
+def _take(step: Step, store: MemoryStore, number: int) -> None:
+    """Takes a step whose commits nobody needs to know."""
+    for _ in step.take(store, number):
+        pass
 
 
 def _commit(store: MemoryStore, number: int, *, durable: bool = False) -> str:
@@ -141,7 +151,7 @@ def _write(path: Path, file: Path, seed: int, history: History) -> str:
         with _scored_anew(path, file), MemoryStore.open(path, mode="r+") as store:
             number = number_of(store)
             for step in (Step.of(seed, number), Step.of(seed, number + 1)):
-                step.take(store, number)
+                _take(step, store, number)
                 number += 1
                 _commit(store, number)
             history.at(number).check(store)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from crash_work import History, Step, WrongError, create, number_of
+from crash_work import History, Made, Step, WrongError, create, number_of
 
 from xlroute.memory import MemoryStore
 
@@ -109,18 +109,19 @@ def _write_on(path: Path, seed: int, back: str | None, pipe: int) -> NoReturn:
             number = number_of(store)
             # Going back is a commit.
             info = store.info().commits[-1]
-            commit: str | None = info.id
-            durable = info.durable
+            _tell(pipe, Made(info.id, number, info.durable))
             while True:
-                if commit is not None:
-                    os.write(pipe, f"{commit} {number} {durable}\n".encode())
-                step = Step.of(seed, number)
-                commit, durable = step.take(store, number), step.durable
+                for made in Step.of(seed, number).take(store, number):
+                    _tell(pipe, made)
                 number += 1
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(1)
+
+
+def _tell(pipe: int, made: Made) -> None:
+    os.write(pipe, f"{made.commit} {made.number} {made.durable}\n".encode())
 
 
 def die_in_call(last: int, chance: random.Random) -> None:

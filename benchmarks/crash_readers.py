@@ -90,7 +90,7 @@ def _write(path: Path, seed: int, stop: float) -> tuple[int]:
     with MemoryStore.open(path, mode="r+") as store:
         number = number_of(store)
         while time.monotonic() < stop:
-            if Step.of(seed, number).take(store, number) is not None:
+            for _ in Step.of(seed, number).take(store, number):
                 written += 1
                 time.sleep(PAUSE)
             number += 1

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory import MemoryStore, scores
+from xlroute.memory import MemoryStore, scores, shards
 
 LAYERS, STREAMS, DIM, CAPACITY, CHUNK_ROWS = 2, 2, 4, 40, 16
 MOST = 9  # rows that a stream appends at once
@@ -33,6 +33,7 @@ class Step:
         scored: which of `TOKENS` all layers are scored with, or None.
         commits: whether a commit ends the step.
         durable: whether that one is durable.
+        compacts: how the last commit is compacted at the end: "plain", "zstd", or not.
     """
 
     reset: list[int]
@@ -41,6 +42,7 @@ class Step:
     scored: int | None
     commits: bool
     durable: bool
+    compacts: Literal["plain", "zstd"] | None
 
     @classmethod
     def of(cls, seed: int, number: int) -> Step:
@@ -56,19 +58,32 @@ class Step:
             scored=tokens_of(number) if chance.random() < 0.7 else None,
             commits=chance.random() < 0.4,
             durable=chance.random() < 0.3,
+            compacts=chance.choice(["plain", "zstd"]) if chance.random() < 0.15 else None,
         )
 
-    def take(self, store: MemoryStore, number: int) -> str | None:
-        """Does it to a store that stands at the number; returns the id of the commit, if there is one."""
+    def take(self, store: MemoryStore, number: int) -> Iterator[Made]:
+        """Does it to a store that stands at the number, bit by bit; tells of each commit that was made."""
         if self.reset:
             store.reset(self.reset)
         store.append(self.states, self.lengths)
         if self.scored is not None:
             scores_of(store, self.scored)
-        if not self.commits:
-            return None
-        store.fingerprint = str(number + 1)
-        return store.commit(durable=self.durable)
+        if self.commits:
+            store.fingerprint = str(number + 1)
+            yield Made(store.commit(durable=self.durable), number + 1, self.durable)
+        if self.compacts is not None:
+            report = store.compact(compression=None if self.compacts == "plain" else "zstd")
+            if report.commit is not None:
+                # It holds what the commit before it holds, wherever the store stands.
+                yield Made(report.commit, number_of(store), durable=True)
+
+
+class Made(NamedTuple):
+    """A commit that was made: its id, the number that it is at, and whether it is durable."""
+
+    commit: str
+    number: int
+    durable: bool
 
 
 def create(path: Path, *, keep_commits: int) -> str:
@@ -90,6 +105,9 @@ def prepare() -> None:
     """Readies this process, and those that it forks, for steps and checks."""
     # So few rows would nearly all be scored again, before the scores on disk are used.
     scores._SAMPLES = 1
+    # Inner chunks of 7 rows and shards of two chunks.
+    shards._INNER_BYTES = 7 * DIM * 4
+    shards._SHARD_BYTES = 2 * LAYERS * CHUNK_ROWS * DIM * 4
     # Imports what the first score needs, so that no forked process does it for itself.
     row_scores(torch.ones(1, DIM), TOKENS[0], **HOW)
 

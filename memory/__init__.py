@@ -1,5 +1,7 @@
 """The memory store: everything that a model has read, by layer and stream."""
 
+from xlroute.memory.compact import CompactReport
+from xlroute.memory.damage import Damage
 from xlroute.memory.errors import (
     CommitNotFoundError,
     CorruptionError,
@@ -19,11 +21,12 @@ from xlroute.memory.info import CommitInfo, DiskUsage, MemoryInfo
 from xlroute.memory.layer import MemoryLayer
 from xlroute.memory.repair import RepairReport, StreamLoss
 from xlroute.memory.store import MemoryStore
-from xlroute.memory.verify import Damage, VerifyReport
+from xlroute.memory.verify import VerifyReport
 
 __all__ = [
     "CommitInfo",
     "CommitNotFoundError",
+    "CompactReport",
     "CorruptionError",
     "Damage",
     "DiskUsage",

@@ -1,4 +1,4 @@
-"""Chunk files: rows and their checksums, written in place and checked on every read.
+"""Chunk files: rows and their checksums, written in place and checked on every read; and shards of such rows.
 
 The checksum of a row is the CRC32C of its bytes, combined by exclusive or with 32 bits that stand for its
 address: the layer, the stream, the row's number in the log and the number of the writer that wrote it. So a
@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import shutil
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -24,14 +25,23 @@ from numpy.typing import NDArray
 
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError
 from xlroute.memory.layout import COMMITS, KINDS, METADATA, Layout, read_room
-from xlroute.memory.log import Extent
+from xlroute.memory.log import Extent, within
 from xlroute.memory.maps import FileMap
+from xlroute.memory.rows_bytes import Bytes
 from xlroute.memory.sealed import encode, replace_file, sync, write_all
+from xlroute.memory.shards import (
+    OpenShard,
+    Shard,
+    in_shards,
+    outside,
+    shard_paths,
+    unnamed_shards,
+)
 
-Bytes = NDArray[np.uint8]
 # Of two files each; a process may have 65,530 by default.
 _MAX_MAPS = 4096
 _BLOCK_BYTES = 4 * 2**20
+_NO_PART = np.iinfo(np.int64).max
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -57,7 +67,7 @@ def row_checksums(data: Bytes) -> NDArray[np.uint32]:
     return np.fromiter(map(google_crc32c.value, np.ascontiguousarray(data)), np.uint32, data.shape[0])
 
 
-def _wrong_rows(
+def wrong_rows(
     layer: int,
     stream: int,
     data: Bytes,
@@ -82,30 +92,88 @@ class Holder(Protocol):
         """The rows that may be read."""
 
 
-class _Chunk(NamedTuple):
+class Scanned(NamedTuple):
+    """Rows as they were found on disk, whatever state they are in.
+
+    Attributes:
+        data: Their bytes, [k, row_bytes].
+        checksums: What is stored as their checksums, [k].
+        wrong: Numbers in the log of those that do not have theirs.
+    """
+
+    data: Bytes
+    checksums: NDArray[np.uint32]
+    wrong: NDArray[np.int64]
+
+
+class _OpenChunk(NamedTuple):
+    """Files of a chunk that are open; it reads as `OpenShard` does, rows that follow each other."""
+
+    first: int
+    row_bytes: int
+    rows: int
+    checksums: int
+
+    def take(self, layer: int, rows: NDArray[np.int64]) -> tuple[Bytes, NDArray[np.uint32]]:
+        local = int(rows[0]) - self.first
+        data = np.empty((rows.shape[0], self.row_bytes), np.uint8)
+        stored = np.empty(rows.shape[0], np.dtype("<u4"))
+        os.preadv(self.rows, [data.data], local * self.row_bytes)
+        os.preadv(self.checksums, [stored.data], local * 4)
+        return data, stored
+
+
+class _MappedChunk(NamedTuple):
+    """Files of a chunk that are mapped; it reads as `OpenShard` does."""
+
+    first: int
     rows: Bytes
     checksums: NDArray[np.uint32]
     memory: FileMap  # of the rows
 
+    def take(self, layer: int, rows: NDArray[np.int64]) -> tuple[Bytes, NDArray[np.uint32]]:
+        local = rows - self.first
+        return self.rows.take(local, 0), self.checksums.take(local)
+
+    def prefetch(self, layer: int, rows: NDArray[np.int64]) -> None:
+        size = self.rows.shape[1]
+        for row in (rows - self.first).tolist():
+            self.memory.advise(mmap.MADV_WILLNEED, row * size, (row + 1) * size)
+
+
+# A chunk is known by its layer, stream and number; a shard by its stream and what it is.
+_Key = tuple[int, int, int] | tuple[int, Shard]
+_Mapped = _MappedChunk | OpenShard
+
 
 class ChunkFiles:
-    """The chunk files of a store.
+    """The chunk files of a store, and the shards that take the place of some.
 
     Args:
         root: Folder of the store.
         layout: Its layout.
         record: The commit record that a reader relies on: once it is gone, so may be its rows. None while the
             store is open for writing: what is held here stays.
+        shards: The shards of each stream that rows are read from, in the order of their rows.
         new: Whether the store is still being made, so that no commit needs its metadata yet.
     """
 
-    def __init__(self, root: Path, layout: Layout, record: Path | None, *, new: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        layout: Layout,
+        record: Path | None,
+        *,
+        shards: Sequence[Sequence[Shard]] = (),
+        new: bool = False,
+    ) -> None:
         self.root = root
         self.layout = layout
         self.record = record
+        self.shards: Sequence[Sequence[Shard]] = shards or [()] * layout.streams
         self._new = new
         self._room: dict[tuple[int, int], int] = {}
-        self._maps: OrderedDict[tuple[int, int, int], _Chunk] = OrderedDict()
+        self._maps: OrderedDict[_Key, _Mapped] = OrderedDict()
         self._unsynced: set[Path] = set()
         self._present: dict[int, set[int]] = {}
         self._holders: WeakSet[Holder] = WeakSet()
@@ -131,18 +199,14 @@ class ChunkFiles:
         self._check_room(layer, stream, int(rows.max(initial=-1)) + 1)
         data = np.empty((rows.shape[0], self.layout.row_bytes), np.uint8)
         stored = np.empty(rows.shape[0], np.uint32)
-        order = np.argsort(rows)
-        chunks, local = np.divmod(rows[order], self.layout.chunk_rows)
-        bounds = np.flatnonzero(np.diff(chunks, prepend=-1, append=-1)).tolist()
-        for first, last in itertools.pairwise(bounds):
-            files = self._map(layer, stream, int(chunks[first]))
-            chosen = local[first:last]
-            data[order[first:last]] = files.rows.take(chosen, 0)
-            files.checksums.take(chosen, 0, stored[first:last], "clip")
-        stored[order] = stored.copy()
-        wrong = _wrong_rows(layer, stream, data, stored, rows, writers)
+        for files, chosen in self._mapped(layer, stream, rows):
+            with self._noticed():
+                data[chosen], stored[chosen] = files.take(layer, rows[chosen])
+        wrong = wrong_rows(layer, stream, data, stored, rows, writers)
         if wrong.size:
-            raise self._wrong_row(layer, stream, int(wrong[0]))
+            row = int(wrong[0])
+            [(shard, _)] = in_shards([Extent(row, row + 1, 0)], self.shards[stream])
+            raise self._wrong_row(layer, stream, row, shard)
         return data
 
     def prefetch(self, layer: int, stream: int, rows: NDArray[np.int64]) -> None:
@@ -152,11 +216,8 @@ class ChunkFiles:
             CorruptionError: The file that a row is in is damaged or missing.
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
-        size = self.layout.row_bytes
-        chunks, local = np.divmod(rows, self.layout.chunk_rows)
-        for chunk, row in zip(chunks.tolist(), local.tolist(), strict=True):
-            memory = self._map(layer, stream, chunk).memory
-            memory.advise(mmap.MADV_WILLNEED, row * size, (row + 1) * size)
+        for files, chosen in self._mapped(layer, stream, rows):
+            files.prefetch(layer, rows[chosen])
 
     def blocks(self, layer: int, stream: int, extents: Iterable[Extent]) -> Iterator[Bytes]:
         """Reads whole extents in order, in blocks of a few MiB [k, row_bytes], and checks every row.
@@ -165,53 +226,54 @@ class ChunkFiles:
             CorruptionError: A row, or the file it is in, is damaged or missing.
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
-        for extent in extents:
-            self._check_room(layer, stream, extent.stop)
-            for _, start, stop in self.pieces(extent.start, extent.stop):
-                for data, wrong in self.scan(layer, stream, extent._replace(start=start, stop=stop)):
-                    if wrong.size:
-                        raise self._wrong_row(layer, stream, int(wrong[0]))
-                    yield data
+        for found in self.checked(layer, stream, extents):
+            yield found.data
 
-    def scan(self, layer: int, stream: int, piece: Extent) -> Iterator[tuple[Bytes, NDArray[np.int64]]]:
-        """Reads an extent that lies in one chunk, in blocks of a few MiB, whatever state its rows are in.
+    def checked(self, layer: int, stream: int, extents: Iterable[Extent]) -> Iterator[Scanned]:
+        """As `blocks`, with the checksums that are stored."""
+        for shard, part in self.parts(stream, extents):
+            self._check_room(layer, stream, part.stop)
+            for found in self.scan(layer, stream, part, shard):
+                if found.wrong.size:
+                    raise self._wrong_row(layer, stream, int(found.wrong[0]), shard)
+                yield found
 
-        Yields:
-            Bytes of rows, [k, row_bytes]; and which of these rows of the log do not have their checksum.
+    def scan(self, layer: int, stream: int, piece: Extent, shard: Shard | None = None) -> Iterator[Scanned]:
+        """Reads an extent that lies in one chunk, or in a shard, in blocks of a few MiB.
 
         Raises:
-            CorruptionError: A file is missing or truncated.
+            CorruptionError: A file is missing or of another length, or cannot be decompressed.
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
         step = max(1, _BLOCK_BYTES // self.layout.row_bytes)
         chunk = piece.start // self.layout.chunk_rows
-        first = chunk * self.layout.chunk_rows
-        with self._opened(layer, stream, chunk) as (rows_file, checksum_file):
+        opened = self._opened(layer, stream, chunk) if shard is None else self.opened_shard(stream, shard)
+        with opened as files:
             for low in range(piece.start, piece.stop, step):
-                count = min(step, piece.stop - low)
-                data = np.empty((count, self.layout.row_bytes), np.uint8)
-                stored = np.empty(count, np.uint32)
-                os.preadv(rows_file, [data.data], (low - first) * self.layout.row_bytes)
-                os.preadv(checksum_file, [stored.data], (low - first) * 4)
-                rows = np.arange(low, low + count)
-                yield data, _wrong_rows(layer, stream, data, stored, rows, np.full(count, piece.writer))
+                rows = np.arange(low, min(low + step, piece.stop))
+                with self._noticed():
+                    data, stored = files.take(layer, rows)
+                writers = np.full(rows.shape[0], piece.writer)
+                yield Scanned(data, stored, wrong_rows(layer, stream, data, stored, rows, writers))
 
     def check_present(self, layer: int, stream: int, extents: Iterable[Extent]) -> None:
         """Checks that all files of the extents are there and whole, before anyone makes room for the rows.
 
         Raises:
-            CorruptionError: A file is missing or truncated.
+            CorruptionError: A file is missing or truncated, or the index of a shard is damaged and needed.
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
-        for extent in extents:
-            for chunk, _, _ in self.pieces(extent.start, extent.stop):
-                for kind in KINDS:
-                    path = self.path(layer, stream, chunk, kind)
-                    try:
-                        size = path.stat().st_size
-                    except (FileNotFoundError, NotADirectoryError) as error:
-                        raise self._damaged(f"{path}: expected a chunk file, got no such file") from error
-                    self._check_size(path, size, kind)
+        for shard, part in self.parts(stream, extents):
+            if shard is not None:
+                self._map_shard(stream, shard)
+                continue
+            for kind in KINDS:
+                path = self.path(layer, stream, part.start // self.layout.chunk_rows, kind)
+                try:
+                    size = path.stat().st_size
+                except (FileNotFoundError, NotADirectoryError) as error:
+                    raise self._damaged(f"{path}: expected a chunk file, got no such file") from error
+                self._check_size(path, size, kind)
 
     def path(self, layer: int, stream: int, chunk: int, kind: str) -> Path:
         """The file of a chunk's rows or of their checksums."""
@@ -227,9 +289,37 @@ class ChunkFiles:
             yield chunk, start, end
             start = end
 
+    def parts(self, stream: int, extents: Iterable[Extent]) -> Iterator[tuple[Shard | None, Extent]]:
+        """Splits extents where files end: each part, and the shard it is in; None for one chunk file."""
+        for shard, part in in_shards(extents, self.shards[stream]):
+            if shard is not None:
+                yield shard, part
+                continue
+            for _, start, stop in self.pieces(part.start, part.stop):
+                yield None, part._replace(start=start, stop=stop)
+
+    def _mapped(
+        self, layer: int, stream: int, rows: NDArray[np.int64]
+    ) -> Iterator[tuple[_Mapped, NDArray[np.int64]]]:
+        """The mapped files that hold any of the rows [k], each with the indices of the rows it holds."""
+        order = np.argsort(rows)
+        ordered = rows[order]
+        parts = ordered // self.layout.chunk_rows
+        shards = self.shards[stream]
+        if shards:
+            starts, stops = np.array([(shard.start, shard.stop) for shard in shards]).T
+            index = np.searchsorted(starts, ordered, side="right") - 1
+            # Shards get the numbers below 0.
+            parts = np.where((index >= 0) & (ordered < stops[index]), ~index, parts)
+        bounds = np.flatnonzero(np.diff(parts, prepend=_NO_PART, append=_NO_PART))
+        for first, last in itertools.pairwise(bounds.tolist()):
+            part = int(parts[first])
+            files = self._map(layer, stream, part) if part >= 0 else self._map_shard(stream, shards[~part])
+            yield files, order[first:last]
+
     @contextmanager
-    def _opened(self, layer: int, stream: int, chunk: int) -> Iterator[tuple[int, int]]:
-        """File descriptors of a chunk's rows and checksums, both of the right size."""
+    def _opened(self, layer: int, stream: int, chunk: int) -> Iterator[_OpenChunk]:
+        """The files of a chunk, both of the right size."""
         with ExitStack() as stack:
             files = []
             for kind in KINDS:
@@ -241,26 +331,64 @@ class ChunkFiles:
                 stack.callback(os.close, file)
                 self._check_size(path, os.fstat(file).st_size, kind)
                 files.append(file)
-            yield files[0], files[1]
+            yield _OpenChunk(chunk * self.layout.chunk_rows, self.layout.row_bytes, *files)
 
-    def _map(self, layer: int, stream: int, chunk: int) -> _Chunk:
-        """A chunk as memory; the maps used last are kept."""
+    @contextmanager
+    def opened_shard(self, stream: int, shard: Shard) -> Iterator[OpenShard]:
+        """The files of a shard, both of the right size.
+
+        Raises:
+            CorruptionError: A file is missing or of another length, or an index is damaged and needed.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+        with self._noticed():
+            opened = OpenShard(self.root, self.layout, stream, shard, mapped=False)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+    def _map(self, layer: int, stream: int, chunk: int) -> _Mapped:
+        """A chunk as memory."""
         key = layer, stream, chunk
         if key in self._maps:
             self._maps.move_to_end(key)
             return self._maps[key]
         with self._opened(layer, stream, chunk) as files:
-            memory, checksums = (
-                FileMap(file, self.layout.chunk_bytes(kind)) for file, kind in zip(files, KINDS, strict=True)
+            memory, sums = (
+                FileMap(file, self.layout.chunk_bytes(kind))
+                for file, kind in zip((files.rows, files.checksums), KINDS, strict=True)
             )
-        for each in (memory, checksums):
+        for each in (memory, sums):
             # Rows are chosen by content: reading ahead would read what nobody asked for.
             each.advise(mmap.MADV_RANDOM)
         rows = memory.data.reshape(self.layout.chunk_rows, self.layout.row_bytes)
-        self._maps[key] = _Chunk(rows, checksums.data.view(np.dtype("<u4")), memory)
+        return self._kept(key, _MappedChunk(files.first, rows, sums.data.view("<u4"), memory))
+
+    def _map_shard(self, stream: int, shard: Shard) -> _Mapped:
+        """A shard as memory."""
+        key = stream, shard
+        if key in self._maps:
+            self._maps.move_to_end(key)
+            return self._maps[key]
+        with self._noticed():
+            opened = OpenShard(self.root, self.layout, stream, shard, mapped=True)
+        return self._kept(key, opened)
+
+    def _kept(self, key: _Key, files: _Mapped) -> _Mapped:
+        """The files, which are kept among the maps that were used last."""
+        self._maps[key] = files
         if len(self._maps) > _MAX_MAPS:
             self._maps.popitem(last=False)
-        return self._maps[key]
+        return files
+
+    @contextmanager
+    def _noticed(self) -> Iterator[None]:
+        """Tells damage that is found inside from rows that are gone with their commit."""
+        try:
+            yield
+        except CorruptionError as error:
+            raise self._damaged(str(error)) from error
 
     def _check_size(self, path: Path, size: int, kind: str) -> None:
         expected = self.layout.chunk_bytes(kind)
@@ -278,10 +406,17 @@ class ChunkFiles:
                 path = self.root / self.layout.array_name(layer, stream, kind) / METADATA
                 raise self._damaged(f"{path}: expected room for {rows} rows, got {room}")
 
-    def _wrong_row(self, layer: int, stream: int, row: int) -> CorruptionError | CommitNotFoundError:
+    def _wrong_row(
+        self, layer: int, stream: int, row: int, shard: Shard | None
+    ) -> CorruptionError | CommitNotFoundError:
         array = self.layout.array_name(layer, stream, "rows")
-        chunk, local = divmod(row, self.layout.chunk_rows)
-        files = " and ".join(str(self.path(layer, stream, chunk, kind)) for kind in KINDS)
+        if shard is None:
+            chunk, local = divmod(row, self.layout.chunk_rows)
+            paths = [self.path(layer, stream, chunk, kind) for kind in KINDS]
+        else:
+            local = row - shard.start
+            paths = shard_paths(self.root, self.layout, stream, shard)
+        files = " and ".join(map(str, paths))
         return self._damaged(
             f"{files}: expected row {local} of the files (row {row} of array {array}) to have its "
             "checksum, got another: one of the two is damaged"
@@ -366,7 +501,7 @@ class ChunkFiles:
 
         Args:
             stream: Stream.
-            extents: The rows that any commit refers to.
+            extents: The rows that any commit has in chunk files.
             end: The end of the log. The chunk that it is in stays: it will be written to.
 
         Raises:
@@ -374,13 +509,39 @@ class ChunkFiles:
         """
         present = self._list_present(stream)
         needed = {*extents}
-        needed.update(*(holder.extents for holder in self._holders if holder.stream == stream))
+        for holder in self._holders:
+            if holder.stream == stream:
+                needed.update(outside(holder.extents, self.shards[stream]))
         for extent in needed:
             present = present - {chunk for chunk, _, _ in self.pieces(extent.start, extent.stop)}
         for chunk in sorted(present):
             if (chunk + 1) * self.layout.chunk_rows <= end:
                 self._delete(stream, chunk)
                 self._present[stream].discard(chunk)
+
+    def release_shards(self, named: Collection[tuple[int, Shard]]) -> None:
+        """Deletes the shards that nothing refers to, and what a crash has left of others.
+
+        Args:
+            named: The shards that any commit names, each with its stream.
+
+        Raises:
+            OSError: The operating system refused.
+        """
+        needed = {*named}
+        for holder in self._holders:
+            for shard in self.shards[holder.stream]:
+                if any(within(holder.extents, shard.start, shard.stop)):
+                    needed.add((holder.stream, shard))
+        self.shards = [
+            [shard for shard in shards if (stream, shard) in needed]
+            for stream, shards in enumerate(self.shards)
+        ]
+        for path in unnamed_shards(self.root, needed):
+            shutil.rmtree(path)
+        # A map would keep what is in a deleted file on the disk.
+        for key in [key for key in self._maps if len(key) == 2 and key not in needed]:
+            del self._maps[key]
 
     def present_end(self, stream: int) -> int:
         """The first row of a stream beyond all of its chunk files."""
@@ -422,7 +583,9 @@ class ChunkFiles:
             (self.root / METADATA, commits / METADATA, commits, self.root, self.root.parent)
         )
         for stream, extents in enumerate(streams):
-            chunks = {chunk for extent in extents for chunk, _, _ in self.pieces(extent.start, extent.stop)}
+            parts = self.parts(stream, extents)
+            # Shards are on the medium before any commit names them.
+            chunks = {part.start // self.layout.chunk_rows for shard, part in parts if shard is None}
             for layer in range(self.layout.layers):
                 for kind in KINDS:
                     folder = self.root / self.layout.array_name(layer, stream, kind)

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xlroute.memory.buffer import RowSpan, on_device
-from xlroute.memory.chunks import Bytes, ChunkFiles
+from xlroute.memory.chunks import ChunkFiles
 from xlroute.memory.layout import DTYPES
 from xlroute.memory.log import Extent, StreamLog
+from xlroute.memory.rows_bytes import Bytes
 from xlroute.memory.scores import KeptScores, Scoring, StoredScores
 
 

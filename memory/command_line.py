@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from xlroute.memory.compact import CompactReport
+from xlroute.memory.damage import Damage, Ranges
 from xlroute.memory.errors import CorruptionError, MemoryStoreError
 from xlroute.memory.export import export_store
 from xlroute.memory.info import MemoryInfo
 from xlroute.memory.repair import RepairReport
-from xlroute.memory.store import MemoryStore
-from xlroute.memory.verify import Damage, Progress, Ranges, VerifyReport
+from xlroute.memory.shards import DEFAULT_LEVEL, LEVELS
+from xlroute.memory.store import Compression, MemoryStore
+from xlroute.memory.verify import Progress, VerifyReport
 
 FINE, DAMAGED, REFUSED = 0, 1, 2
 _RANGES_SHOWN = 4
@@ -53,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         ("info", _info, "what a store holds, what it takes up, and its commits"),
         ("verify", _verify, "read everything that a commit refers to and report all damage; change nothing"),
         ("repair", _repair, "keep what is whole of a damaged store, and say what was lost"),
+        ("compact", _compact, "rewrite full chunk files into shards: fewer files, smaller ones with --zstd"),
         ("export", _export, "write the rows and their positions to a file"),
         ("plot", _plot, "draw which rows have been read and which are held, as a PNG"),
     ):
@@ -64,7 +68,14 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("target", type=Path, help="new file: .npz or .safetensors")
         elif name == "plot":
             command.add_argument("target", type=Path, help="new file: .png")
-        if name != "repair":
+        elif name == "compact":
+            text = (
+                f"compress with zstd, at a level from {LEVELS[0]} to {LEVELS[-1]} (default: {DEFAULT_LEVEL})"
+            )
+            command.add_argument(
+                "--zstd", nargs="?", type=int, const=DEFAULT_LEVEL, metavar="LEVEL", help=text
+            )
+        if name not in ("repair", "compact"):
             which = command.add_mutually_exclusive_group()
             which.add_argument("--commit", metavar="ID", help="another commit than the last")
             if name == "verify":
@@ -98,6 +109,13 @@ def _repair(options: argparse.Namespace) -> _Outcome:
         report = MemoryStore.repair(options.path, progress=progress)
     document = {"ok": report.ok, **_plain(report)}
     return FINE if report.ok else DAMAGED, document, _repair_text(report)
+
+
+def _compact(options: argparse.Namespace) -> _Outcome:
+    compression: Compression | None = None if options.zstd is None else "zstd"
+    with MemoryStore.open(options.path, mode="r+") as store, _progress("compact") as progress:
+        report = store.compact(compression=compression, level=options.zstd, progress=progress)
+    return FINE, _plain(report), _compact_text(report)
 
 
 def _export(options: argparse.Namespace) -> _Outcome:
@@ -159,6 +177,9 @@ def _info_text(info: MemoryInfo, now: datetime) -> str:
         ("on disk", f"{_bytes(disk.allocated_bytes)} allocated, {_bytes(disk.apparent_bytes)} apparent"),
         ("chunk files", f"{disk.chunk_files:,}, of up to {disk.chunk_rows:,} rows"),
     ]
+    if disk.shards:
+        text = f"{disk.shards:,}, with {disk.shard_rows:,} rows of all layers, {_bytes(disk.shard_bytes)}"
+        facts.append(("shards", text))
     streams = [
         (str(stream), f"{held:,}", f"{appended:,}", _span(appended - held, appended))
         for stream, (held, appended) in enumerate(zip(info.rows, info.appended, strict=True))
@@ -232,6 +253,20 @@ def _repair_text(report: RepairReport) -> str:
     ):
         if paths:
             lines += [f"{title}:", *(f"  {path}" for path in paths)]
+    return "\n".join([*lines, ""])
+
+
+def _compact_text(report: CompactReport) -> str:
+    if report.commit is None:
+        return f"{report.path}: nothing to rewrite\n"
+    lines = [
+        f"{report.path}: commit {report.commit} has {report.rows:,} rows in {_count(report.shards, 'shard')}",
+        f"before: {_count(report.files_before, 'file')}, {_bytes(report.bytes_before)}",
+        f"after:  {_count(report.files_after, 'file')}, {_bytes(report.bytes_after)}",
+    ]
+    if report.files_kept:
+        kept = f"{_count(report.files_kept, 'file')}, {_bytes(report.bytes_kept)}"
+        lines.append(f"kept until earlier commits are dropped: {kept}")
     return "\n".join([*lines, ""])
 
 

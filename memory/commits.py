@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError
-from xlroute.memory.layout import COMMITS, FORMAT, Layout
+from xlroute.memory.layout import COMMITS, FORMAT, FORMATS, Layout
 from xlroute.memory.log import Extent, StreamLog
 from xlroute.memory.sealed import checksum, encode, read_document, replace_file, sync
+from xlroute.memory.shards import Shard, in_shards, outside, plausible
 
 _ID = re.compile(r"\d{12}-[0-9a-f]{8}")
 _PIN = re.compile(rf"({_ID.pattern})\.[0-9a-f]{{8}}")
@@ -27,6 +29,7 @@ _SEAL = "crc32c"
 # No stream and no store gets this far; a number beyond it is damage.
 MAX_ROW = 1 << 48
 MAX_GENERATION = 10**12 - 1
+_MAX_BYTES = 1 << 60
 _MAX_COLUMNS = 1 << 16
 
 
@@ -56,6 +59,8 @@ class Commit:
         durable: Whether the rows were on the medium before the record was.
         logs: What each stream holds.
         scores: For each layer, what it has of scores; empty if no layer has any.
+        shards: For each stream, the shards that some of its rows are in; empty if no stream has any.
+        format: Version of the format of the record.
     """
 
     generation: int
@@ -64,11 +69,21 @@ class Commit:
     durable: bool
     logs: tuple[StreamLog, ...]
     scores: tuple[CommittedScores | None, ...] = ()
+    shards: tuple[tuple[Shard, ...], ...] = ()
+    format: int = FORMAT
+
+    def shards_of(self, stream: int) -> tuple[Shard, ...]:
+        """The shards that rows of a stream are in."""
+        return self.shards[stream] if self.shards else ()
+
+    def in_files(self, stream: int) -> Iterable[Extent]:
+        """What a stream holds in chunk files."""
+        return outside(self.logs[stream].extents, self.shards_of(stream))
 
     def document(self) -> dict[str, Any]:
         """The record without its checksum."""
         document: dict[str, Any] = {
-            "format": FORMAT,
+            "format": self.format,
             "generation": self.generation,
             "parent": self.parent,
             "fingerprint": self.fingerprint,
@@ -92,6 +107,20 @@ class Commit:
                     "spans": [list(span) for span in each.spans],
                 }
                 for each in self.scores
+            ]
+        if self.shards:
+            document["shards"] = [
+                [
+                    {
+                        "rows": [shard.start, shard.stop],
+                        "name": shard.name,
+                        "inner_rows": shard.inner_rows,
+                        "zstd": shard.level,
+                        "bytes": shard.size,
+                    }
+                    for shard in shards
+                ]
+                for shards in self.shards
             ]
         return document
 
@@ -172,12 +201,18 @@ def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
             fingerprint=_of_types(document["fingerprint"], str, type(None)),
             durable=_of_types(document["durable"], bool),
             logs=tuple(_log(entry, layout) for entry in document["streams"]),
+            format=document["format"],
         )
+        if commit.format not in FORMATS:
+            raise ValueError(f"a record of format {commit.format!r}")
         if "scores" in document:
             scores = tuple(_scores(entry, commit.logs) for entry in document["scores"])
             if len(scores) != layout.layers:
                 raise ValueError(f"scores of {len(scores)} layers")
             commit = replace(commit, scores=scores)
+        if "shards" in document:
+            shards = zip(document["shards"], commit.logs, strict=True)
+            commit = replace(commit, shards=tuple(_shards(each, log, layout) for each, log in shards))
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"{path}: expected a commit record, got another document: {error!r}") from error
     if commit.document() != document or commit.id != commit_id or len(commit.logs) != layout.streams:
@@ -215,6 +250,26 @@ def _scores(entry: dict[str, Any] | None, logs: tuple[StreamLog, ...]) -> Commit
         if not first <= stop <= log.held:
             raise ValueError(f"scores of rows {first} to {stop}, of {log.held} held")
     return CommittedScores(stamp, columns, spans)
+
+
+def _shards(entries: list[dict[str, Any]], log: StreamLog, layout: Layout) -> tuple[Shard, ...]:
+    """The shards of one stream in a record; ValueError if no writer can have written them."""
+    shards = []
+    last = 0
+    for entry in entries:
+        start, stop = (_number(row, MAX_ROW) for row in entry["rows"])
+        name = _of_types(entry["name"], str)
+        level = _of_types(entry["zstd"], int, type(None))
+        inner_rows, size = _number(entry["inner_rows"], MAX_ROW), _number(entry["bytes"], _MAX_BYTES)
+        shard = Shard(start, stop, name, inner_rows, level, size)
+        whole = start % layout.chunk_rows == stop % layout.chunk_rows == 0
+        if not (whole and last <= start < stop <= log.end and plausible(layout, shard)):
+            raise ValueError(f"impossible shard {shard}")
+        shards.append(shard)
+        last = stop
+    if {shard for shard, _ in in_shards(log.extents, shards) if shard is not None} != {*shards}:
+        raise ValueError("shards without rows")
+    return tuple(shards)
 
 
 def _number(value: object, most: int) -> int:

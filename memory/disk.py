@@ -45,13 +45,14 @@ from xlroute.memory.errors import (
     StoreLockedError,
     StoreWriteError,
 )
-from xlroute.memory.layout import COMMITS, DTYPES, Layout, read_layout, write_layout
+from xlroute.memory.layout import COMMITS, DTYPES, Layout, raise_format, read_layout, write_layout
 from xlroute.memory.lock import WriterLock, pin_lock
-from xlroute.memory.log import Extent, StreamLog
+from xlroute.memory.log import Extent, StreamLog, within
 from xlroute.memory.rows_bytes import as_bytes
 from xlroute.memory.score_files import CommittedStreamScores, ScoreFiles, write_scores
 from xlroute.memory.scores import KeptScores, StoredScores
 from xlroute.memory.sealed import TEMPORARY, sync
+from xlroute.memory.shards import Shard
 
 _COPY_BYTES = 4 * 2**20
 # A writer may drop the last commit that a reader has just listed, and commit another, so often in a row.
@@ -59,7 +60,7 @@ _OPEN_ATTEMPTS = 10
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turns the operating system's refusal into StoreWriteError."""
     try:
         yield
@@ -91,7 +92,7 @@ def _new_folder(path: Path, layout: Layout) -> Iterator[Path]:
         raise StoreExistsError(f"{path}: expected nothing or an empty folder, got something that exists")
     building = path.parent / f".{path.name}.{secrets.token_hex(4)}.creating"
     try:
-        with _writing(path):
+        with writing(path):
             _make_parents(path)
             building.mkdir()
             write_layout(building, layout)
@@ -169,7 +170,7 @@ def copy_store(
         write_commit(root, commit)
     if durable:
         try:
-            with _writing(path):
+            with writing(path):
                 sync(path.parent)
         except BaseException:
             # It has its name already; the caller is told that there is no such copy.
@@ -212,13 +213,13 @@ class Disk:
             commit_id, opened = self._read(commit)
             self._check_fingerprint(opened, fingerprint)
             record = record_path(root, commit_id)
-            self.files = ChunkFiles(root, self.layout, record)
+            self.files = ChunkFiles(root, self.layout, record, shards=opened.shards)
             self._score_files = ScoreFiles(root, self.layout, record)
         else:
-            with _writing(root):
+            with writing(root):
                 self._lock = WriterLock(root)
             try:
-                with _writing(root):
+                with writing(root):
                     opened = self._open_for_writing(commit, fingerprint)
             except BaseException:
                 self._lock.release()
@@ -230,9 +231,10 @@ class Disk:
     def _open_for_writing(self, commit: str | None, fingerprint: str | None) -> Commit:
         commit_id, opened = self._read(commit)
         self._check_fingerprint(opened, fingerprint)
+        self.layout = raise_format(self.root, self.layout)
         for left in (self.root / COMMITS).glob(f"{TEMPORARY}*"):
             left.unlink()
-        self.files = ChunkFiles(self.root, self.layout, None)
+        self.files = ChunkFiles(self.root, self.layout, None, shards=opened.shards)
         self._score_files = ScoreFiles(self.root, self.layout, None)
         self._set_scored(opened.logs, opened.scores)
         self._writer = secrets.randbits(32)
@@ -281,7 +283,7 @@ class Disk:
     def _read_checked(self, commit_id: str) -> Commit:
         """Reads a commit whose rows are there, as far as one can tell from the files of the first layer."""
         opened = read_commit(self.root, commit_id, self.layout)
-        files = ChunkFiles(self.root, self.layout, record_path(self.root, commit_id))
+        files = ChunkFiles(self.root, self.layout, record_path(self.root, commit_id), shards=opened.shards)
         # Before anyone makes room for as many rows as the record says.
         for stream, log in enumerate(opened.logs):
             files.check_present(0, stream, log.extents)
@@ -331,7 +333,7 @@ class Disk:
                 f"{self.root}: expected stream {stream} to have at most {MAX_ROW} rows, got {log.end} "
                 f"in its log and {log.appended} appended"
             )
-        with _writing(self.root):
+        with writing(self.root):
             for layer, part in enumerate(rows):
                 data = as_bytes(part)
                 fresh = self._ends[stream]
@@ -358,7 +360,7 @@ class Disk:
             raise CorruptionError(
                 f"{self.root / COMMITS}: expected generations below {MAX_GENERATION}, got {self._generation}"
             )
-        with _writing(self.root):
+        with writing(self.root):
             scores = tuple(
                 write_scores(self._score_files, layer, logs, streams, self._scored_of(layer, logs))
                 for layer, streams in enumerate(kept)
@@ -371,7 +373,16 @@ class Disk:
                 self._score_files.sync()
             self._generation += 1
             scores = scores if any(scores) else ()
-            commit = Commit(self._generation, self._last, fingerprint, durable, tuple(logs), scores)
+            shards = tuple(self._shards_of(stream, log) for stream, log in enumerate(logs))
+            commit = Commit(
+                self._generation,
+                self._last,
+                fingerprint,
+                durable,
+                tuple(logs),
+                scores,
+                shards if any(shards) else (),
+            )
             self._commits[commit.id] = commit
             try:
                 write_commit(self.root, commit)
@@ -387,6 +398,48 @@ class Disk:
         with suppress(OSError):
             self._drop_old()
         return commit.id
+
+    def _shards_of(self, stream: int, log: StreamLog) -> tuple[Shard, ...]:
+        """The shards that any row of a log is in."""
+        shards = self.files.shards[stream]
+        return tuple(shard for shard in shards if any(within(log.extents, shard.start, shard.stop)))
+
+    def last(self) -> Commit:
+        """The last commit."""
+        commit = self._commits[self._last]
+        assert commit is not None  # it was read, or written, by this process
+        return commit
+
+    def named_shards(self) -> set[tuple[int, Shard]]:
+        """The shards that commits name, each with its stream."""
+        return {
+            (stream, shard)
+            for commit in self._commits.values()
+            if commit is not None
+            for stream, shards in enumerate(commit.shards)
+            for shard in shards
+        }
+
+    def commit_shards(self, shards: Sequence[Sequence[Shard]]) -> str:
+        """Commits durably what the last commit holds, some of it in new shards.
+
+        Args:
+            shards: The new shards of each stream.
+
+        Returns:
+            The id of the commit.
+
+        Raises:
+            StoreWriteError: The operating system refused to write; there is no such commit.
+        """
+        last, before = self.last(), self.files.shards
+        self.files.shards = [sorted([*old, *new]) for old, new in zip(before, shards, strict=True)]
+        try:
+            nothing_kept: list[list[KeptScores | None]] = [[None] * len(last.logs)] * self.layout.layers
+            return self.commit(last.logs, last.fingerprint, nothing_kept, durable=True)
+        except BaseException:
+            self.files.shards = before
+            raise
 
     def _set_scored(self, logs: Sequence[StreamLog], scores: Sequence[CommittedScores | None]) -> None:
         """Notes what is on disk of scores, in numbers that stay the same while rows come and go."""
@@ -435,8 +488,10 @@ class Disk:
             {extent for log in logs for extent in log.extents}
             for logs in zip(*(commit.logs for commit in known), strict=True)
         ]
-        for stream, extents in enumerate(needed):
-            self.files.release(stream, extents, self._ends[stream])
+        for stream in range(self.layout.streams):
+            in_files = {extent for commit in known for extent in commit.in_files(stream)}
+            self.files.release(stream, in_files, self._ends[stream])
+        self.files.release_shards(self.named_shards())
         stamps = {
             (layer, scores.stamp)
             for commit in known
@@ -463,12 +518,12 @@ class Disk:
 
     def pin(self, commit: str) -> str:
         """Keeps a commit readable; returns the id of the pin."""
-        with _writing(self.root), pin_lock(self.root):
+        with writing(self.root), pin_lock(self.root):
             return add_pin(self.root, read_commit(self.root, commit, self.layout))
 
     def unpin(self, pin: str) -> None:
         """Removes a pin."""
-        with _writing(self.root):
+        with writing(self.root):
             remove_pin(self.root, pin)
 
     def check_process(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,7 +14,9 @@ import torch
 from xlroute.memory.commits import read_commit, record_path
 from xlroute.memory.disk import Disk
 from xlroute.memory.errors import CommitNotFoundError
-from xlroute.memory.layout import FORMAT, KINDS
+from xlroute.memory.layout import KINDS
+from xlroute.memory.log import StreamLog
+from xlroute.memory.shards import ShardArray, in_shards
 
 _BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's own blocks are
 
@@ -51,6 +54,9 @@ class DiskUsage:
         chunk_files: Files of rows and files of checksums together.
         apparent_bytes: The lengths of all files. Chunk files have their full length from the start.
         allocated_bytes: What the file system has set aside for them.
+        shards: Shards that rows are read from.
+        shard_rows: Rows held now that are in them, in all layers together.
+        shard_bytes: The lengths of their files of rows and of checksums.
     """
 
     format: int
@@ -58,6 +64,9 @@ class DiskUsage:
     chunk_files: int
     apparent_bytes: int
     allocated_bytes: int
+    shards: int
+    shard_rows: int
+    shard_bytes: int
 
 
 @dataclass(frozen=True)
@@ -93,8 +102,11 @@ class MemoryInfo:
     commits: tuple[CommitInfo, ...]
 
 
-def disk_usage(disk: Disk) -> DiskUsage:
-    """Adds up what is in the folder of a store. A writer may add and remove files meanwhile."""
+def disk_usage(disk: Disk, logs: Sequence[StreamLog]) -> DiskUsage:
+    """Adds up what is in the folder of a store whose streams hold the rows of these logs.
+
+    A writer may add and remove files meanwhile.
+    """
     layout = disk.layout
     chunk_files = sum(
         len(disk.files.listed(layer, stream, kind))
@@ -109,7 +121,32 @@ def disk_usage(disk: Disk) -> DiskUsage:
                 status = os.lstat(os.path.join(folder, name))
                 apparent += status.st_size
                 allocated += status.st_blocks * _BLOCK_BYTES
-    return DiskUsage(FORMAT, layout.chunk_rows, chunk_files, apparent, allocated)
+    shards = [shard for each in disk.files.shards for shard in each]
+    in_them = (
+        part
+        for log, each in zip(logs, disk.files.shards, strict=True)
+        for shard, part in in_shards(log.extents, each)
+        if shard is not None
+    )
+    return DiskUsage(
+        format=layout.format,
+        chunk_rows=layout.chunk_rows,
+        chunk_files=chunk_files,
+        apparent_bytes=apparent,
+        allocated_bytes=allocated,
+        shards=len(shards),
+        shard_rows=layout.layers * sum(part.stop - part.start for part in in_them),
+        shard_bytes=sum(ShardArray(layout, shard, kind).size for shard in shards for kind in KINDS),
+    )
+
+
+def allocated_bytes(paths: Iterable[Path]) -> int:
+    """What the file system has set aside for files; those that are not there count nothing."""
+    total = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            total += path.lstat().st_blocks * _BLOCK_BYTES
+    return total
 
 
 def describe_commits(disk: Disk) -> tuple[CommitInfo, ...]:

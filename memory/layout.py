@@ -9,16 +9,18 @@ record. bfloat16, which zarr does not know, is stored as uint16; the attribute `
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from xlroute.memory.errors import CorruptionError, FormatError, StoreNotFoundError
-from xlroute.memory.sealed import checksum, encode, read_document
+from xlroute.memory.sealed import checksum, encode, read_document, replace_file
 
-FORMAT = 1
+FORMAT = 2
+# Those that can be read; a writer raises the format of a store before it changes anything else.
+FORMATS = (1, 2)
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -51,7 +53,7 @@ def _sealed(document: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of a store; it never changes.
+    """The shape of a store; nothing of it but the format ever changes.
 
     Attributes:
         layers: Memory layers.
@@ -61,6 +63,7 @@ class Layout:
         capacity: Rows that a stream holds at most, or None.
         chunk_rows: Rows in a chunk file.
         keep_commits: Commits that stay readable, besides the pinned ones.
+        format: Version of the format.
     """
 
     layers: int
@@ -70,6 +73,7 @@ class Layout:
     capacity: int | None
     chunk_rows: int
     keep_commits: int
+    format: int = FORMAT
 
     def __post_init__(self) -> None:
         for name in ("layers", "streams", "dim", "chunk_rows", "keep_commits"):
@@ -110,7 +114,7 @@ class Layout:
 
     def group_document(self) -> dict[str, Any]:
         """The metadata of the group."""
-        attributes = {_KEY: {"format": FORMAT, **asdict(self)}}
+        attributes = {_KEY: {"format": self.format, **asdict(self)}}
         return _sealed({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
     def array_document(self, kind: str, rows: int) -> dict[str, Any]:
@@ -154,7 +158,7 @@ def write_plain_group(folder: Path) -> None:
 
 def write_layout(root: Path, layout: Layout) -> None:
     """Writes the metadata of an empty store into the empty folder `root`."""
-    (root / METADATA).write_bytes(encode(layout.group_document()))
+    (root / METADATA).write_bytes(encode(replace(layout, format=FORMAT).group_document()))
     (root / COMMITS).mkdir()
     write_plain_group(root / COMMITS)
     for kind in KINDS:
@@ -164,6 +168,19 @@ def write_layout(root: Path, layout: Layout) -> None:
                 folder = root / layout.array_name(layer, stream, kind)
                 folder.mkdir()
                 (folder / METADATA).write_bytes(data)
+
+
+def raise_format(root: Path, layout: Layout) -> Layout:
+    """Makes the store one of the newest format, before anything is written that an older one does not know.
+
+    Raises:
+        OSError: The operating system refused; the store is as it was.
+    """
+    if layout.format != FORMAT:
+        layout = replace(layout, format=FORMAT)
+        data = encode(layout.group_document())
+        replace_file(root / METADATA, data, scratch=root / COMMITS, durable=True)
+    return layout
 
 
 def read_layout(root: Path) -> Layout:
@@ -214,14 +231,14 @@ def read_group(root: Path) -> Layout:
             f"{path}: expected a memory store, got a zarr {document.get('node_type')} without one"
         )
     version = fields.get("format")
-    if version != FORMAT:
-        raise FormatError(f"{path}: expected a memory store of format {FORMAT}, got format {version!r}")
+    if version not in FORMATS:
+        known = " or ".join(map(str, FORMATS))
+        raise FormatError(f"{path}: expected a memory store of format {known}, got format {version!r}")
     given = attributes.pop(_SEAL, None)
     if checksum(document) != given:
         raise CorruptionError(
             f"{path}: expected checksum {given}, got {checksum(document)}: the file is damaged"
         )
-    del fields["format"]
     try:
         return Layout(**fields)
     except (TypeError, ValueError) as error:

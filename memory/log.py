@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,6 +15,15 @@ class Extent(NamedTuple):
     start: int
     stop: int
     writer: int
+
+
+def within(extents: Sequence[Extent], start: int, stop: int) -> Iterator[Extent]:
+    """The parts of extents, which ascend, that lie in rows `start` to `stop`."""
+    first = bisect_right(extents, start, key=lambda extent: extent.stop)
+    for extent in itertools.islice(extents, first, None):
+        if extent.start >= stop:
+            return
+        yield extent._replace(start=max(start, extent.start), stop=min(stop, extent.stop))
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xlroute.memory.chunks import ChunkFiles
 from xlroute.memory.commits import MAX_GENERATION, MAX_ROW, Commit, write_commit
+from xlroute.memory.damage import Damage, Ranges
 from xlroute.memory.errors import CorruptionError, MemoryStoreError, StoreWriteError
 from xlroute.memory.layout import (
     COMMITS,
@@ -18,17 +20,18 @@ from xlroute.memory.layout import (
     Layout,
     count_arrays,
     plain_group_document,
+    raise_format,
     read_group,
     read_layout,
 )
 from xlroute.memory.lock import WriterLock
-from xlroute.memory.log import StreamLog
+from xlroute.memory.log import Extent, StreamLog, within
 from xlroute.memory.sealed import encode, replace_file, sync
+from xlroute.memory.shard_check import check_shard
+from xlroute.memory.shards import Shard, ShardArray, mend_checksums, shard_documents, shard_folder
 from xlroute.memory.verify import (
-    Damage,
     Meter,
     Progress,
-    Ranges,
     check_arrays,
     check_ends,
     check_metadata,
@@ -36,6 +39,7 @@ from xlroute.memory.verify import (
     find_leftovers,
     merged,
     read_records,
+    split,
 )
 
 # Behind the name of a record that is set aside: nothing takes it for a record then.
@@ -76,7 +80,8 @@ class RepairReport:
         commit: Id of the commit that was written, now the last; None if `base` stands as it was.
         losses: The streams that lost rows.
         damage: What was found damaged of the rows that `base` holds, and could not be restored.
-        restored: Files made as they were: metadata, and chunk files of the wrong length (not their rows).
+        restored: Files made as they were: metadata, files of rows of the wrong length (not their rows), and
+            checksums and indexes of shards that zarr alone needs.
         set_aside: The new names of damaged commit records.
         removed: What a crash had left behind.
     """
@@ -128,17 +133,22 @@ def _repair(root: Path, layout: Layout, progress: Progress | None) -> RepairRepo
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     restored = _restore_metadata(root, layout, [*known.values()])
     read_layout(root)  # refuses what could not be restored
-    files = ChunkFiles(root, layout, None)
-    restored += _restore_lengths(files, base)
+    files = ChunkFiles(root, layout, None, shards=base.shards)
+    in_files, sharded = split([base], range(layout.streams))
+    restored += _restore_lengths(files, in_files, sharded)
 
     meter = Meter(progress, layout.layers * layout.row_bytes * sum(log.held for log in base.logs))
     damage: list[Damage] = []
-    for stream, log in enumerate(base.logs):
+    for stream, extents in enumerate(in_files):
         for layer in range(layout.layers):
-            damage += check_rows(files, layer, stream, log.extents, meter.advance)
+            damage += check_rows(files, layer, stream, extents, meter.advance)
+    for (stream, shard), extents in sharded.items():
+        found = [*check_shard(files, stream, shard, extents, meter.advance)]
+        restored += _restore_shard(files, stream, shard, found)
+        damage += (each for each in found if each.rows)
     losses = []
     for stream, log in enumerate(base.logs):
-        rows = [each for found in damage if found.stream == stream for each in found.rows]
+        rows = [each for one in damage if one.stream == stream for each in one.rows]
         if rows:
             losses.append(_loss(stream, log, rows))
     ends = [*check_ends(files, base, [log.extents for log in base.logs])]
@@ -171,7 +181,10 @@ def _restore_metadata(root: Path, layout: Layout, commits: list[Commit]) -> list
     if any(damage.path == path for damage in check_metadata(root, layout)):
         replace_file(path, encode(plain_group_document()), scratch=root / COMMITS, durable=True)
         restored.append(path)
-    extents = [merged(commits, stream) for stream in range(layout.streams)]
+    extents = [
+        merged(extent for commit in commits for extent in commit.logs[stream].extents)
+        for stream in range(layout.streams)
+    ]
     for damage in check_arrays(root, layout, extents):
         assert damage.stream is not None
         rows = max(commit.logs[damage.stream].end for commit in commits)
@@ -184,27 +197,62 @@ def _restore_metadata(root: Path, layout: Layout, commits: list[Commit]) -> list
     return restored
 
 
-def _restore_lengths(files: ChunkFiles, commit: Commit) -> list[Path]:
-    """Gives chunk files of a commit the length that they must have; what rows they lack is damage then."""
-    restored = []
+def _restore_lengths(
+    files: ChunkFiles, in_files: Sequence[Sequence[Extent]], sharded: Iterable[tuple[int, Shard]]
+) -> list[Path]:
+    """Gives the files of a commit the length that they must have; what rows they lack is damage then.
+
+    Args:
+        files: The files of the store.
+        in_files: For each stream, the rows in chunk files.
+        sharded: The shards, each with its stream.
+    """
+    expected = []
     size = files.layout.chunk_rows
-    for stream, log in enumerate(commit.logs):
+    for stream, extents in enumerate(in_files):
         for layer in range(files.layout.layers):
             for kind in KINDS:
-                expected = files.layout.chunk_bytes(kind)
                 for chunk in sorted(files.listed(layer, stream, kind)):
-                    path = files.path(layer, stream, chunk, kind)
                     start, stop = chunk * size, (chunk + 1) * size
-                    if (
-                        any(extent.start < stop and start < extent.stop for extent in log.extents)
-                        and path.is_file()
-                        and not path.is_symlink()  # it may lead out of the store
-                        and path.stat().st_size != expected
-                    ):
-                        os.truncate(path, expected)
-                        sync(path)
-                        restored.append(path)
+                    if any(extent.start < stop and start < extent.stop for extent in extents):
+                        path = files.path(layer, stream, chunk, kind)
+                        expected.append((path, files.layout.chunk_bytes(kind)))
+    for stream, shard in sharded:
+        for kind in KINDS:
+            array = ShardArray(files.layout, shard, kind)
+            expected.append((shard_folder(files.root, stream, shard) / array.name, array.size))
+    restored = []
+    for path, length in expected:
+        # A link may lead out of the store.
+        if path.is_file() and not path.is_symlink() and path.stat().st_size != length:
+            os.truncate(path, length)
+            sync(path)
+            restored.append(path)
     return restored
+
+
+def _restore_shard(files: ChunkFiles, stream: int, shard: Shard, damage: Iterable[Damage]) -> list[Path]:
+    """Writes damaged metadata of a shard anew, and indexes and checksums that zarr alone needs.
+
+    They follow from what the commit says of the shard, and from its rows, which are left as they are: those
+    that are damaged have no part in a commit any more.
+    """
+    damaged = {each.path for each in damage}
+    restored = []
+    for path, document in shard_documents(shard_folder(files.root, stream, shard), files.layout, shard):
+        if path in damaged and path.parent.parent.is_dir():
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, encode(document), scratch=files.root / COMMITS, durable=True)
+            sync(path.parent.parent)
+            restored.append(path)
+    if not damaged - {*restored}:
+        return restored
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(files.opened_shard(stream, shard))
+        except (CorruptionError, OSError):
+            return restored  # a file is gone, or an index that follows from nothing else
+        return restored + [file.path for file in opened.files if mend_checksums(file)]
 
 
 def _loss(stream: int, log: StreamLog, rows: Iterable[tuple[int, int]]) -> StreamLoss:
@@ -257,8 +305,20 @@ def _committed(
         end = max(commit.logs[stream].end for commit in known)
         beyond = max(-(-end // size) * size, files.present_end(stream))
         logs[stream] = replace(log, end=beyond if beyond <= MAX_ROW else end)
+    raise_format(root, files.layout)
     files.mark_unsynced([log.extents for log in logs])
     files.sync()
-    commit = Commit(generation, base.id, base.fingerprint, True, tuple(logs))
+    shards = tuple(
+        tuple(shard for shard in base.shards_of(stream) if any(within(log.extents, shard.start, shard.stop)))
+        for stream, log in enumerate(logs)
+    )
+    commit = Commit(
+        generation,
+        base.id,
+        base.fingerprint,
+        True,
+        tuple(logs),
+        shards=shards if any(shards) else (),
+    )
     write_commit(root, commit)
     return commit.id

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from xlroute.memory.chunks import Bytes
+Bytes: TypeAlias = NDArray[np.uint8]
 
 
 def as_bytes(rows: Tensor) -> Bytes:

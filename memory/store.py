@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xlroute.memory.buffer import Rows, RowSpan
 from xlroute.memory.cold import ColdRows
+from xlroute.memory.compact import CompactReport, compact_store
 from xlroute.memory.disk import Disk, copy_store, create_store
 from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
 from xlroute.memory.info import MemoryInfo, describe_commits, disk_usage
@@ -21,10 +22,12 @@ from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Layout, check_positive
 from xlroute.memory.log import StreamLog
 from xlroute.memory.repair import RepairReport, repair_store
 from xlroute.memory.scores import KeptScores
+from xlroute.memory.shards import DEFAULT_LEVEL, LEVELS
 from xlroute.memory.tiers import TieredRows, Tiers, rows_in_memory, rows_on_disk
 from xlroute.memory.verify import Progress, VerifyReport, verify_store
 
 Mode = Literal["r", "r+"]
+Compression = Literal["zstd"]
 
 
 class MemoryStore:
@@ -239,8 +242,9 @@ class MemoryStore:
 
         No commit is dropped and no whole row is written over, so that a damaged file can still be brought
         back from a copy, and an earlier commit opened by its id; they age out as later commits are made.
-        Damaged metadata of arrays is written anew, and chunk files get back their length. A commit record
-        that is damaged is renamed to `<commit id>.json.damaged`. What a crash has left is removed.
+        Damaged metadata of arrays is written anew, and so is what zarr alone needs of shards; chunk files get
+        back their length. A commit record that is damaged is renamed to `<commit id>.json.damaged`. What a
+        crash has left is removed.
 
         Args:
             path: The folder of the store.
@@ -532,6 +536,46 @@ class MemoryStore:
         disk = self._on_disk("commit")
         return disk.commit(self._logs, self._fingerprint, self._kept_scores(), durable=durable)
 
+    def compact(
+        self,
+        *,
+        compression: Compression | None = None,
+        level: int | None = None,
+        progress: Progress | None = None,
+    ) -> CompactReport:
+        """Rewrites the rows of the last commit that lie in full chunk files into shards, and commits that.
+
+        A shard takes the place of many chunk files: there are fewer files, and with zstd they are smaller.
+        Nothing else changes: the commit holds what the last one holds, under the same fingerprint, and is
+        durable; what was appended or reset and not committed stays so. Readers of earlier commits go on
+        reading chunk files, which are deleted as those commits are dropped, as ever. Left alone are rows that
+        are in shards already or in the chunk that is written to next, and scores.
+
+        Args:
+            compression: None to write rows as they are, which are then read through memory maps; "zstd" for
+                less space and slower reading, a few hundred rows at a time.
+            level: Of zstd, 1 to 22, as far as more effort makes smaller files; None for 3.
+            progress: Called after every few rows with the bytes of rows rewritten so far, and with all of
+                them.
+
+        Raises:
+            ValueError: `compression` is another one, or `level` is out of range or given without "zstd".
+            NoPathError: The store is in memory.
+            ReadOnlyError: The store was opened with mode "r".
+            CorruptionError: A row is damaged: nothing was changed.
+            StoreWriteError: The operating system refused to write; the last commit stands.
+        """
+        if compression not in (None, "zstd"):
+            raise ValueError(f"compression: expected 'zstd' or None, got {compression!r}")
+        if level is not None and compression is None:
+            raise ValueError(f"level: expected None without compression, got {level!r}")
+        if level is not None and (isinstance(level, bool) or level not in LEVELS):
+            raise ValueError(f"level: expected {LEVELS[0]} to {LEVELS[-1]}, got {level!r}")
+        self._check_writable()
+        if compression is not None and level is None:
+            level = DEFAULT_LEVEL
+        return compact_store(self._on_disk("compact"), level=level, progress=progress)
+
     def _kept_scores(self) -> list[list[KeptScores | None]]:
         """The scores that are kept of every layer and stream."""
         return [[rows.kept_scores() for rows in streams] for streams in self._rows]
@@ -588,7 +632,7 @@ class MemoryStore:
             rows=tuple(log.held for log in self._logs),
             appended=tuple(log.appended for log in self._logs),
             memory_bytes=sum(rows.nbytes for streams in self._rows for rows in streams),
-            disk=None if self._disk is None else disk_usage(self._disk),
+            disk=None if self._disk is None else disk_usage(self._disk, self._logs),
             commits=() if self._disk is None else describe_commits(self._disk),
         )
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import re
-import stat
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 
 from xlroute.memory.chunks import ChunkFiles
 from xlroute.memory.commits import Commit, list_commits, read_commit, record_path
+from xlroute.memory.damage import Damage, Ranges, damage_of, file_problem, ranges_of
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError, MemoryStoreError
 from xlroute.memory.layout import (
     COMMITS,
@@ -31,39 +30,13 @@ from xlroute.memory.lock import read_holder
 from xlroute.memory.log import Extent
 from xlroute.memory.score_files import ScoreFiles
 from xlroute.memory.sealed import TEMPORARY, read_document
+from xlroute.memory.shard_check import check_shard
+from xlroute.memory.shards import Shard, in_shards, shard_folder, unnamed_shards
 
 # What is called after every few MiB with the bytes done so far, and with all there are.
 Progress = Callable[[int, int], None]
-Ranges = tuple[tuple[int, int], ...]
-# What the operating system says where the medium fails, or something else has taken the place of a file.
-_DAMAGE = {errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 # A writer may drop all commits that were just listed, and make others, so often in a row.
 _READ_ATTEMPTS = 10
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A file that is not as it was written, and what cannot be read because of it.
-
-    Attributes:
-        path: The file or folder. Where a row does not have its checksum, either of two files is damaged: this
-            is the file of rows, and `problem` names the other.
-        problem: What was expected there and what was found.
-        array: Name of the array that the file belongs to; None for metadata of the store and commit records.
-        stream: The array's stream, or None.
-        chunk: Number of the chunk, or None for metadata and commit records.
-        rows: The rows of the array that cannot be read, as ranges [start, stop) without those that no
-            examined commit holds.
-        commits: The examined commits that hold any of these rows.
-    """
-
-    path: Path
-    problem: str
-    array: str | None = None
-    stream: int | None = None
-    chunk: int | None = None
-    rows: Ranges = ()
-    commits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +47,8 @@ class VerifyReport:
         path: The folder of the store.
         commits: Ids of the commits whose rows were examined, oldest first.
         rows: Number of rows that these commits hold, in all layers together; each counts once.
-        damage: Everything that is damaged: metadata, then commit records, then rows by stream and layer.
+        damage: Everything that is damaged: metadata, then commit records, then rows by stream and layer in
+            chunk files, and in shards.
         scores: Damage to stored scores. It does no harm: they are computed anew.
         leftovers: Files and folders that a crash has left behind. They do no harm, and `repair` removes them.
         writer: Who holds the store for writing, or held it until killed; None if the last writer closed it.
@@ -105,7 +79,7 @@ def verify_store(
     try:
         layout = read_group(root)
     except CorruptionError as error:
-        group = _damage_of(error, root / METADATA)
+        group = damage_of(error, root / METADATA)
         return VerifyReport(root, (), 0, (group,), (), tuple(find_leftovers(root)), read_holder(root))
     known, records = read_records(root, layout)
     if commit is None:
@@ -120,15 +94,22 @@ def verify_store(
     if not countable:
         chosen = {}  # most of the store is gone, or the metadata claim what nobody can count
     rows: list[Damage] = []
-    extents = [merged(chosen.values(), stream) for stream in range(layout.streams if chosen else 0)]
-    count = layout.layers * sum(extent.stop - extent.start for stream in extents for extent in stream)
+    extents = [
+        merged(extent for commit in chosen.values() for extent in commit.logs[stream].extents)
+        for stream in range(layout.streams if chosen else 0)
+    ]
+    count = layout.layers * _count(extent for stream in extents for extent in stream)
     if countable:
-        meter = Meter(progress, count * layout.row_bytes)
         metadata += check_arrays(root, layout, extents)
         files = ChunkFiles(root, layout, None)
-        for stream, given in enumerate(extents):
+        in_files, sharded = split(chosen.values(), range(len(extents)))
+        examined_rows = _count(extent for each in (*in_files, *sharded.values()) for extent in each)
+        meter = Meter(progress, layout.layers * layout.row_bytes * examined_rows)
+        for stream, given in enumerate(in_files):
             for layer in range(layout.layers):
                 rows += check_rows(files, layer, stream, given, meter.advance)
+        for (stream, shard), given in sharded.items():
+            rows += check_shard(files, stream, shard, given, meter.advance)
         if known:
             ends = [*check_ends(files, list(known.values())[-1], extents)]
             # Once a writer has made another commit, the files that it has gone on from may go.
@@ -143,8 +124,8 @@ def verify_store(
             raise CommitNotFoundError(
                 f"commit {', '.join(chosen)}: expected its rows, got a store that has dropped it since then"
             )
-        rows = [each for each in (_held_by(each, examined) for each in rows) if each.commits]
-    damage = (*(_held_by(each, examined) for each in metadata), *records, *rows)
+        rows = [each for each in (_held_by(root, each, examined) for each in rows) if each.commits]
+    damage = (*(_held_by(root, each, examined) for each in metadata), *records, *rows)
     leftovers = find_leftovers(root, layout, [] if records else [*known.values()])
     scores = tuple(_check_scores(root, layout, examined.values())) if countable else ()
     if scores:
@@ -189,16 +170,6 @@ class Meter:
             self._progress(self._done, self._total)
 
 
-def _damage_of(error: Exception, path: Path, array: str | None = None, stream: int | None = None) -> Damage:
-    """The damage to a file that an error tells of; raises the error if it tells of none."""
-    if not isinstance(error, OSError):
-        return Damage(path, str(error).removeprefix(f"{path}: "), array, stream)
-    if error.errno not in _DAMAGE:
-        # Such as a file of somebody else's: what is in it may be whole.
-        raise error
-    return Damage(path, f"expected a file that can be read, got {error.strerror}", array, stream)
-
-
 def read_records(root: Path, layout: Layout) -> tuple[dict[str, Commit], list[Damage]]:
     """Reads all commit records: those that can be read by id, oldest first, and the damage to others."""
     for _ in range(_READ_ATTEMPTS):
@@ -207,14 +178,14 @@ def read_records(root: Path, layout: Layout) -> tuple[dict[str, Commit], list[Da
         try:
             names = list_commits(root)
         except (CorruptionError, OSError) as error:
-            return known, [_damage_of(error, root / COMMITS)]
+            return known, [damage_of(error, root / COMMITS)]
         for name in names:
             try:
                 known[name] = read_commit(root, name, layout)
             except CommitNotFoundError:
                 continue  # a writer has dropped it just now
             except (CorruptionError, OSError) as error:
-                damage.append(_damage_of(error, record_path(root, name)))
+                damage.append(damage_of(error, record_path(root, name)))
         if known or damage:
             return known, damage
     return {}, [Damage(root / COMMITS, "expected the record of a commit, got none")]
@@ -234,7 +205,7 @@ def check_metadata(root: Path, layout: Layout) -> list[Damage]:
     except FileNotFoundError:
         damage.append(Damage(path, "expected the metadata of a group, got no such file"))
     except (CorruptionError, OSError) as error:
-        damage.append(_damage_of(error, path))
+        damage.append(damage_of(error, path))
     return damage
 
 
@@ -255,7 +226,7 @@ def check_arrays(root: Path, layout: Layout, extents: Sequence[Sequence[Extent]]
                 try:
                     room = read_room(root, layout, layer, stream, kind)
                 except (CorruptionError, OSError) as error:
-                    damage.append(replace(_damage_of(error, path, array, stream), rows=ranges))
+                    damage.append(replace(damage_of(error, path, array, stream), rows=ranges))
                     continue
                 if room < needed:
                     problem = f"expected room for {needed} rows, got {room}"
@@ -283,22 +254,40 @@ def check_ends(files: ChunkFiles, commit: Commit, examined: Sequence[Sequence[Ex
         for layer in range(layout.layers):
             for kind in KINDS:
                 path = files.path(layer, stream, chunk, kind)
-                problem = _file_problem(path, layout.chunk_bytes(kind))
+                problem = file_problem(path, layout.chunk_bytes(kind))
                 if problem is not None:
                     yield Damage(path, problem, layout.array_name(layer, stream, kind), stream, chunk)
 
 
-def merged(commits: Iterable[Commit], stream: int) -> list[Extent]:
-    """What any of the commits hold of a stream: each row once, in the order of the log."""
+def merged(extents: Iterable[Extent]) -> list[Extent]:
+    """Each row of the extents once, in the order of the log."""
     found: list[Extent] = []
-    every = {extent for commit in commits for extent in commit.logs[stream].extents}
-    for extent in sorted(every, key=lambda extent: (extent.writer, extent.start)):
+    for extent in sorted({*extents}, key=lambda extent: (extent.writer, extent.start)):
         last = found[-1] if found else None
         if last is not None and last.writer == extent.writer and extent.start <= last.stop:
             found[-1] = last._replace(stop=max(last.stop, extent.stop))
         else:
             found.append(extent)
     return sorted(found)
+
+
+def split(
+    commits: Collection[Commit], streams: Iterable[int]
+) -> tuple[list[list[Extent]], dict[tuple[int, Shard], list[Extent]]]:
+    """What the commits hold of each stream in chunk files; and of streams in shards."""
+    in_files: list[list[Extent]] = []
+    sharded: dict[tuple[int, Shard], list[Extent]] = {}
+    for stream in streams:
+        in_files.append(merged(extent for commit in commits for extent in commit.in_files(stream)))
+        for commit in commits:
+            for shard, part in in_shards(commit.logs[stream].extents, commit.shards_of(stream)):
+                if shard is not None:
+                    sharded.setdefault((stream, shard), []).append(part)
+    return in_files, {key: merged(extents) for key, extents in sharded.items()}
+
+
+def _count(extents: Iterable[Extent]) -> int:
+    return sum(extent.stop - extent.start for extent in extents)
 
 
 def check_rows(
@@ -346,7 +335,7 @@ def _check_piece(
         problems.append((paths[0], f"expected a chunk file, got neither it nor {paths[1]}{beyond}", whole))
     else:
         for path, kind in zip(paths, KINDS, strict=True):
-            problem = _file_problem(path, files.layout.chunk_bytes(kind))
+            problem = file_problem(path, files.layout.chunk_bytes(kind))
             if problem is not None:
                 problems.append((path, problem, whole))
     if problems:
@@ -356,48 +345,31 @@ def _check_piece(
     wrong: list[NDArray[np.int64]] = []
     row = piece.start
     try:
-        for data, found in files.scan(layer, stream, piece):
-            wrong.append(found)
-            row += data.shape[0]
-            advance(data.nbytes)
+        for found in files.scan(layer, stream, piece):
+            wrong.append(found.wrong)
+            row += found.data.shape[0]
+            advance(found.data.nbytes)
     except (MemoryStoreError, OSError) as error:
         # A medium that fails, or files that somebody removes: what was not read is lost.
-        yield paths[0], _damage_of(error, paths[0]).problem, ((row, piece.stop),)
+        yield paths[0], damage_of(error, paths[0]).problem, ((row, piece.stop),)
         advance((piece.stop - row) * files.layout.row_bytes)
     rows = np.concatenate([np.empty(0, np.int64), *wrong])
     if rows.size:
         problem = f"expected every row to have its checksum, got others: it or {paths[1]} is damaged"
-        yield paths[0], problem, _ranges(rows)
+        yield paths[0], problem, ranges_of(rows)
 
 
-def _file_problem(path: Path, expected: int) -> str | None:
-    """What is wrong with a chunk file as a whole, if anything is."""
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return "expected a chunk file, got no such file"
-    if not stat.S_ISREG(found.st_mode):
-        return "expected a chunk file, got something else"
-    size = found.st_size
-    return None if size == expected else f"expected a chunk file of {expected} bytes, got {size}"
-
-
-def _ranges(rows: NDArray[np.int64]) -> Ranges:
-    """Ascending numbers [k] as ranges [start, stop)."""
-    parts = np.split(rows, np.nonzero(np.diff(rows) != 1)[0] + 1)
-    return tuple((int(part[0]), int(part[-1]) + 1) for part in parts)
-
-
-def _held_by(damage: Damage, commits: dict[str, Commit]) -> Damage:
-    """The damage together with the commits that hold any of its rows."""
+def _held_by(root: Path, damage: Damage, commits: dict[str, Commit]) -> Damage:
+    """The damage together with the commits that hold any of its rows, or have rows in the damaged shard."""
     if damage.stream is None:
         return damage
     holders = []
     for name, commit in commits.items():
         extents = commit.logs[damage.stream].extents
+        folders = {shard_folder(root, damage.stream, shard) for shard in commit.shards_of(damage.stream)}
         if any(
             extent.start < stop and start < extent.stop for extent in extents for start, stop in damage.rows
-        ):
+        ) or (not damage.rows and not folders.isdisjoint(damage.path.parents)):
             holders.append(name)
     return replace(damage, commits=tuple(holders))
 
@@ -419,10 +391,11 @@ def find_leftovers(root: Path, layout: Layout | None = None, commits: Sequence[C
     ]
     if layout is None or not commits or layout.arrays > 2 * count_arrays(root):
         return sorted(found)
+    found += unnamed_shards(root, split(commits, range(layout.streams))[1])
     files = ChunkFiles(root, layout, None)
     size = layout.chunk_rows
     for stream in range(layout.streams):
-        extents = merged(commits, stream)
+        extents = merged(extent for commit in commits for extent in commit.in_files(stream))
         # The next row goes into this chunk.
         end = max(commit.logs[stream].end for commit in commits)
         for layer in range(layout.layers):

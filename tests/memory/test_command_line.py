@@ -73,7 +73,7 @@ def test_info_prints_tables(path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (status, err) == (0, "")
     first, last = commits(path)
     expected = rf"""path         {path}
-format       1
+format       2
 shape        layers 2, streams 3, dim 8, float32
 capacity     1,200 rows a stream
 fingerprint  f
@@ -184,6 +184,38 @@ def test_repair_says_what_was_lost(path: Path, capsys: pytest.CaptureFixture[str
     assert [loss["kept"] for loss in document["losses"]] == [[305, 1300], [1, 7]]
 
 
+def test_compact_says_what_it_did(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "compact", path, "--zstd")
+    assert (status, err) == (0, "")
+    new = commits(path)[-1]
+    size = r"[\d.,]+ KiB"
+    # Stream 0 has 12 full chunk files in each layer; nothing else is full.
+    assert re.fullmatch(
+        rf"{path}: commit {new} has 2,400 rows in 1 shard\n"
+        rf"before: 48 files, {size}\nafter:  5 files, {size}\n"
+        rf"kept until earlier commits are dropped: 48 files, {size}\n",
+        out,
+    ), out
+    out = run(capsys, "info", path)[1]
+    assert re.search(r"\nshards       1, with 2,400 rows of all layers, [\d.]+ KiB\n", out), out
+    assert run(capsys, "compact", path) == (0, f"{path}: nothing to rewrite\n", "")
+    status, document = run_json(capsys, "compact", path)
+    assert (status, document["commit"], document["rows"]) == (0, None, 0)
+    with MemoryStore.open(path, mode="r+") as store:
+        assert store.commits()[-1] == new
+        store.append(torch.randn(2, 3, 300, 8), [0, 300, 0])
+        store.commit()
+        status, _, err = run(capsys, "compact", path)
+        assert (status, err.count("\n")) == (2, 1)
+    status, document = run_json(capsys, "compact", path, "--zstd", "19")
+    assert (document["rows"], document["shards"], document["commit"]) == (2 * 300, 1, commits(path)[-1])
+    document = json.loads((path / "commits" / f"{document['commit']}.json").read_text())
+    assert [[shard["zstd"] for shard in shards] for shards in document["shards"]] == [[3], [19], []]
+    assert run_json(capsys, "info", path)[1]["disk"]["shards"] == 2
+    for level in ("0", "x"):
+        assert run(capsys, "compact", path, "--zstd", level)[0] == 2
+
+
 def test_export_and_plot_write_new_files(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,6 +269,7 @@ def test_what_cannot_be_done_is_said_in_one_line(
         ("info", ()),
         ("verify", ()),
         ("repair", ()),
+        ("compact", ()),
         ("export", (tmp_path / "a.npz",)),
         ("plot", (tmp_path / "a.png",)),
     ):

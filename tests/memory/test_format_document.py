@@ -7,14 +7,19 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import google_crc32c
+import numpy as np
 import pytest
 import torch
+import zarr
+from numcodecs.zstd import Zstd
 
-from xlroute.memory import MemoryStore
+from xlroute.memory import MemoryStore, shards
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "memory-format.md"
+Compacted = Literal["no", "plain", "zstd"]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -32,8 +37,11 @@ def run(layer: int = 0, stream: int = 0) -> dict[str, Any]:
     return names
 
 
-def make(dtype: torch.dtype, **options: Any) -> None:
-    """A store in the folder `memory`: three writers, two documents in stream 1, nothing in stream 2."""
+def make(dtype: torch.dtype, *, compacted: Compacted = "no", **options: Any) -> None:
+    """A store in the folder `memory`: three writers, two documents in stream 1, nothing in stream 2.
+
+    What the first two have written may be in shards, but for one chunk of stream 0, and the last few rows.
+    """
     MemoryStore.create(
         "memory", layers=2, streams=3, dim=5, dtype=dtype, chunk_bytes=7 * 5 * dtype.itemsize, **options
     ).close()
@@ -43,17 +51,26 @@ def make(dtype: torch.dtype, **options: Any) -> None:
                 store.reset([1])
             store.append(torch.randn(2, 3, 20, 5), lengths)
             store.commit()
+            if compacted != "no" and lengths[1] == 9:
+                store.compact(compression=None if compacted == "plain" else "zstd")
 
 
+@pytest.mark.parametrize("compacted", get_args(Compacted))
 @pytest.mark.parametrize("capacity", [None, 17])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_program_reads_the_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capacity: int | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    capacity: int | None,
+    compacted: Compacted,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    make(dtype, capacity=capacity)
+    monkeypatch.setattr(shards, "_INNER_BYTES", 3 * 5 * dtype.itemsize)
+    make(dtype, capacity=capacity, compacted=compacted)
     with MemoryStore.open("memory") as store:
         assert store.lengths.tolist() == [35 if capacity is None else 17, 3, 0]
+        assert bool(store.info().disk.shards) is (compacted != "no")  # type: ignore[union-attr]
         for layer in range(2):
             rows, mask = store.rows(layer)
             for stream in range(3):
@@ -84,7 +101,7 @@ def test_the_program_notices_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_files_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    make(torch.float32)
+    make(torch.float32, compacted="plain")
     with MemoryStore.open("memory", mode="r+") as store:
         store.pin(store.commits()[-1])
         files = {str(file.relative_to("memory")) for file in Path("memory").rglob("*") if file.is_file()}
@@ -92,7 +109,12 @@ def test_the_files_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.Mo
     for text in files:
         folder, _, name = text.rpartition("/")
         pattern = re.sub(r"\d{12}-[0-9a-f]{8}", "<id>", text)
-        if folder.startswith("layer-"):
+        if folder.startswith("shards/"):
+            shard, _, rest = text.removeprefix("shards/stream-").partition("/")
+            assert re.fullmatch(r"\d+\.\d+-\d+\.[0-9a-f]{8}", shard)
+            [row] = [line for line in table.splitlines() if "`shards/stream-<j>." in line]
+            assert f"`{rest}`" in row
+        elif folder.startswith("layer-"):
             array = re.sub(r"layer-\d+\.stream-\d+", "layer-<i>.stream-<j>", folder)
             [row] = [line for line in table.splitlines() if f"`{array}/`" in line]
             assert f"`{re.sub(r'c[.][0-9]+', 'c.<n>', name)}`" in row
@@ -100,8 +122,39 @@ def test_the_files_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.Mo
             assert f"`{re.sub(r'[.][0-9a-f]{8}$', '.<8 hex digits>', pattern)}`" in table
     group = json.loads(Path("memory/zarr.json").read_text())["attributes"]["xlroute_memory"]
     record = json.loads(max(Path("memory/commits").glob("0*.json")).read_text())
-    for key in (*group, *record, *record["streams"][0]):
+    for key in (*group, *record, *record["streams"][0], *record["shards"][0][0]):
         assert f"`{key}`" in DOCUMENT.read_text(), key
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_shard_lies_in_its_file_as_is_stated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: Literal["zstd"] | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shards, "_INNER_BYTES", 3 * 5 * 4)
+    make(torch.float32, compacted="plain" if compression is None else "zstd")
+    record = json.loads(max(Path("memory/commits").glob("0*.json")).read_text())
+    [shard, *_] = record["shards"][0]
+    assert (shard["zstd"], shard["inner_rows"], shard["rows"]) == (compression and 3, 3, [0, 14])
+    [folder] = Path("memory/shards").glob(f"stream-0.0-14.{shard['name']}")
+    for kind, width, compressed in (("rows", 5, compression is not None), ("crc32c", 1, False)):
+        [file] = (folder / kind).glob("c.*")
+        data = file.read_bytes()
+        assert len(data) == shard["bytes"] or kind == "crc32c"
+        index = np.frombuffer(data[-164:-4], "<u8").reshape(10, 2)
+        assert int.from_bytes(data[-4:], "little") == google_crc32c.value(data[-164:-4])
+        values = zarr.open_array(folder / kind, mode="r")
+        expected = np.zeros((2, 15, width), values.dtype)
+        expected[:, :14] = values[:].reshape(2, 14, width)
+        end = 0
+        for number, (start, length) in enumerate(index.tolist()):
+            assert start == end == (end if compressed else number * (3 * width * 4 + 4))
+            end += length
+            body = data[start : end - 4]
+            assert int.from_bytes(data[end - 4 : end], "little") == google_crc32c.value(body)
+            body = Zstd().decode(body) if compressed else body
+            assert body == expected.reshape(10, 3, width)[number].tobytes()
+        assert end == len(data) - 164
 
 
 @pytest.mark.parametrize("durable", [False, True])

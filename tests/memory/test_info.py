@@ -44,7 +44,7 @@ def test_a_store_on_disk_is_accounted_for(tmp_path: Path) -> None:
         files = [file for file in path.rglob("*") if file.is_file()]
         chunks = [file for file in files if file.name.startswith("c.")]
         assert info.disk is not None
-        assert (info.disk.format, info.disk.chunk_rows, info.disk.chunk_files) == (1, 4, len(chunks))
+        assert (info.disk.format, info.disk.chunk_rows, info.disk.chunk_files) == (2, 4, len(chunks))
         # Stream 0 has written rows 0 to 7, and stream 1 rows 0 to 5: two chunks each, in two layers.
         assert len(chunks) == 2 * 2 * 2 * 2
         assert info.disk.apparent_bytes == sum(file.stat().st_size for file in files)

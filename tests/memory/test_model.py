@@ -4,7 +4,7 @@ import copy
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hypothesis.strategies as st
 import pytest
@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory import MemoryLayer, MemoryStore, scores
+from xlroute.memory import MemoryLayer, MemoryStore, scores, shards
 
 LAYERS, STREAMS, DIM = 2, 3, 3
 # Two that take turns: the scores of one are dropped while those of the other are kept.
@@ -198,6 +198,18 @@ class Machine(RuleBasedStateMachine):
             self.commit(False)
         self.read_every_commit()
 
+    @rule(compression=st.sampled_from([None, "zstd"]))
+    @precondition(lambda self: self.on_disk)
+    def compact(self, compression: Literal["zstd"] | None) -> None:
+        last = list(self.committed)[-1]
+        report = self.store.compact(compression=compression)
+        if report.commit is not None:
+            # What the last commit holds, whatever was appended or reset since then.
+            self.committed[report.commit] = self.committed[last]
+        self.committed = {commit: self.committed[commit] for commit in self.store.commits()}
+        assert self.store.compact(compression=compression).commit is None
+        assert MemoryStore.verify(self.path, all_commits=True).ok
+
     @rule(data=st.data())
     @precondition(lambda self: self.on_disk)
     def pin(self, data: st.DataObject) -> None:
@@ -257,6 +269,9 @@ def test_store_agrees_with_lists_of_rows(
 ) -> None:
     # So few rows would all be scored again, before the scores on disk are used.
     monkeypatch.setattr(scores, "_SAMPLES", 1)
+    # Inner chunks of two or three rows, and shards of one chunk or a few.
+    monkeypatch.setattr(shards, "_INNER_BYTES", 2 * DIM * 4)
+    monkeypatch.setattr(shards, "_SHARD_BYTES", LAYERS * 6 * DIM * 4)
     machine = type("Case", (Machine,), {"on_disk": on_disk, "dtype": dtype})
     chosen = settings(
         max_examples=15,

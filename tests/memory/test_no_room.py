@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory import MemoryStore, StoreExistsError, StoreWriteError
+from xlroute.memory import MemoryStore, StoreExistsError, StoreWriteError, shards
 
 HOW: dict[str, Any] = {"normalize": "rms", "scale": 0.5}
 DIM = 3
@@ -135,6 +135,37 @@ def test_wherever_a_writer_finds_no_room_the_last_commit_stands_and_it_goes_on(
         shutil.rmtree(path)
         calls += 1
     assert refused == {*NAMES, "write_bytes", None}
+
+
+def test_wherever_compact_finds_no_room_the_last_commit_stands_and_it_goes_on(
+    original: tuple[Path, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two shards, of one chunk each.
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 1)
+    tokens = torch.randn(2, DIM)
+    more = torch.randn(1, 1, 5, DIM)
+    held = torch.cat([original[1], more], dim=2)
+    refused: set[str | None] = set()
+    calls = 0
+    while None not in refused:
+        path = shutil.copytree(original[0], tmp_path / str(calls))
+        with MemoryStore.open(path, mode="r+") as store:
+            store.append(more)
+            last = store.commit()
+            with no_room(calls) as disk, may_be_refused(path) as refusal:
+                store.compact(compression="zstd" if calls % 2 else None)
+            refused.add(disk.refused)
+            if refusal:
+                assert store.commits()[-1] == last
+                # What was written before it was refused takes no room.
+                assert {file.name for file in path.glob("shards/*")} <= {"zarr.json"}
+                assert not [*path.glob("commits/tmp-*")]
+                check(path, held, tokens)
+            assert (store.compact().commit is None) == (not refusal)
+        check(path, held, tokens)
+        shutil.rmtree(path)
+        calls += 1
+    assert refused == {*NAMES, "write_bytes", None} - {"ftruncate", "rename"}
 
 
 @pytest.mark.parametrize("durable", [False, True])

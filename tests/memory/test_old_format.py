@@ -1,12 +1,15 @@
 """Stores that an earlier release wrote: they open, hold what they held, and can be written to.
 
-fixtures/format-1.tar.xz is what `python -P tests/memory/test_old_format.py FILE` wrote when format 1 was new.
-All numbers in it are small integers, so that sums of products are exact in whatever order they are added:
-scores have the same bits on every machine.
+fixtures/format-1.tar.xz is what `python -P tests/memory/test_old_format.py FILE` wrote when format 1 was new,
+and fixtures/format-2.tar.xz what it wrote when format 2 was. All numbers in them are small integers, so that
+sums of products are exact in whatever order they are added: scores have the same bits on every machine.
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import sys
 import tarfile
 import tempfile
@@ -18,13 +21,31 @@ import torch
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory import MemoryStore
+from xlroute.memory import FingerprintError, MemoryStore, StoreWriteError, layout, shards
 
-STORES = {"plain": torch.bfloat16, "scored": torch.float32}
+# By format and name.
+STORES = {
+    (1, "plain"): torch.bfloat16,
+    (1, "scored"): torch.float32,
+    (2, "compacted"): torch.bfloat16,
+    (2, "scored"): torch.float32,
+}
+FORMAT = 2
 HOW: dict[str, Any] = {"normalize": None, "scale": 0.5}
 TOKENS = torch.tensor([[1.0, 0.0, -2.0], [3.0, 1.0, 1.0]])
-# The positions that each stream holds in each commit.
+# The positions that each stream holds in each commit; in format 2 another one has the last in shards.
 HELD = [(range(0), range(0)), (range(7), range(5)), (range(4, 13), range(3))]
+
+
+def held_in(path: Path) -> list[tuple[range, range]]:
+    """What the commits of a store hold."""
+    return HELD if format_of(path) == 1 else [*HELD, HELD[-1]]
+
+
+def format_of(path: Path) -> int:
+    attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+    number: int = attributes["xlroute_memory"]["format"]
+    return number
 
 
 def states(positions: range) -> Tensor:
@@ -57,15 +78,21 @@ def make(path: Path, dtype: torch.dtype, *, scored: bool) -> None:
             for layer in range(2):
                 store.layer(layer).scores(TOKENS, **HOW)
         store.commit()
+        store.compact(compression="zstd" if scored else None)
 
 
-@pytest.fixture(params=STORES)
+@pytest.fixture(params=STORES, ids=lambda store: f"format {store[0]}, {store[1]}")
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A copy of one of the stores."""
-    with tarfile.open(Path(__file__).parent / "fixtures" / "format-1.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    found: Path = tmp_path / request.param
-    return found
+    number, name = request.param
+    return unpacked(tmp_path, number, name)
+
+
+def unpacked(folder: Path, number: int, name: str) -> Path:
+    with tarfile.open(Path(__file__).parent / "fixtures" / f"format-{number}.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    assert format_of(folder / name) == number
+    return folder / name
 
 
 def check(store: MemoryStore, held: tuple[range, range]) -> None:
@@ -84,17 +111,18 @@ def test_every_commit_holds_what_it_held(path: Path) -> None:
     assert MemoryStore.verify(path, all_commits=True).ok
     with MemoryStore.open(path, fingerprint="weights") as store:
         assert (store.layers, store.streams, store.dim, store.capacity) == (2, 2, 3, 9)
-        assert store.dtype == STORES[path.name]
+        assert store.dtype == STORES[format_of(path), path.name]
         commits = store.info().commits
         check(store, HELD[-1])
-    assert [(each.durable, each.pinned) for each in commits] == [(False, False), (True, True), (False, False)]
-    for commit, held in zip(commits, HELD, strict=True):
+    flags = [(False, False), (True, True), (False, False), (True, False)]
+    assert [(each.durable, each.pinned) for each in commits] == flags[: len(commits)]
+    for commit, held in zip(commits, held_in(path), strict=True):
         with MemoryStore.open(path, commit=commit.id) as store:
             check(store, held)
 
 
 def test_scores_that_are_stored_are_used(path: Path) -> None:
-    for commit, held in zip(MemoryStore.open(path).commits(), HELD, strict=True):
+    for commit, held in zip(MemoryStore.open(path).commits(), held_in(path), strict=True):
         with MemoryStore.open(path, commit=commit) as store:
             for layer in range(2):
                 rows = store.layer(layer)
@@ -126,10 +154,62 @@ def test_writing_goes_on(path: Path, back: bool) -> None:
     with MemoryStore.open(path, commit=commits[1]) as store:
         check(store, HELD[1])
     assert MemoryStore.verify(path, all_commits=True).ok
+    assert format_of(path) == FORMAT
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_only_a_writer_raises_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = unpacked(tmp_path, 1, "plain")
+    before = contents(path)
+    with MemoryStore.open(path) as store:
+        check(store, HELD[-1])
+        assert store.info().disk.format == 1  # type: ignore[union-attr]
+        store.copy_to(tmp_path / "copy")
+    assert format_of(tmp_path / "copy") == FORMAT
+    assert MemoryStore.repair(path).ok
+    with pytest.raises(FingerprintError):
+        MemoryStore.open(path, mode="r+", fingerprint="others")
+    assert before.items() <= contents(path).items()
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "replace_file", _no_room)
+        with pytest.raises(StoreWriteError, match="No space left"):
+            MemoryStore.open(path, mode="r+")
+    assert format_of(path) == 1
+    reader = MemoryStore.open(path)
+    with MemoryStore.open(path, mode="r+") as store:
+        assert format_of(path) == FORMAT
+        assert store.info().disk.format == FORMAT  # type: ignore[union-attr]
+        assert store.compact(compression="zstd").rows == 2 * (8 + 3)
+        check(store, HELD[-1])
+    check(reader, HELD[-1])
+    for commit, held in zip(reader.commits(), [*HELD, HELD[-1]], strict=True):
+        with MemoryStore.open(path, commit=commit) as store:
+            check(store, held)
+    assert MemoryStore.verify(path, all_commits=True).ok
+
+
+def _no_room(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_repair_that_writes_a_commit_raises_the_format(tmp_path: Path) -> None:
+    path = unpacked(tmp_path, 1, "plain")
+    file = path / "layer-1.stream-0.rows" / "c.1.0"
+    data = file.read_bytes()
+    file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    [loss] = MemoryStore.repair(path).losses
+    assert loss.kept == (5, 13)
+    assert format_of(path) == FORMAT
+    assert MemoryStore.verify(path).ok
 
 
 if __name__ == "__main__":
+    # Inner chunks of 3 rows.
+    shards._INNER_BYTES = 3 * 3 * 4
     with tarfile.open(sys.argv[1], "w:xz") as archive, tempfile.TemporaryDirectory() as folder:
-        for name, dtype in STORES.items():
+        for name, dtype in ((name, dtype) for (number, name), dtype in STORES.items() if number == FORMAT):
             make(Path(folder) / name, dtype, scored=name == "scored")
             archive.add(Path(folder) / name, name)
