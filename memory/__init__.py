@@ -17,6 +17,7 @@ from xlroute.memory.errors import (
 from xlroute.memory.index import IndexKind, MemoryIndex
 from xlroute.memory.info import CommitInfo, DiskUsage, MemoryInfo
 from xlroute.memory.layer import MemoryLayer
+from xlroute.memory.layout import Eviction
 from xlroute.memory.repair import RepairReport, StreamLoss
 from xlroute.memory.store import MemoryStore
 from xlroute.memory.verify import Damage, VerifyReport
@@ -27,6 +28,7 @@ __all__ = [
     "CorruptionError",
     "Damage",
     "DiskUsage",
+    "Eviction",
     "FingerprintError",
     "FormatError",
     "IndexKind",

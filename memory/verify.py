@@ -28,9 +28,10 @@ from xlroute.memory.layout import (
     read_room,
 )
 from xlroute.memory.lock import read_holder
-from xlroute.memory.log import Extent
+from xlroute.memory.log import Extent, survivors_of
 from xlroute.memory.score_files import ScoreFiles
 from xlroute.memory.sealed import TEMPORARY, read_document
+from xlroute.memory.survivors import list_positions, positions_path
 
 # What is called after every few MiB with the bytes done so far, and with all there are.
 Progress = Callable[[int, int], None]
@@ -49,11 +50,12 @@ class Damage:
         path: The file or folder. Where a row does not have its checksum, either of two files is damaged: this
             is the file of rows, and `problem` names the other.
         problem: What was expected there and what was found.
-        array: Name of the array that the file belongs to; None for metadata of the store and commit records.
-        stream: The array's stream, or None.
-        chunk: Number of the chunk, or None for metadata and commit records.
-        rows: The rows of the array that cannot be read, as ranges [start, stop) without those that no
-            examined commit holds.
+        array: Name of the array that the file belongs to; None for metadata of the store, commit records and
+            positions.
+        stream: The stream of the array, or of the positions; else None.
+        chunk: Number of the chunk; None for metadata, commit records and positions.
+        rows: The rows of the stream's log that cannot be read, or whose positions cannot, as ranges
+            [start, stop) without those that no examined commit holds.
         commits: The examined commits that hold any of these rows.
     """
 
@@ -74,7 +76,8 @@ class VerifyReport:
         path: The folder of the store.
         commits: Ids of the commits whose rows were examined, oldest first.
         rows: Number of rows that these commits hold, in all layers together; each counts once.
-        damage: Everything that is damaged: metadata, then commit records, then rows by stream and layer.
+        damage: Everything that is damaged: metadata, then commit records, positions, then rows by stream and
+            layer.
         scores: Damage to stored scores. It does no harm: they are computed anew.
         leftovers: Files and folders that a crash has left behind. They do no harm, and `repair` removes them.
         writer: Who holds the store for writing, or held it until killed; None if the last writer closed it.
@@ -126,6 +129,7 @@ def verify_store(
         meter = Meter(progress, count * layout.row_bytes)
         metadata += check_arrays(root, layout, extents)
         files = ChunkFiles(root, layout, None)
+        rows += check_positions(root, chosen.values())
         for stream, given in enumerate(extents):
             for layer in range(layout.layers):
                 rows += check_rows(files, layer, stream, given, meter.advance)
@@ -301,6 +305,20 @@ def merged(commits: Iterable[Commit], stream: int) -> list[Extent]:
     return sorted(found)
 
 
+def check_positions(root: Path, commits: Iterable[Commit]) -> list[Damage]:
+    """The damage to files of positions that the commits name, each file once."""
+    damage: dict[Path, Damage] = {}
+    for commit in commits:
+        for stream, survivors in survivors_of(commit.logs):
+            path = positions_path(root, stream, survivors)
+            try:
+                survivors.load()
+            except (MemoryStoreError, OSError) as error:
+                held = survivors.start, survivors.stop
+                damage[path] = replace(_damage_of(error, path, stream=stream), rows=(held,))
+    return [*damage.values()]
+
+
 def check_rows(
     files: ChunkFiles, layer: int, stream: int, extents: Iterable[Extent], advance: Callable[[int], None]
 ) -> Iterator[Damage]:
@@ -408,8 +426,8 @@ def find_leftovers(root: Path, layout: Layout | None = None, commits: Sequence[C
     Args:
         root: The folder of the store.
         layout: Its layout, or None if it cannot be read.
-        commits: All commits of the store; none where a record is damaged: nobody knows which chunk files it
-            refers to.
+        commits: All commits of the store; none where a record is damaged: nobody knows which files it refers
+            to.
     """
     found = [path for path in (root / COMMITS).glob(f"{TEMPORARY}*") if path.is_file()]
     creating = re.compile(rf"\.{re.escape(root.name)}\.[0-9a-f]{{8}}\.creating")
@@ -419,6 +437,8 @@ def find_leftovers(root: Path, layout: Layout | None = None, commits: Sequence[C
     ]
     if layout is None or not commits or layout.arrays > 2 * count_arrays(root):
         return sorted(found)
+    named = {positions_path(root, *each) for commit in commits for each in survivors_of(commit.logs)}
+    found += [path for path in list_positions(root) if path not in named]
     files = ChunkFiles(root, layout, None)
     size = layout.chunk_rows
     for stream in range(layout.streams):

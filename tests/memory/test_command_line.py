@@ -75,17 +75,18 @@ def test_info_prints_tables(path: Path, capsys: pytest.CaptureFixture[str]) -> N
     expected = rf"""path         {path}
 format       1
 shape        layers 2, streams 3, dim 8, float32
-capacity     1,200 rows a stream
+capacity     1,200 rows a stream, 230,400 bytes of rows
+eviction     oldest first
 fingerprint  f
-rows held    1,207 in each layer
+rows held    1,207 in each layer, 77,248 bytes
 on disk      [\d.,]+ KiB allocated, [\d.,]+ KiB apparent
 chunk files  52, of up to 100 rows
 
-stream  rows held  appended  positions held
-------  ---------  --------  --------------
-     0      1,200     1,500    300 to 1,499
-     1          7         7          0 to 6
-     2          0         0            none
+stream  rows held  appended  evicted  positions held
+------  ---------  --------  -------  --------------
+     0      1,200     1,500      300    300 to 1,499
+     1          7         7        0          0 to 6
+     2          0         0        0            none
 
 commit                 made \(UTC\)           age   rows  durable  pinned  fingerprint
 ---------------------  -------------------  ---  -----  -------  ------  -----------
