@@ -115,8 +115,9 @@ class MemoryStore:
         | "every_nth" | those whose position is no multiple of `keep_every`, oldest first; then the oldest |
 
         With "lowest_score" and "every_nth", rows leave from between others. Those that stay are written anew,
-        so that a quarter of the capacity leaves at once: a stream holds three quarters of it or more. Among
-        equals the oldest leave first, and the result is that of appending the rows one by one.
+        so that a quarter of the capacity leaves at once: a stream holds three quarters of it or more. On disk
+        they take up new room; what they took before goes with the commits that hold it. Among equals the
+        oldest leave first, and the result is that of appending the rows one by one.
 
         With "lowest_score", a row has the score that it got when its layer was last scored, through
         `MemoryLayer.scores`: the highest of its scores against all routing tokens. Of several layers, the
@@ -273,9 +274,10 @@ class MemoryStore:
         that: older rows leave as eviction would have them leave, and where the run ends before the newest
         row, the stream is as it was when that run's last row had just been appended. So a store that was
         repaired holds the last rows of those it says were appended, in order, at the positions that they
-        always had. Rows on both sides of a damaged one cannot be kept, since positions would have a gap.
-        Keeping the newest rows whatever their number would lose a whole document to one torn row at its end,
-        which is what a power cut damages; the longest run loses the least.
+        always had. Rows on both sides of a damaged one are not kept, since positions would have a gap. Where
+        a policy has left gaps before, the run is one of the rows held; rows whose positions are damaged count
+        as damaged. Keeping the newest rows whatever their number would lose a whole document to one torn row
+        at its end, which is what a power cut damages; the longest run loses the least.
 
         No commit is dropped and no whole row is written over, so that a damaged file can still be brought
         back from a copy, and an earlier commit opened by its id; they age out as later commits are made.

@@ -435,9 +435,15 @@ def test_files_of_positions_go_with_the_commits_that_name_them(policy: str, tmp_
         warnings.simplefilter("error")
         group = zarr.open_group(tmp_path / "s", mode="r")
         assert {name for name, _ in group.members()} >= {"positions", "commits"}
-    store.reset([0, 1])
-    for _ in range(3):
-        store.commit(durable=True)
+    left = folder / "stream-1.7-9.0123abcd"  # of a writer that was killed before it committed
+    left.write_bytes(b"")
+    assert MemoryStore.verify(tmp_path / "s").leftovers == (left,)
+    store.close()
+    assert MemoryStore.repair(tmp_path / "s").removed == (left,)
+    with MemoryStore.open(tmp_path / "s", mode="r+") as store:
+        store.reset([0, 1])
+        for _ in range(3):
+            store.commit(durable=True)
     assert not [*folder.glob("stream-*")]
 
 
