@@ -4,9 +4,10 @@
     python benchmarks/crash.py --rounds 50 --damage 300 --readers 3            half a minute, on one core
     python benchmarks/crash.py --damage 10000 --readers 60                     the whole
 
-Writers append, reset, evict, score, commit and compact, and go back to earlier commits, until they are
-killed: by the clock, or in the middle of a call that changes a file. After each, the store must open at a
-commit that holds what it must, bit for bit, and every commit that a writer was told of must stand. With
+Writers append, reset, evict by each of the policies, score, commit and compact, and go back to earlier
+commits, until they are killed: by the clock, or in the middle of a call that changes a file. After each, the
+store must open at a commit that holds what it must, bit for bit, and every commit that a writer was told of
+must stand. With
 --damage, a byte of a file is changed, or the file is cut off or removed, as often: what is read must be right
 or refused by the name of the file. With --readers, processes read whole commits beside a writer for as many
 seconds.
@@ -33,6 +34,8 @@ from crash_kill import kill_writers
 from crash_readers import read_beside_a_writer
 from crash_work import prepare
 from tqdm import tqdm
+
+from xlroute.memory.layout import EVICTIONS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,11 +71,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def killed(path: Path, rounds: int, seed: int, tick: Callable[[], object]) -> str:
-    """Kills writers; a line on what came of it."""
-    result = kill_writers(path, rounds, seed, tick)
+    """Kills writers, of stores of each policy of eviction in turn; a line on what came of it."""
+    path.mkdir()
+    results = []
+    for number, eviction in enumerate(EVICTIONS):
+        share = rounds // len(EVICTIONS) + (number < rounds % len(EVICTIONS))
+        results.append(kill_writers(path / eviction, share, seed, tick, eviction))
+    killed, told, untold = (sum(numbers) for numbers in zip(*results, strict=True))
     return (
-        f"{result.rounds:,} writers killed, {result.told:,} commits acknowledged, none lost, and "
-        f"{result.untold:,} that stood before anyone was told"
+        f"{killed:,} writers killed, {told:,} commits acknowledged, none lost, and "
+        f"{untold:,} that stood before anyone was told"
     )
 
 

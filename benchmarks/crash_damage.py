@@ -12,7 +12,8 @@ from pathlib import Path
 
 from crash_work import Contents, History, Step, WrongError, create, number_of, scores_of, tokens_of
 
-from xlroute.memory import CommitNotFoundError, MemoryStore, MemoryStoreError
+from xlroute.memory import CommitNotFoundError, Eviction, MemoryStore, MemoryStoreError
+from xlroute.memory.layout import EVICTIONS
 
 STEPS = 30
 EXAMINED = 2  # commits that are read after each damage
@@ -41,8 +42,9 @@ def damage_files(folder: Path, times: int, seed: int, tick: Callable[[], object]
     folder.mkdir(parents=True)
     path, copy = folder / "store", folder / "copy"
     chance = random.Random(seed)
-    history = History(seed)
-    commits = _make(path, seed, history)
+    eviction = chance.choice(EVICTIONS)
+    history = History(seed, eviction)
+    commits = _make(path, seed, history, eviction)
     files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
     found: Counter[str] = Counter()
     for _ in range(times):
@@ -69,9 +71,9 @@ def damage_files(folder: Path, times: int, seed: int, tick: Callable[[], object]
     return found
 
 
-def _make(path: Path, seed: int, history: History) -> dict[str, Contents]:
+def _make(path: Path, seed: int, history: History, eviction: Eviction) -> dict[str, Contents]:
     """Makes a store with scores, a pin, shards of both kinds and a few commits; what the commits hold."""
-    create(path, keep_commits=4)
+    create(path, keep_commits=4, eviction=eviction)
     with MemoryStore.open(path, mode="r+") as store:
         for number in range(STEPS):
             _take(Step.of(seed, number), store, number)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from crash_work import History, Made, Step, WrongError, create, number_of
 
-from xlroute.memory import MemoryStore
+from xlroute.memory import Eviction, MemoryStore
 
 KEEP = 3
 SECONDS = 0.12  # after which a writer is killed at the latest
@@ -43,12 +43,15 @@ class Told(NamedTuple):
     durable: bool
 
 
-def kill_writers(path: Path, rounds: int, seed: int, tick: Callable[[], object]) -> Killed:
+def kill_writers(
+    path: Path, rounds: int, seed: int, tick: Callable[[], object], eviction: Eviction
+) -> Killed:
     """Kills as many writers, one after the other, and examines the store after each.
 
     Args:
         path: where the store goes.
         rounds: how many.
+        eviction: which rows leave the store first.
         seed: of the steps and the instants.
         tick: called after each.
 
@@ -57,8 +60,8 @@ def kill_writers(path: Path, rounds: int, seed: int, tick: Callable[[], object])
         MemoryStoreError: The store cannot be read or written.
     """
     chance = random.Random(seed)
-    history = History(seed)
-    standing = {create(path, keep_commits=KEEP): Told(0, durable=False)}
+    history = History(seed, eviction)
+    standing = {create(path, keep_commits=KEEP, eviction=eviction): Told(0, durable=False)}
     told = untold = 0
     for _ in range(rounds):
         back = chance.choice([*standing]) if chance.random() < 0.2 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory import MemoryStore, scores, shards
+from xlroute.memory import Eviction, MemoryStore, scores, shards
 
 LAYERS, STREAMS, DIM, CAPACITY, CHUNK_ROWS = 2, 2, 4, 40, 16
+KEEP_EVERY = 3
 MOST = 9  # rows that a stream appends at once
 HOW: dict[str, Any] = {"normalize": "rms", "scale": 0.5}
 # Few enough for their scores to be dropped, and written again, again and again.
@@ -65,6 +66,9 @@ class Step:
         """Does it to a store that stands at the number, bit by bit; tells of each commit that was made."""
         if self.reset:
             store.reset(self.reset)
+        if store.eviction == "lowest_score":
+            # As a model does. What was scored before the store was opened need not be on disk.
+            scores_of(store, tokens_of(number))
         store.append(self.states, self.lengths)
         if self.scored is not None:
             scores_of(store, self.scored)
@@ -86,7 +90,7 @@ class Made(NamedTuple):
     durable: bool
 
 
-def create(path: Path, *, keep_commits: int) -> str:
+def create(path: Path, *, keep_commits: int, eviction: Eviction = "oldest") -> str:
     """Makes the store that the steps are for, at number 0; returns the id of its commit."""
     with MemoryStore.create(
         path,
@@ -97,6 +101,8 @@ def create(path: Path, *, keep_commits: int) -> str:
         fingerprint="0",
         chunk_bytes=CHUNK_ROWS * DIM * 4,
         keep_commits=keep_commits,
+        eviction=eviction,
+        keep_every=KEEP_EVERY if eviction == "every_nth" else None,
     ) as store:
         return store.commits()[0]
 
@@ -134,24 +140,59 @@ class Contents:
 
     Attributes:
         number: the number.
+        eviction: which rows leave first.
         rows: for every stream its rows, [l, m, d], oldest first.
+        positions: their positions.
         appended: how many rows each stream has appended since its reset.
     """
 
     number: int = 0
+    eviction: Eviction = "oldest"
     rows: list[Tensor] = field(default_factory=lambda: [torch.empty(LAYERS, 0, DIM)] * STREAMS)
+    positions: list[list[int]] = field(default_factory=lambda: [[]] * STREAMS)
     appended: list[int] = field(default_factory=lambda: [0] * STREAMS)
 
     def after(self, step: Step) -> Contents:
         """What it holds after a step."""
-        rows, appended = list(self.rows), list(self.appended)
+        contents = replace(
+            self,
+            number=self.number + 1,
+            rows=[*self.rows],
+            positions=[*self.positions],
+            appended=[*self.appended],
+        )
         for stream in range(STREAMS):
-            if stream in step.reset:
-                rows[stream], appended[stream] = rows[stream][:, :0], 0
-            new = step.states[:, stream, : step.lengths[stream]]
-            rows[stream] = torch.cat([rows[stream], new], dim=1)[:, -CAPACITY:]
-            appended[stream] += step.lengths[stream]
-        return Contents(self.number + 1, rows, appended)
+            contents._take(step, stream)
+        return contents
+
+    def _take(self, step: Step, stream: int) -> None:
+        """Does to a stream what a step does, row by row, in place."""
+        rows, positions, appended = self.rows[stream], self.positions[stream], self.appended[stream]
+        if stream in step.reset:
+            rows, positions, appended = rows[:, :0], [], 0
+        tokens = TOKENS[tokens_of(self.number - 1)]
+        scored = [row_scores(each, tokens, **HOW).amax(0).tolist() for each in rows]
+        for row in step.states[:, stream, : step.lengths[stream]].unbind(1):
+            if len(positions) == CAPACITY:
+                left = self._left(positions, scored)
+                rows, positions = rows[:, left], [positions[index] for index in left]
+                scored = [[each[index] for index in left if index < len(each)] for each in scored]
+            rows, positions = torch.cat([rows, row[:, None]], dim=1), [*positions, appended]
+            appended += 1
+        self.rows[stream], self.positions[stream], self.appended[stream] = rows, positions, appended
+
+    def _left(self, positions: list[int], scored: list[list[float]]) -> list[int]:
+        """Which rows of a full stream are left when another one comes."""
+
+        def worth(index: int) -> tuple[int, int]:
+            if self.eviction == "every_nth":
+                return positions[index] % KEEP_EVERY == 0, index
+            if self.eviction == "oldest" or index >= len(scored[0]):
+                return LAYERS * CAPACITY, index
+            return sum(sum(each < of[index] for each in of) for of in scored), index
+
+        leaving = 1 if self.eviction == "oldest" else CAPACITY // 4
+        return sorted(sorted(range(len(positions)), key=worth)[leaving:])
 
     def check(self, store: MemoryStore) -> None:
         """Compares everything that can be read of a store with it.
@@ -186,10 +227,11 @@ class Contents:
         return indices
 
     def _check_positions(self, store: MemoryStore) -> None:
-        lengths, indices = torch.tensor(self._lengths()), self._indices()
-        expect("lengths", store.lengths, lengths, self.number)
-        evicted = torch.tensor(self.appended) - lengths
-        positions = torch.where(indices < 0, indices, indices + evicted[:, None])
+        indices = self._indices()
+        expect("lengths", store.lengths, torch.tensor(self._lengths()), self.number)
+        positions = torch.full_like(indices, -1)
+        for stream, held in enumerate(self.positions):
+            positions[stream, : len(held)] = torch.tensor(held, dtype=torch.int64).flip(0)
         expect("positions", store.positions(indices), positions, self.number)
 
     def _check_picked(self, store: MemoryStore, layer: int) -> None:
@@ -221,16 +263,21 @@ class Contents:
         Raises:
             WrongError: Others are held.
         """
-        lengths = store.lengths.tolist()
-        for stream, length in enumerate(lengths):
+        for stream, length in enumerate(store.lengths.tolist()):
             if not length:
                 continue
-            first = torch.full((STREAMS, 1), -1)
-            first[stream] = 0
-            start = int(store.positions(first)[stream]) - self.appended[stream] + self.rows[stream].shape[1]
+            indices = torch.full((STREAMS, length), -1)
+            indices[stream] = torch.arange(length)
+            positions = store.positions(indices)[stream].tolist()
+            if not {*positions} <= {*self.positions[stream]}:
+                raise WrongError(
+                    f"positions left of stream {stream} at number {self.number}: expected some of "
+                    f"{self.positions[stream]}, got {positions}"
+                )
+            held = [self.positions[stream].index(position) for position in positions]
             for layer in range(LAYERS):
                 given = store.rows(layer)[0][stream, :length]
-                expected = self.rows[stream][layer, start : start + length]
+                expected = self.rows[stream][layer, held]
                 expect(f"rows left of layer {layer}, stream {stream}", given, expected, self.number)
 
 
@@ -247,9 +294,9 @@ def expect(what: str, given: Tensor, expected: Tensor, number: int) -> None:
 class History:
     """What a store holds at any number, computed step by step and kept from some number on."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, eviction: Eviction = "oldest") -> None:
         self._seed = seed
-        self._known = {0: Contents()}
+        self._known = {0: Contents(eviction=eviction)}
 
     def at(self, number: int) -> Contents:
         """What a store holds at the number."""

@@ -19,6 +19,7 @@ from xlroute.memory.errors import (
 from xlroute.memory.index import IndexKind, MemoryIndex
 from xlroute.memory.info import CommitInfo, DiskUsage, MemoryInfo
 from xlroute.memory.layer import MemoryLayer
+from xlroute.memory.layout import Eviction
 from xlroute.memory.repair import RepairReport, StreamLoss
 from xlroute.memory.store import MemoryStore
 from xlroute.memory.verify import VerifyReport
@@ -30,6 +31,7 @@ __all__ = [
     "CorruptionError",
     "Damage",
     "DiskUsage",
+    "Eviction",
     "FingerprintError",
     "FormatError",
     "IndexKind",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from xlroute.kernels import gather_pinned_rows, gather_rows, row_scores
+from xlroute.memory.log import StreamLog
 from xlroute.memory.scores import KeptScores, Scoring, StoredScores
 
 _BLOCK_ROWS = 1 << 16  # of rows in memory that are handed on at once
@@ -56,6 +57,15 @@ class Rows(Protocol):
     def dropped(self, count: int) -> Rows:
         """The rows without the `count` oldest ones."""
 
+    def anew(self, log: StreamLog, room: int, stored: StoredScores) -> Rows:
+        """No rows yet, in the same places, for those that are written anew.
+
+        Args:
+            log: What the stream holds: nothing.
+            room: How many rows will come, where that has to be known.
+            stored: Their scores, in the numbers of the log.
+        """
+
     def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
         """Scores against routing tokens [r, d], [r, m], as from `row_scores`.
 
@@ -82,6 +92,7 @@ class _Buffer:
             self.target = self.data.data
         self.used = 0
         self.scores = StoredScores(dtype, device)
+        self.number = 0  # of the first row, as the scores count
 
 
 class RowSpan:
@@ -119,7 +130,13 @@ class RowSpan:
     def alike(self, room: int) -> RowSpan:
         """A span of no rows of the same kind, with room for `room` rows to come."""
         data = self._buffer.data
-        return RowSpan.empty(data.shape[1], data.dtype, data.device, room=room)
+        return RowSpan.empty(data.shape[1], data.dtype, data.device, room=room, pinned=self._buffer.pinned)
+
+    def anew(self, log: StreamLog, room: int, stored: StoredScores) -> RowSpan:
+        """See `Rows`."""
+        span = self.alike(room)
+        span._buffer.scores, span._buffer.number = stored, log.end
+        return span
 
     def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """See `Rows`."""
@@ -146,16 +163,17 @@ class RowSpan:
         """See `Rows`."""
         if torch.is_grad_enabled() and tokens.requires_grad:
             return row_scores(self.view(), tokens, **scoring._asdict())
-        rows = self._buffer.target
+        rows, number = self._buffer.target, self._buffer.number
 
         def read(start: int, stop: int) -> tuple[Tensor]:
-            return (rows[start:stop],)
+            return (rows[start - number : stop - number],)
 
-        return self._buffer.scores.of(self._start, self._stop, tokens, scoring, read)
+        return self._buffer.scores.of(number + self._start, number + self._stop, tokens, scoring, read)
 
     def kept_scores(self) -> KeptScores | None:
         """See `Rows`."""
-        return self._buffer.scores.kept(self._start, self._stop)
+        number = self._buffer.number
+        return self._buffer.scores.kept(number + self._start, number + self._stop)
 
     def dropped(self, count: int) -> RowSpan:
         """The span without its `count` oldest rows."""

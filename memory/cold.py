@@ -138,6 +138,12 @@ class ColdRows:
         log = self._log.dropped(count)
         return ColdRows(self._files, self._layer, self.stream, log, self._device, self.stored)
 
+    def anew(self, log: StreamLog, room: int, stored: StoredScores) -> ColdRows | RowSpan:
+        """See `Rows`."""
+        if self._span is not None:
+            return self._span.anew(log, room, stored)
+        return ColdRows(self._files, self._layer, self.stream, log, self._device, stored)
+
     def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
         """See `Rows`. All rows are read where there are no scores of these tokens on disk.
 

@@ -131,7 +131,7 @@ def _plot(options: argparse.Namespace) -> _Outcome:
     from xlroute.memory.plot import plot_rows
 
     with MemoryStore.open(options.path, commit=options.commit) as store:
-        plot_rows(store.info(), options.target)
+        plot_rows(store, options.target)
     return FINE, {"target": str(options.target)}, f"{options.target}\n"
 
 
@@ -166,14 +166,18 @@ def _info_text(info: MemoryInfo, now: datetime) -> str:
     assert info.disk is not None
     disk = info.disk
     dtype = str(info.dtype).removeprefix("torch.")
-    capacity = "none" if info.capacity is None else f"{info.capacity:,} rows a stream"
+    capacity = "none"
+    if info.capacity is not None:
+        capacity = f"{info.capacity:,} rows a stream, {info.capacity_bytes:,} bytes of rows"
+    eviction = {"oldest": "oldest first", "lowest_score": "lowest routing score first"}.get(info.eviction)
     facts = [
         ("path", str(info.path)),
         ("format", str(disk.format)),
         ("shape", f"layers {info.layers}, streams {info.streams}, dim {info.dim}, {dtype}"),
         ("capacity", capacity),
+        ("eviction", eviction or f"positions that are multiples of {info.keep_every} last"),
         ("fingerprint", info.fingerprint or "none"),
-        ("rows held", f"{sum(info.rows):,} in each layer"),
+        ("rows held", f"{sum(info.rows):,} in each layer, {info.rows_bytes:,} bytes"),
         ("on disk", f"{_bytes(disk.allocated_bytes)} allocated, {_bytes(disk.apparent_bytes)} apparent"),
         ("chunk files", f"{disk.chunk_files:,}, of up to {disk.chunk_rows:,} rows"),
     ]
@@ -181,8 +185,14 @@ def _info_text(info: MemoryInfo, now: datetime) -> str:
         text = f"{disk.shards:,}, with {disk.shard_rows:,} rows of all layers, {_bytes(disk.shard_bytes)}"
         facts.append(("shards", text))
     streams = [
-        (str(stream), f"{held:,}", f"{appended:,}", _span(appended - held, appended))
-        for stream, (held, appended) in enumerate(zip(info.rows, info.appended, strict=True))
+        (
+            str(stream),
+            f"{held:,}",
+            f"{info.appended[stream]:,}",
+            f"{info.evicted[stream]:,}",
+            _span(start, stop) + (", with gaps" if stop - start > held else ""),
+        )
+        for stream, (held, (start, stop)) in enumerate(zip(info.rows, info.positions, strict=True))
     ]
     commits = [
         (
@@ -200,7 +210,11 @@ def _info_text(info: MemoryInfo, now: datetime) -> str:
         [
             *(f"{name:<13}{text}" for name, text in facts),
             "",
-            *_table(("stream", "rows held", "appended", "positions held"), streams, right={0, 1, 2, 3}),
+            *_table(
+                ("stream", "rows held", "appended", "evicted", "positions held"),
+                streams,
+                right={0, 1, 2, 3, 4},
+            ),
             "",
             *_table(
                 ("commit", "made (UTC)", "age", "rows", "durable", "pinned", "fingerprint"),

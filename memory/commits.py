@@ -15,15 +15,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError
 from xlroute.memory.layout import COMMITS, FORMAT, FORMATS, Layout
 from xlroute.memory.log import Extent, StreamLog
 from xlroute.memory.sealed import checksum, encode, read_document, replace_file, sync
 from xlroute.memory.shards import Shard, in_shards, outside, plausible
+from xlroute.memory.survivors import Survivors, positions_path, read_positions
 
 _ID = re.compile(r"\d{12}-[0-9a-f]{8}")
 _PIN = re.compile(rf"({_ID.pattern})\.[0-9a-f]{{8}}")
 _STAMP = re.compile(r"[0-9a-f]{32}")
+_CRC = re.compile(r"[0-9a-f]{8}")
 _PINS = "pins"
 _SEAL = "crc32c"
 # No stream and no store gets this far; a number beyond it is damage.
@@ -88,14 +92,7 @@ class Commit:
             "parent": self.parent,
             "fingerprint": self.fingerprint,
             "durable": self.durable,
-            "streams": [
-                {
-                    "extents": [list(extent) for extent in log.extents],
-                    "appended": log.appended,
-                    "end": log.end,
-                }
-                for log in self.logs
-            ],
+            "streams": [_stream_entry(log) for log in self.logs],
         }
         if self.scores:
             document["scores"] = [
@@ -200,7 +197,7 @@ def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
             parent=_of_types(document["parent"], str, type(None)),
             fingerprint=_of_types(document["fingerprint"], str, type(None)),
             durable=_of_types(document["durable"], bool),
-            logs=tuple(_log(entry, layout) for entry in document["streams"]),
+            logs=tuple(_log(entry, layout, stream, path) for stream, entry in enumerate(document["streams"])),
             format=document["format"],
         )
         if commit.format not in FORMATS:
@@ -222,7 +219,19 @@ def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
     return commit
 
 
-def _log(entry: dict[str, Any], layout: Layout) -> StreamLog:
+def _stream_entry(log: StreamLog) -> dict[str, Any]:
+    """What a record says of a stream."""
+    entry: dict[str, Any] = {
+        "extents": [list(extent) for extent in log.extents],
+        "appended": log.appended,
+        "end": log.end,
+    }
+    if log.survivors is not None:
+        entry["survivors"] = [log.survivors.start, log.survivors.stop, log.survivors.crc32c]
+    return entry
+
+
+def _log(entry: dict[str, Any], layout: Layout, stream: int, record: Path) -> StreamLog:
     """The log of one stream in a record; ValueError if no writer can have written it."""
     extents = tuple(Extent(*(_number(n, MAX_ROW) for n in extent)) for extent in entry["extents"])
     log = StreamLog(extents, _number(entry["appended"], MAX_ROW), _number(entry["end"], MAX_ROW))
@@ -234,7 +243,41 @@ def _log(entry: dict[str, Any], layout: Layout) -> StreamLog:
     # A stream of which a repair has dropped rows holds fewer.
     if log.held > (log.appended if layout.capacity is None else min(log.appended, layout.capacity)):
         raise ValueError(f"{log.held} rows held of {log.appended} with capacity {layout.capacity}")
+    if "survivors" in entry:
+        log = _with_survivors(log, entry["survivors"], stream, record)
     return log
+
+
+def _with_survivors(log: StreamLog, entry: list[Any], stream: int, record: Path) -> StreamLog:
+    """The log with rows whose positions are read when needed; ValueError if no writer can have written it."""
+    start, stop, crc32c = entry
+    start, stop = _number(start, MAX_ROW), _number(stop, MAX_ROW)
+    if not _CRC.fullmatch(_of_types(crc32c, str)) or not log.extents:
+        raise ValueError(f"impossible survivors {entry!r:.100}")
+    oldest, *later = log.extents
+    if not start <= oldest.start < stop <= log.end or any(extent.start < stop for extent in later):
+        raise ValueError(f"survivors {entry!r:.100} of rows {log.extents!r:.100}")
+
+    def read() -> Tensor:
+        path = positions_path(record.parents[1], stream, survivors)
+        try:
+            positions = read_positions(path, stop - start, crc32c)
+        except CorruptionError as error:
+            if record.exists():
+                raise
+            raise CommitNotFoundError(
+                f"commit {record.stem}: expected its positions, got a store that has dropped it since then "
+                f"({error})"
+            ) from error
+        newest = int(positions[oldest.start - start + found.surviving - 1])
+        following = log.appended - log.held + found.surviving
+        if newest >= following:
+            raise CorruptionError(f"{path}: expected positions below {following}, got {newest}")
+        return positions
+
+    survivors = Survivors(start, stop, crc32c, read)
+    found = replace(log, survivors=survivors)
+    return found
 
 
 def _scores(entry: dict[str, Any] | None, logs: tuple[StreamLog, ...]) -> CommittedScores | None:

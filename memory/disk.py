@@ -47,12 +47,13 @@ from xlroute.memory.errors import (
 )
 from xlroute.memory.layout import COMMITS, DTYPES, Layout, raise_format, read_layout, write_layout
 from xlroute.memory.lock import WriterLock, pin_lock
-from xlroute.memory.log import Extent, StreamLog, within
+from xlroute.memory.log import Extent, StreamLog, survivors_of, within
 from xlroute.memory.rows_bytes import as_bytes
 from xlroute.memory.score_files import CommittedStreamScores, ScoreFiles, write_scores
 from xlroute.memory.scores import KeptScores, StoredScores
 from xlroute.memory.sealed import TEMPORARY, sync
 from xlroute.memory.shards import Shard
+from xlroute.memory.survivors import PositionFiles, Survivors
 
 _COPY_BYTES = 4 * 2**20
 # A writer may drop the last commit that a reader has just listed, and commit another, so often in a row.
@@ -119,7 +120,7 @@ def copy_store(
     path: Path,
     layout: Layout,
     rows: Sequence[Sequence[Rows]],
-    appended: Sequence[int],
+    held: Sequence[StreamLog],
     fingerprint: str | None,
     kept: Sequence[Sequence[KeptScores | None]],
     durable: bool,
@@ -130,7 +131,7 @@ def copy_store(
         path: Where.
         layout: Its layout.
         rows: For every layer and stream, what it holds.
-        appended: How many rows each stream has appended since its reset, [b].
+        held: The logs of the streams where the rows come from, [b].
         fingerprint: Of the weights that wrote the rows.
         kept: The scores of the rows, for every layer and stream.
         durable: Whether to wait until all of it is on the medium.
@@ -145,11 +146,7 @@ def copy_store(
     """
     writer = secrets.randbits(32)
     step = max(1, _COPY_BYTES // layout.row_bytes)
-    held = [len(stream) for stream in rows[0]]
-    logs = tuple(
-        StreamLog((Extent(0, count, writer),) if count else (), before, count)
-        for count, before in zip(held, appended, strict=True)
-    )
+    logs = tuple(_copied(log, writer) for log in held)
     with _new_folder(path, layout) as root:
         files = ChunkFiles(root, layout, None, new=True)
         for layer, streams in enumerate(rows):
@@ -158,6 +155,9 @@ def copy_store(
                     index = torch.arange(start, min(start + step, len(source)))
                     data = as_bytes(source.gather(index).cpu())
                     files.write(layer, stream, start, data, writer, fresh_from=0)
+        positions = PositionFiles(root)
+        for stream, survivors in survivors_of(logs):
+            positions.write(stream, survivors)
         score_files = ScoreFiles(root, layout, None)
         scores = tuple(
             write_scores(score_files, layer, logs, streams, None) for layer, streams in enumerate(kept)
@@ -165,6 +165,7 @@ def copy_store(
         if durable:
             files.mark_unsynced([log.extents for log in logs])
             files.sync()
+            positions.sync()
             score_files.sync()
         commit = Commit(1, None, fingerprint, durable, logs, scores if any(scores) else ())
         write_commit(root, commit)
@@ -177,6 +178,13 @@ def copy_store(
             shutil.rmtree(path, ignore_errors=True)
             raise
     return commit.id
+
+
+def _copied(log: StreamLog, writer: int) -> StreamLog:
+    """The log of a stream whose rows are copied to the rows from 0 on of another store."""
+    extents = (Extent(0, log.held, writer),) if log.held else ()
+    survivors = Survivors.at(0, log.own_positions()) if log.surviving else None
+    return StreamLog(extents, log.appended, log.held, survivors)
 
 
 class Disk:
@@ -236,6 +244,7 @@ class Disk:
             left.unlink()
         self.files = ChunkFiles(self.root, self.layout, None, shards=opened.shards)
         self._score_files = ScoreFiles(self.root, self.layout, None)
+        self._positions = PositionFiles(self.root, survivors_of(opened.logs))
         self._set_scored(opened.logs, opened.scores)
         self._writer = secrets.randbits(32)
         self._last = commit_id
@@ -287,6 +296,9 @@ class Disk:
         # Before anyone makes room for as many rows as the record says.
         for stream, log in enumerate(opened.logs):
             files.check_present(0, stream, log.extents)
+        # They stay in memory: the file may go with the commit, and whoever reads the rows needs them.
+        for _, survivors in survivors_of(opened.logs):
+            survivors.load()
         return opened
 
     def _check_fingerprint(self, opened: Commit, fingerprint: str | None) -> None:
@@ -303,6 +315,18 @@ class Disk:
         if scores is not None:
             committed = CommittedStreamScores(self._score_files, scores, layer, stream, log)
         return StoredScores(DTYPES[self.layout.dtype], device, committed)
+
+    def read_highest(self, layer: int, stream: int) -> Tensor | None:
+        """The highest score of each of the rows that have some in the commit that was opened, [k].
+
+        None if there are none, or not of the oldest rows on.
+        """
+        scores = self._scores[layer] if self._scores else None
+        if scores is None or scores.spans[stream][0] > 0 or scores.spans[stream][1] == 0:
+            return None
+        committed = CommittedStreamScores(self._score_files, scores, layer, stream, self.logs[stream])
+        values = committed.read(committed.first, committed.stop)
+        return None if values is None else values.amax(0)
 
     def cold(
         self, layer: int, stream: int, log: StreamLog, device: torch.device, stored: StoredScores
@@ -361,6 +385,8 @@ class Disk:
                 f"{self.root / COMMITS}: expected generations below {MAX_GENERATION}, got {self._generation}"
             )
         with writing(self.root):
+            for stream, survivors in survivors_of(logs):
+                self._positions.write(stream, survivors)
             scores = tuple(
                 write_scores(self._score_files, layer, logs, streams, self._scored_of(layer, logs))
                 for layer, streams in enumerate(kept)
@@ -369,7 +395,10 @@ class Disk:
             if durable:
                 if not self._synced:
                     self.files.mark_unsynced([log.extents for log in logs])
+                    for stream, survivors in survivors_of(logs):
+                        self._positions.mark_unsynced(stream, survivors)
                 self.files.sync()
+                self._positions.sync()
                 self._score_files.sync()
             self._generation += 1
             scores = scores if any(scores) else ()
@@ -492,6 +521,7 @@ class Disk:
             in_files = {extent for commit in known for extent in commit.in_files(stream)}
             self.files.release(stream, in_files, self._ends[stream])
         self.files.release_shards(self.named_shards())
+        self._positions.keep(each for commit in known for each in survivors_of(commit.logs))
         stamps = {
             (layer, scores.stamp)
             for commit in known

@@ -84,8 +84,7 @@ def _arrays(files: ChunkFiles, logs: Sequence[StreamLog], advance: Callable[[int
     """All arrays; those of 8 bytes a number come first, so that all numbers are aligned in the file."""
     layout = files.layout
     for stream, log in enumerate(logs):
-        first = log.appended - log.held
-        yield _Array(f"stream-{stream}.positions", "int64", (log.held,), 8, _ranges(first, log.appended))
+        yield _Array(f"stream-{stream}.positions", "int64", (log.held,), 8, _positions(log))
     for layer in range(layout.layers):
         for stream, log in enumerate(logs):
             blocks = _counted(files.blocks(layer, stream, log.extents), advance)
@@ -94,9 +93,10 @@ def _arrays(files: ChunkFiles, logs: Sequence[StreamLog], advance: Callable[[int
             yield _Array(name, layout.dtype, shape, layout.row_bytes, blocks)
 
 
-def _ranges(start: int, stop: int) -> Iterator[NDArray[Any]]:
-    for low in range(start, stop, _BLOCK_POSITIONS):
-        yield np.arange(low, min(stop, low + _BLOCK_POSITIONS), dtype="<i8")
+def _positions(log: StreamLog) -> Iterator[NDArray[Any]]:
+    yield log.own_positions().numpy().astype("<i8")
+    for low in range(log.appended - log.held + log.surviving, log.appended, _BLOCK_POSITIONS):
+        yield np.arange(low, min(log.appended, low + _BLOCK_POSITIONS), dtype="<i8")
 
 
 def _counted(blocks: Iterator[NDArray[Any]], advance: Callable[[int], None]) -> Iterator[NDArray[Any]]:

@@ -14,7 +14,7 @@ import torch
 from xlroute.memory.commits import read_commit, record_path
 from xlroute.memory.disk import Disk
 from xlroute.memory.errors import CommitNotFoundError
-from xlroute.memory.layout import KINDS
+from xlroute.memory.layout import KINDS, Eviction
 from xlroute.memory.log import StreamLog
 from xlroute.memory.shards import ShardArray, in_shards
 
@@ -80,10 +80,17 @@ class MemoryInfo:
         dim: Width of a row, d.
         dtype: Type of the rows.
         capacity: Rows that a stream holds at most, or None.
+        capacity_bytes: Bytes of rows that the store holds at most, all layers and streams together, or None.
+        eviction: Which rows leave when a stream exceeds the capacity.
+        keep_every: With eviction "every_nth", n; else None.
         fingerprint: Of the weights that write the rows, or None.
         rows: Rows that each stream holds now, committed or not, [b].
         appended: Rows that each stream has appended since its reset, [b].
-        memory_bytes: Bytes of the tensors that the store keeps: rows, with room for rows to come, and scores.
+        evicted: Those of them that it does not hold any more, [b].
+        positions: The position of the oldest row that each stream holds, and the one after the newest, [b].
+        rows_bytes: Bytes of the rows that all layers and streams hold now.
+        memory_bytes: Bytes of the tensors that the store keeps: rows, with room for rows to come, scores, and
+            positions that do not follow from the number of rows.
         disk: What it takes up on disk; None for a store in memory.
         commits: The commits that can be opened, oldest first.
     """
@@ -94,9 +101,15 @@ class MemoryInfo:
     dim: int
     dtype: torch.dtype
     capacity: int | None
+    capacity_bytes: int | None
+    eviction: Eviction
+    keep_every: int | None
     fingerprint: str | None
     rows: tuple[int, ...]
     appended: tuple[int, ...]
+    evicted: tuple[int, ...]
+    positions: tuple[tuple[int, int], ...]
+    rows_bytes: int
     memory_bytes: int
     disk: DiskUsage | None
     commits: tuple[CommitInfo, ...]

@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 
 from xlroute.kernels import Backend
 from xlroute.memory.buffer import Rows
-from xlroute.memory.scores import Scoring
+from xlroute.memory.log import StreamLog
+from xlroute.memory.scores import LatestScores, Scoring
 
 
 def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
@@ -43,20 +44,26 @@ def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
     return indices
 
 
-def positions_of(indices: Tensor, lengths: Tensor, appended: Tensor) -> Tensor:
+def positions_of(indices: Tensor, logs: Sequence[StreamLog]) -> Tensor:
     """Positions of the rows at `indices` [b, ...], int64 of the same shape; -1 where the index is -1.
 
     Args:
-        indices: Rows, 0 the oldest held; -1 for no row.
-        lengths: Rows held by each stream, int64 [b].
-        appended: Rows that each stream has appended since its reset, int64 [b].
+        indices: Rows, 0 the oldest held; -1 for no row. All exist.
+        logs: What each stream holds, [b].
 
     Raises:
-        TypeError, ValueError, IndexError: As `checked_indices`.
+        CorruptionError: The positions of rows on disk are damaged.
     """
-    indices = checked_indices(indices, lengths)
-    evicted = (appended - lengths).to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
-    return torch.where(indices < 0, indices, indices + evicted)
+    gone = torch.tensor([log.appended - log.held for log in logs], dtype=torch.int64)
+    gone = gone.to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
+    positions = torch.where(indices < 0, indices, indices + gone)
+    for stream, log in enumerate(logs):
+        if log.surviving:
+            index, own = indices[stream], log.own_positions(indices.device)
+            among = (index >= 0) & (index < log.surviving)
+            found = own[torch.where(among, index, 0)]
+            positions[stream] = torch.where(among, found, positions[stream])
+    return positions
 
 
 class MemoryLayer:
@@ -74,17 +81,20 @@ class MemoryLayer:
     def __init__(
         self,
         streams: Sequence[Rows],
-        appended: Sequence[int],
+        logs: Sequence[StreamLog],
         *,
         dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        latest_scores: list[LatestScores] | None,
     ) -> None:
         self._streams = tuple(streams)
+        self._logs = tuple(logs)
         self._dim = dim
+        # Where the store wants to know of each stream's scores, the highest of each row.
+        self._latest_scores = latest_scores
         # A tensor made in inference mode could not be saved for backward later.
         with torch.inference_mode(False):
-            self._appended = torch.tensor(appended, dtype=torch.int64)
             self.lengths = torch.tensor([len(rows) for rows in streams], dtype=torch.int64)
         self.dtype = dtype
         self.device = device
@@ -184,7 +194,23 @@ class MemoryLayer:
             ValueError: The first size is not b.
             IndexError: An index is below -1, or not below the number of rows of its stream.
         """
-        return positions_of(indices, self.lengths, self._appended)
+        return positions_of(checked_indices(indices, self.lengths), self._logs)
+
+    def followers(self, indices: Tensor) -> Tensor:
+        """Which rows were appended right after some others.
+
+        Args:
+            indices: int64 [b, ...], all in range; -1 means no row.
+
+        Returns:
+            Indices, int64 of the same shape; -1 where there is no such row, or where it has left.
+        """
+        newest = (self.lengths - 1).to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
+        following = torch.where((indices >= 0) & (indices < newest), indices + 1, -1)
+        if any(log.surviving for log in self._logs):
+            distance = positions_of(following, self._logs) - positions_of(indices, self._logs)
+            following = torch.where(distance == 1, following, -1)
+        return following
 
     def tokens_of_streams(self, tokens: Tensor) -> Tensor:
         """The routing tokens of each stream, [b, r, d], of those given, [r, d] or [b, r, d].
@@ -230,6 +256,11 @@ class MemoryLayer:
         per_stream = self.tokens_of_streams(tokens)
         scoring = Scoring(normalize, scale, backend)
         scores = [rows.scores(token, scoring) for rows, token in zip(self._streams, per_stream, strict=True)]
+        # What a CUDA graph computes is there only once it runs.
+        if self._latest_scores is not None and not (
+            tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        ):
+            self._latest_scores[:] = [each.detach().amax(0) for each in scores]
         if streams == 1:
             return scores[0][None]
         return torch.stack([pad(each, (0, longest - each.shape[-1])) for each in scores])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,6 +27,8 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+Eviction = Literal["oldest", "lowest_score", "every_nth"]
+EVICTIONS: tuple[Eviction, ...] = ("oldest", "lowest_score", "every_nth")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = "zarr.json"
 COMMITS = "commits"
@@ -63,6 +65,8 @@ class Layout:
         capacity: Rows that a stream holds at most, or None.
         chunk_rows: Rows in a chunk file.
         keep_commits: Commits that stay readable, besides the pinned ones.
+        eviction: Which rows leave first.
+        keep_every: Positions that are multiples of it leave last; None unless the eviction is "every_nth".
         format: Version of the format.
     """
 
@@ -73,6 +77,8 @@ class Layout:
     capacity: int | None
     chunk_rows: int
     keep_commits: int
+    eviction: Eviction = "oldest"
+    keep_every: int | None = None
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -80,6 +86,18 @@ class Layout:
             check_positive(name, getattr(self, name))
         if self.capacity is not None:
             check_positive("capacity", self.capacity)
+        if self.eviction not in EVICTIONS:
+            raise ValueError(f"eviction: expected one of {', '.join(EVICTIONS)}, got {self.eviction!r}")
+        if self.eviction != "oldest" and self.capacity is None:
+            raise ValueError(f"capacity: expected one beside eviction={self.eviction!r}, got None")
+        if self.eviction == "every_nth":
+            check_positive("keep_every", self.keep_every)
+        elif self.keep_every is not None:
+            raise ValueError(
+                f"keep_every: expected None with eviction={self.eviction!r}, got {self.keep_every}"
+            )
+        if self.keep_every == 1:
+            raise ValueError("keep_every: expected at least 2, got 1")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.dim > _MAX_DIM:
@@ -114,8 +132,11 @@ class Layout:
 
     def group_document(self) -> dict[str, Any]:
         """The metadata of the group."""
-        attributes = {_KEY: {"format": self.format, **asdict(self)}}
-        return _sealed({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+        fields = {"format": self.format, **asdict(self)}
+        for name in ("eviction", "keep_every"):
+            if fields[name] in ("oldest", None):
+                del fields[name]  # as in stores that were made before there was a choice
+        return _sealed({"zarr_format": 3, "node_type": "group", "attributes": {_KEY: fields}})
 
     def array_document(self, kind: str, rows: int) -> dict[str, Any]:
         """The metadata of an array with room for `rows` rows."""

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xlroute.memory.survivors import Survivors
 
 
 class Extent(NamedTuple):
@@ -37,11 +42,15 @@ class StreamLog:
         extents: The rows held, oldest first.
         appended: How many rows the stream has appended since its reset.
         end: The first row of the log that nothing has ever referred to.
+        survivors: Rows of the log that have positions of their own, because others have left from between
+            them. Those still held are the oldest rows, in the first extent; all others follow one another up
+            to the newest. None if there are no such rows.
     """
 
     extents: tuple[Extent, ...] = ()
     appended: int = 0
     end: int = 0
+    survivors: Survivors | None = None
 
     @property
     def held(self) -> int:
@@ -52,6 +61,40 @@ class StreamLog:
     def oldest(self) -> int:
         """A number for the oldest row held; those after it count on. No other row of the log ever gets it."""
         return self.end - self.held
+
+    @property
+    def surviving(self) -> int:
+        """How many of the rows held have positions of their own; they are the oldest ones."""
+        if self.survivors is None or not self.extents:
+            return 0
+        return max(0, min(self.extents[0].stop, self.survivors.stop) - self.extents[0].start)
+
+    def own_positions(self, device: torch.device | str = "cpu") -> Tensor:
+        """The positions of the rows that have their own, int64 [n].
+
+        Raises:
+            CorruptionError: The file that they are in is damaged or missing.
+            CommitNotFoundError: It is gone because the commit was dropped.
+        """
+        if self.survivors is None:
+            return torch.empty(0, dtype=torch.int64, device=device)
+        first = self.extents[0].start - self.survivors.start
+        return self.survivors.on(torch.device(device))[first : first + self.surviving]
+
+    @property
+    def first(self) -> int:
+        """The position of the oldest row held, or of the next one if there is none."""
+        return int(self.own_positions()[0]) if self.surviving else self.appended - self.held
+
+    def positions(self) -> Tensor:
+        """The positions of all rows held, oldest first, int64 [m] on the CPU.
+
+        Raises:
+            CorruptionError, CommitNotFoundError: As `own_positions`.
+        """
+        own = self.own_positions()
+        first = self.appended - (self.held - len(own))
+        return torch.cat([own, torch.arange(first, self.appended)])
 
     def part(self, start: int, stop: int) -> tuple[Extent, ...]:
         """The rows `start` to `stop` of those held, oldest first."""
@@ -71,7 +114,7 @@ class StreamLog:
             extents = (*extents[:-1], extents[-1]._replace(stop=stop))
         elif written:
             extents = (*extents, Extent(self.end, stop, writer))
-        return StreamLog(extents, self.appended + appended, stop)
+        return replace(self, extents=extents, appended=self.appended + appended, end=stop)
 
     def dropped(self, count: int) -> StreamLog:
         """The log without the `count` oldest of the rows held."""
@@ -84,19 +127,38 @@ class StreamLog:
                 del extents[0]
             else:
                 extents[0] = first._replace(start=first.start + taken)
-        return replace(self, extents=tuple(extents))
+        log = replace(self, extents=tuple(extents))
+        return log if self.survivors is None or log.surviving else replace(log, survivors=None)
 
     def truncated(self, count: int) -> StreamLog:
         """The log without the `count` newest of the rows held, as if they had not been appended yet."""
+        if not count:
+            return self
         extents = []
         left = self.held - count
+        appended = self.appended - count
+        if 0 < left <= self.surviving:
+            appended = int(self.own_positions()[left - 1]) + 1
         for extent in self.extents:
             taken = min(left, extent.stop - extent.start)
             left -= taken
             if taken:
                 extents.append(extent._replace(stop=extent.start + taken))
-        return replace(self, extents=tuple(extents), appended=self.appended - count)
+        return replace(
+            self, extents=tuple(extents), appended=appended, survivors=self.survivors if extents else None
+        )
+
+    def anew(self) -> StreamLog:
+        """The log of a stream whose rows are about to be written anew, as those that come next."""
+        return replace(self, extents=(), survivors=None)
 
     def reset(self) -> StreamLog:
         """The log of a stream that begins anew."""
         return StreamLog((), 0, self.end)
+
+
+def survivors_of(logs: Iterable[StreamLog]) -> Iterator[tuple[int, Survivors]]:
+    """The streams of which some rows have positions of their own, and these rows."""
+    for stream, log in enumerate(logs):
+        if log.survivors is not None:
+            yield stream, log.survivors

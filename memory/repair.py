@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from xlroute.memory.chunks import ChunkFiles
 from xlroute.memory.commits import MAX_GENERATION, MAX_ROW, Commit, write_commit
 from xlroute.memory.damage import Damage, Ranges
@@ -25,16 +27,18 @@ from xlroute.memory.layout import (
     read_layout,
 )
 from xlroute.memory.lock import WriterLock
-from xlroute.memory.log import Extent, StreamLog, within
+from xlroute.memory.log import Extent, StreamLog, survivors_of, within
 from xlroute.memory.sealed import encode, replace_file, sync
 from xlroute.memory.shard_check import check_shard
 from xlroute.memory.shards import Shard, ShardArray, mend_checksums, shard_documents, shard_folder
+from xlroute.memory.survivors import PositionFiles
 from xlroute.memory.verify import (
     Meter,
     Progress,
     check_arrays,
     check_ends,
     check_metadata,
+    check_positions,
     check_rows,
     find_leftovers,
     merged,
@@ -50,10 +54,13 @@ _SET_ASIDE = ".damaged"
 class StreamLoss:
     """What one stream has lost. Positions count the rows that it had appended before since its reset.
 
+    Ranges of positions also cover those between the rows of a stream that were evicted by a policy.
+
     Attributes:
         stream: The stream.
         held: Positions of the rows that it held, [start, stop).
-        damaged: Positions of those that are damaged in any layer, as ranges [start, stop).
+        damaged: Positions of those that are damaged in any layer, as ranges [start, stop). If the positions
+            of rows are damaged, so are the rows, and the range begins at 0.
         kept: Positions of the rows that it holds now, [start, stop). The next row that is appended gets the
             position `kept[1]`; if that is below `held[1]`, read on from there.
     """
@@ -138,7 +145,7 @@ def _repair(root: Path, layout: Layout, progress: Progress | None) -> RepairRepo
     restored += _restore_lengths(files, in_files, sharded)
 
     meter = Meter(progress, layout.layers * layout.row_bytes * sum(log.held for log in base.logs))
-    damage: list[Damage] = []
+    damage = check_positions(root, [base])
     for stream, extents in enumerate(in_files):
         for layer in range(layout.layers):
             damage += check_rows(files, layer, stream, extents, meter.advance)
@@ -147,15 +154,17 @@ def _repair(root: Path, layout: Layout, progress: Progress | None) -> RepairRepo
         restored += _restore_shard(files, stream, shard, found)
         damage += (each for each in found if each.rows)
     losses = []
+    logs = [*base.logs]
     for stream, log in enumerate(base.logs):
         rows = [each for one in damage if one.stream == stream for each in one.rows]
         if rows:
-            losses.append(_loss(stream, log, rows))
+            loss, logs[stream] = _loss(stream, log, rows)
+            losses.append(loss)
     ends = [*check_ends(files, base, [log.extents for log in base.logs])]
     newer = [each for each in records if each.path.stem > base_id]
     commit = None
     if losses or ends or newer:
-        commit = _committed(root, files, base, losses, [*known.values()], records)
+        commit = _committed(root, files, base, logs, [*known.values()], records)
     set_aside = []
     for record in records:
         target = record.path.with_name(record.path.name + _SET_ASIDE)
@@ -255,38 +264,47 @@ def _restore_shard(files: ChunkFiles, stream: int, shard: Shard, damage: Iterabl
         return restored + [file.path for file in opened.files if mend_checksums(file)]
 
 
-def _loss(stream: int, log: StreamLog, rows: Iterable[tuple[int, int]]) -> StreamLoss:
-    """What a stream loses if these rows of its log are damaged."""
-    first = position = log.appended - log.held
+def _loss(stream: int, log: StreamLog, rows: Iterable[tuple[int, int]]) -> tuple[StreamLoss, StreamLog]:
+    """What a stream loses if these rows of its log are damaged, and what it holds then."""
+    first = 0
     found = []
     for extent in log.extents:
         for start, stop in rows:
             low, high = max(start, extent.start), min(stop, extent.stop)
             if low < high:
-                found.append((position + low - extent.start, position + high - extent.start))
-        position += extent.stop - extent.start
+                found.append((first + low - extent.start, first + high - extent.start))
+        first += extent.stop - extent.start
     damaged: list[tuple[int, int]] = []
     for low, high in sorted(found):
         if damaged and low <= damaged[-1][1]:
             damaged[-1] = (damaged[-1][0], max(high, damaged[-1][1]))
         else:
             damaged.append((low, high))
-    starts = [first, *(stop for _, stop in damaged)]
-    stops = [*(start for start, _ in damaged), log.appended]
+    starts = [0, *(stop for _, stop in damaged)]
+    stops = [*(start for start, _ in damaged), log.held]
     # Of two runs of one length the newer.
-    kept = max(zip(starts, stops, strict=True), key=lambda run: (run[1] - run[0], run[0]))
-    return StreamLoss(stream, (first, log.appended), tuple(damaged), kept)
+    low, high = max(zip(starts, stops, strict=True), key=lambda run: (run[1] - run[0], run[0]))
+    left = log.truncated(log.held - high).dropped(low)
+    try:
+        positions = log.positions()
+    except (MemoryStoreError, OSError):
+        # Lost, and with them the rows. Nobody knows more than that they lie before all others.
+        positions = torch.arange(log.appended - log.held, log.appended)
+        positions[: log.surviving] = 0
+    at = [*positions.tolist(), log.appended]
+    ranges = tuple((at[start], at[stop]) for start, stop in damaged)
+    return StreamLoss(stream, (at[0], log.appended), ranges, (at[low], left.appended)), left
 
 
 def _committed(
     root: Path,
     files: ChunkFiles,
     base: Commit,
-    losses: Iterable[StreamLoss],
+    logs: list[StreamLog],
     known: list[Commit],
     records: list[Damage],
 ) -> str:
-    """Commits what is left of `base`, durably; returns the id. No record is dropped."""
+    """Commits `logs`, what is left of `base`, durably; returns the id. No record is dropped."""
     # Two commits of one generation would leave open which of them is the last.
     numbers = [commit.generation for commit in known]
     generation = 1 + max([*numbers, *(int(damage.path.stem[:12]) for damage in records)])
@@ -294,10 +312,6 @@ def _committed(
         raise CorruptionError(
             f"{root / COMMITS}: expected generations below {MAX_GENERATION}, got {generation - 1}"
         )
-    logs = list(base.logs)
-    for loss in losses:
-        log = logs[loss.stream].truncated(loss.held[1] - loss.kept[1])
-        logs[loss.stream] = log.dropped(loss.kept[0] - loss.held[0])
     size = files.layout.chunk_rows
     for stream, log in enumerate(logs):
         # The next row goes into files of its own: not into one that is damaged, and not over rows that only a
@@ -308,6 +322,10 @@ def _committed(
     raise_format(root, files.layout)
     files.mark_unsynced([log.extents for log in logs])
     files.sync()
+    positions = PositionFiles(root)
+    for each in survivors_of(logs):
+        positions.mark_unsynced(*each)
+    positions.sync()
     shards = tuple(
         tuple(shard for shard in base.shards_of(stream) if any(within(log.extents, shard.start, shard.stop)))
         for stream, log in enumerate(logs)

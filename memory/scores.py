@@ -19,6 +19,9 @@ _SAMPLES = 16
 _MOST_ROOM = 1 << 24
 
 ReadRows = Callable[[int, int], Iterable[Tensor]]
+# Of a layer and stream, the highest score of each of its oldest rows, [k], from the last time that the layer
+# was scored; or what reads it from disk. None if there are no scores.
+LatestScores = Tensor | Callable[[], Tensor | None] | None
 
 
 class Scoring(NamedTuple):
@@ -42,13 +45,38 @@ class KeptScores(NamedTuple):
     first: int
     values: Tensor
 
+    @property
+    def stop(self) -> int:
+        """The row behind the last that has scores."""
+        return self.first + self.values.shape[1]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Those of rows `start` to `stop`, [r, stop - start]."""
+        return self.values[:, start - self.first : stop - self.first]
+
+    def chosen(self, rows: Tensor) -> KeptScores | None:
+        """The scores of some rows, ascending int64 [k], which are then counted from the first of these."""
+        first, last = (int(each) for each in torch.searchsorted(rows, torch.tensor([self.first, self.stop])))
+        if first == last:
+            return None
+        columns = (rows[first:last] - self.first).to(self.values.device)
+        return KeptScores(self.stamp, first, self.values[:, columns])
+
 
 class PersistedScores(Protocol):
-    """Scores of rows `first` to `stop` that are on disk."""
+    """Scores of rows `first` to `stop` that were computed earlier, of which some are checked again."""
 
-    stamp: str
-    first: int
-    stop: int
+    @property
+    def stamp(self) -> str:
+        """Stands for the routing tokens and how they scored."""
+
+    @property
+    def first(self) -> int:
+        """The first row that has scores."""
+
+    @property
+    def stop(self) -> int:
+        """The row behind the last."""
 
     def read(self, start: int, stop: int) -> Tensor | None:
         """Those of rows `start` to `stop`, [r, stop - start]; None if they are damaged or gone."""
@@ -64,7 +92,7 @@ class StoredScores:
     Args:
         dtype: Type of the rows.
         device: Where the scores go.
-        persisted: What is on disk.
+        persisted: What is on disk, or was kept of the rows before they were written anew.
     """
 
     def __init__(
@@ -102,7 +130,12 @@ class StoredScores:
     @property
     def nbytes(self) -> int:
         """Bytes of the scores that are kept, with room for those to come."""
-        return self._values.nbytes
+        return self._values.nbytes + (0 if self._carried is None else self._carried.values.nbytes)
+
+    @property
+    def _carried(self) -> KeptScores | None:
+        """Scores that were kept of the rows before they were written anew, until others are asked for."""
+        return self._persisted if isinstance(self._persisted, KeptScores) else None
 
     def of(self, start: int, stop: int, tokens: Tensor, scoring: Scoring, read: ReadRows) -> Tensor:
         """The scores of rows `start` to `stop`, [r, stop - start], for reading only.
@@ -138,6 +171,10 @@ class StoredScores:
 
     def kept(self, start: int, stop: int) -> KeptScores | None:
         """The scores there are of rows `start` to `stop`, from which the result counts."""
+        if self._carried is not None:
+            first, last = max(start, self._carried.first), min(stop, self._carried.stop)
+            values = self._carried.read(first, last)
+            return KeptScores(self._carried.stamp, first - start, values) if first < last else None
         first, last = max(start, self._first), min(stop, self._stop)
         if self._tokens is None or self._scoring is None or first >= last:
             return None
@@ -173,7 +210,10 @@ class StoredScores:
         self._scoring = scoring
         self._base = self._first = self._stop = start
         on_disk = self._persisted
-        if on_disk is None or not self._finds(start, tokens, scoring) or start == on_disk.stop:
+        found = on_disk is not None and on_disk.stop > start and self._finds(start, tokens, scoring)
+        if self._carried is not None:
+            self._persisted = None
+        if on_disk is None or not found:
             return
         values = on_disk.read(start, on_disk.stop)
         if values is None:

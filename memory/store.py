@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xlroute.memory.buffer import Rows, RowSpan
@@ -16,28 +21,31 @@ from xlroute.memory.cold import ColdRows
 from xlroute.memory.compact import CompactReport, compact_store
 from xlroute.memory.disk import Disk, copy_store, create_store
 from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
+from xlroute.memory.eviction import by_scores, every_nth, rows_left
 from xlroute.memory.info import MemoryInfo, describe_commits, disk_usage
-from xlroute.memory.layer import MemoryLayer, positions_of
-from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Layout, check_positive
+from xlroute.memory.layer import MemoryLayer, checked_indices, positions_of
+from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Eviction, Layout, check_positive
 from xlroute.memory.log import StreamLog
 from xlroute.memory.repair import RepairReport, repair_store
-from xlroute.memory.scores import KeptScores
+from xlroute.memory.scores import KeptScores, LatestScores, StoredScores
 from xlroute.memory.shards import DEFAULT_LEVEL, LEVELS
+from xlroute.memory.survivors import Survivors
 from xlroute.memory.tiers import TieredRows, Tiers, rows_in_memory, rows_on_disk
 from xlroute.memory.verify import Progress, VerifyReport, verify_store
 
 Mode = Literal["r", "r+"]
 Compression = Literal["zstd"]
+_BLOCK_BYTES = 4 * 2**20  # of rows that are written anew at once
 
 
 class MemoryStore:
     """Past hidden states of b streams in l layers, in memory or on disk.
 
-    Rows are appended, and leave when their stream is reset or when it exceeds the capacity, oldest first. On
-    disk, what was appended is there for others, and for the next process, once it is committed; nothing else
-    commits, neither `close` nor the end of a `with` block. There is one writer at a time; readers need no
-    lock, keep the commit that they opened, and are safe while the writer goes on. Every row that is read from
-    disk is checked.
+    Rows are appended, and leave when their stream is reset or when it exceeds the capacity: the oldest first,
+    or as another policy has it. On disk, what was appended is there for others, and for the next process,
+    once it is committed; nothing else commits, neither `close` nor the end of a `with` block. There is one
+    writer at a time; readers need no lock, keep the commit that they opened, and are safe while the writer
+    goes on. Every row that is read from disk is checked.
 
     Use `create`, `open` or `fork` to get one.
 
@@ -73,6 +81,10 @@ class MemoryStore:
         self._closed = False
         self._logs = list(logs)
         self._rows = [list(streams) for streams in rows]
+        # For every layer and stream, what routing has scored rows with; only where that decides which leave.
+        self._latest: list[list[LatestScores]] | None = None
+        if layout.eviction == "lowest_score":
+            self._latest = [[None] * layout.streams for _ in range(layout.layers)]
 
     @classmethod
     def create(
@@ -90,11 +102,30 @@ class MemoryStore:
         keep_commits: int = 8,
         device_bytes: int | None = None,
         host_bytes: int | None = None,
+        capacity_bytes: int | None = None,
+        eviction: Eviction = "oldest",
+        keep_every: int | None = None,
     ) -> MemoryStore:
         """Makes an empty store, and opens it for writing. On disk it has one commit.
 
         It appears at the path whole or not at all. A process that is killed while it makes one may leave a
         hidden folder beside the path, named `.<name>.<number>.creating`, which can be deleted.
+
+        | eviction | which rows leave when a stream exceeds the capacity |
+        |---|---|
+        | "oldest" | the oldest, just as many as needed |
+        | "lowest_score" | those that routing has given the lowest scores |
+        | "every_nth" | those whose position is no multiple of `keep_every`, oldest first; then the oldest |
+
+        With "lowest_score" and "every_nth", rows leave from between others. Those that stay are written anew,
+        so that a quarter of the capacity leaves at once: a stream holds three quarters of it or more. On disk
+        they take up new room; what they took before goes with the commits that hold it. Among equals the
+        oldest leave first, and the result is that of appending the rows one by one.
+
+        With "lowest_score", a row has the score that it got when its layer was last scored, through
+        `MemoryLayer.scores`: the highest of its scores against all routing tokens. Of several layers, the
+        ranks of a row are added up: in each the number of rows that it outdoes. Rows that are not scored yet,
+        in all layers that have been scored at all, leave last, oldest first.
 
         Args:
             path: Where: nothing, or an empty folder. None keeps the store in memory.
@@ -103,7 +134,7 @@ class MemoryStore:
             dim: Width of a row, d.
             dtype: Type of the rows: float64, float32, float16 or bfloat16.
             device: Where rows live that are in memory.
-            capacity: Rows that a stream holds at most; the oldest make room for new ones. None for no bound.
+            capacity: Rows that a stream holds at most. None for no bound.
             fingerprint: Identifies the weights that write the rows.
             chunk_bytes: Size of a file of rows, in bytes, rounded down to whole rows.
             keep_commits: How many commits stay readable, besides the pinned ones and the last durable one.
@@ -111,16 +142,24 @@ class MemoryStore:
                 newest rows are kept there; all are in the host's memory or, for a store on disk, there.
             host_bytes: Memory that rows of a store on disk may take on the host besides; newer ones are kept.
                 It goes with `device_bytes`.
+            capacity_bytes: Bytes of rows that the store holds at most, all layers and streams together; each
+                stream has the same share. It is turned into a capacity in rows. If both are given, the
+                smaller one holds.
+            eviction: Which rows leave when a stream exceeds the capacity.
+            keep_every: With "every_nth", n: at least 2.
 
         Raises:
             TypeError: An argument is of the wrong type.
-            ValueError: A number is below 1 or enormous, the dtype is another one, or there is no such device.
+            ValueError: A number is below 1 or enormous, `capacity_bytes` is less than a row of each layer and
+                stream takes, the dtype or the eviction is another one, `keep_every` does not go with it, a
+                policy has no capacity to go with, or there is no such device.
             StoreExistsError: There is something at the path.
             StoreWriteError: The operating system refused to write.
         """
         if dtype not in DTYPE_NAMES:
             raise ValueError(f"dtype: expected one of torch.{', torch.'.join(DTYPES)}, got {dtype}")
-        check_positive("dim", dim)
+        for name, number in (("layers", layers), ("streams", streams), ("dim", dim)):
+            check_positive(name, number)
         check_positive("chunk_bytes", chunk_bytes)
         _check_fingerprint(fingerprint)
         layout = Layout(
@@ -128,9 +167,11 @@ class MemoryStore:
             streams=streams,
             dim=dim,
             dtype=DTYPE_NAMES[dtype],
-            capacity=capacity,
+            capacity=_capacity(capacity, capacity_bytes, layers * streams * dim * dtype.itemsize),
             chunk_rows=max(1, chunk_bytes // (dim * dtype.itemsize)),
             keep_commits=keep_commits,
+            eviction=eviction,
+            keep_every=keep_every,
         )
         device = _checked_device(device)
         if path is not None:
@@ -236,9 +277,10 @@ class MemoryStore:
         that: older rows leave as eviction would have them leave, and where the run ends before the newest
         row, the stream is as it was when that run's last row had just been appended. So a store that was
         repaired holds the last rows of those it says were appended, in order, at the positions that they
-        always had. Rows on both sides of a damaged one cannot be kept, since positions would have a gap.
-        Keeping the newest rows whatever their number would lose a whole document to one torn row at its end,
-        which is what a power cut damages; the longest run loses the least.
+        always had. Rows on both sides of a damaged one are not kept, since positions would have a gap. Where
+        a policy has left gaps before, the run is one of the rows held; rows whose positions are damaged count
+        as damaged. Keeping the newest rows whatever their number would lose a whole document to one torn row
+        at its end, which is what a power cut damages; the longest run loses the least.
 
         No commit is dropped and no whole row is written over, so that a damaged file can still be brought
         back from a copy, and an earlier commit opened by its id; they age out as later commits are made.
@@ -276,7 +318,7 @@ class MemoryStore:
                 return disk.cold(layer, stream, log, device, stored)
             return RowSpan.empty(layout.dim, DTYPES[layout.dtype], device)
 
-        return cls(
+        store = cls(
             layout,
             device=device,
             fingerprint=disk.fingerprint,
@@ -290,6 +332,13 @@ class MemoryStore:
             disk=disk,
             tiers=tiers,
         )
+        if store._latest is not None:
+            # Whoever reads on is to evict the rows that would have left without stopping.
+            store._latest = [
+                [partial(disk.read_highest, layer, stream) for stream in range(layout.streams)]
+                for layer in range(layout.layers)
+            ]
+        return store
 
     @property
     def layers(self) -> int:
@@ -317,6 +366,16 @@ class MemoryStore:
         return self._layout.capacity
 
     @property
+    def eviction(self) -> Eviction:
+        """Which rows leave when a stream exceeds the capacity."""
+        return self._layout.eviction
+
+    @property
+    def keep_every(self) -> int | None:
+        """With eviction "every_nth", n; else None."""
+        return self._layout.keep_every
+
+    @property
     def fingerprint(self) -> str | None:
         """Identifies the weights that write the rows; the next commit records it."""
         return self._fingerprint
@@ -342,8 +401,8 @@ class MemoryStore:
     def append(self, states: Tensor, lengths: Tensor | Sequence[int] | None = None) -> None:
         """Appends rows to every stream, detached and in the store's type.
 
-        Beyond the capacity the oldest rows leave, so that exactly the last `capacity` remain. A refused call
-        changes nothing.
+        Beyond the capacity rows leave. With eviction "oldest", exactly the last `capacity` remain; for the
+        other policies see `create`. A refused call changes nothing.
 
         Args:
             states: Rows of every layer and stream, [l, b, n, d], on any device.
@@ -362,22 +421,95 @@ class MemoryStore:
         states = states.detach().to(self.dtype)
         logs = list(self._logs)
         table = [list(rows) for rows in self._rows]
+        latest = None if self._latest is None else [list(streams) for streams in self._latest]
         for stream, count in enumerate(counts):
             if not count:
                 continue
-            written = count if self.capacity is None else min(count, self.capacity)
-            excess = 0 if self.capacity is None else max(0, logs[stream].held + written - self.capacity)
-            new = states[:, stream, count - written : count]
-            log = logs[stream].dropped(excess)
-            if self._disk is not None:
-                logs[stream] = self._disk.write(stream, log, new.cpu(), count)
+            log, rows, new = logs[stream], [streams[stream] for streams in table], states[:, stream, :count]
+            stays = self._staying(stream, log, count, latest)
+            if isinstance(stays, range):
+                excess = min(stays.start, log.held)
+                rows = [each.dropped(excess) for each in rows]
+                new = new[:, max(0, stays.start - log.held) :]
+                logs[stream], rows = self._extended(stream, log.dropped(excess), rows, new, count)
             else:
-                logs[stream] = log.extended(written, 0, appended=count)
-            for layer in range(self.layers):
-                held = table[layer][stream].dropped(excess)
-                table[layer][stream] = self._grown(held, layer, stream, logs[stream], new[layer])
-        self._logs, self._rows = logs, table
+                logs[stream], rows = self._rewritten(stream, log, rows, new, stays)
+            for streams, held in zip(table, rows, strict=True):
+                streams[stream] = held
+            for scores in latest or ():
+                scores[stream] = _of_staying(scores[stream], stays)
+        self._logs, self._rows, self._latest = logs, table, latest
         self.version += 1
+
+    def _staying(
+        self, stream: int, log: StreamLog, count: int, latest: list[list[LatestScores]] | None
+    ) -> range | NDArray[np.int64]:
+        """Which rows a stream holds after `count` more, as numbers from 0, the oldest that it holds now.
+
+        They are a range up to the newest unless rows leave from between others. Scores that decide and are on
+        disk are read, and take their place in `latest`.
+        """
+        total = log.held + count
+        if self.capacity is None or total <= self.capacity:
+            return range(total)
+        if self.eviction == "oldest":
+            return range(total - self.capacity, total)
+        if self.keep_every is not None:
+            coming = torch.arange(log.appended, log.appended + count)
+            worth = every_nth(torch.cat([log.positions(), coming]).numpy(), self.keep_every)
+        else:
+            known = []
+            for scores in latest or ():
+                found = scores[stream]
+                scores[stream] = found = found() if callable(found) else found
+                if found is not None:
+                    known.append(found.cpu().numpy())
+            worth = by_scores(known)
+        stays = rows_left(log.held, count, self.capacity, worth)
+        first = int(stays[0])
+        return range(first, total) if total - first == stays.size else stays
+
+    def _extended(
+        self, stream: int, log: StreamLog, rows: Sequence[Rows], new: Tensor, appended: int
+    ) -> tuple[StreamLog, list[Rows]]:
+        """What a stream holds after new rows [l, k, d], the last k of as many that are appended."""
+        if self._disk is not None:
+            log = self._disk.write(stream, log, new.cpu(), appended)
+        else:
+            log = log.extended(new.shape[1], 0, appended=appended)
+        return log, [self._grown(held, layer, stream, log, new[layer]) for layer, held in enumerate(rows)]
+
+    def _rewritten(
+        self, stream: int, log: StreamLog, rows: Sequence[Rows], new: Tensor, stays: NDArray[np.int64]
+    ) -> tuple[StreamLog, list[Rows]]:
+        """What a stream holds after new rows [l, k, d], if only those stay that are chosen.
+
+        It is as if the stream had been reset, and the rows that stay had been appended again: they are
+        written anew, in blocks, and what is there stays as it is for whoever refers to it.
+        """
+        assert self.capacity is not None
+        coming = torch.arange(log.appended, log.appended + new.shape[1])
+        positions = torch.cat([log.positions(), coming])[stays]
+        old = torch.from_numpy(stays[stays < log.held])
+        begun = log.anew()
+        anew = [each.anew(begun, self.capacity, self._carried(each, old, log.end)) for each in rows]
+        step = max(1, _BLOCK_BYTES // (self.layers * self._layout.row_bytes))
+        for start in range(0, len(old), step):
+            block = torch.stack([each.gather(old[start : start + step]) for each in rows])
+            begun, anew = self._extended(stream, begun, anew, block, 0)
+        chosen = torch.from_numpy(stays[stays >= log.held] - log.held).to(new.device)
+        begun, anew = self._extended(stream, begun, anew, new[:, chosen], new.shape[1])
+        # The newest follow one another; the positions of the others do not follow from how many there are.
+        own = int((positions != torch.arange(begun.appended - len(positions), begun.appended)).sum())
+        return replace(begun, survivors=Survivors.at(log.end, positions[:own].clone())), anew
+
+    def _carried(self, rows: Rows, chosen: Tensor, number: int) -> StoredScores:
+        """The scores that are kept of chosen rows, which get the numbers from `number` on."""
+        kept = rows.kept_scores()
+        kept = None if kept is None else kept.chosen(chosen)
+        if kept is not None:
+            kept = kept._replace(first=kept.first + number)
+        return StoredScores(self.dtype, self.device, kept)
 
     def _grown(self, held: Rows, layer: int, stream: int, log: StreamLog, new: Tensor) -> Rows:
         """The rows of a layer and stream followed by `new`, which are on disk already if the store is."""
@@ -433,8 +565,14 @@ class MemoryStore:
         self._check_open()
         if not 0 <= layer < self.layers:
             raise IndexError(f"layer: expected 0 to {self.layers - 1}, got {layer}")
-        appended = [log.appended for log in self._logs]
-        return MemoryLayer(self._rows[layer], appended, dim=self.dim, dtype=self.dtype, device=self.device)
+        return MemoryLayer(
+            self._rows[layer],
+            self._logs,
+            dim=self.dim,
+            dtype=self.dtype,
+            device=self.device,
+            latest_scores=None if self._latest is None else self._latest[layer],
+        )
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
         """Copies all rows of one layer.
@@ -478,8 +616,7 @@ class MemoryStore:
             ValueError: The first size is not b.
             IndexError: There is no such row.
         """
-        appended = torch.tensor([log.appended for log in self._logs], dtype=torch.int64)
-        return positions_of(indices, self.lengths, appended)
+        return positions_of(checked_indices(indices, self.lengths), self._logs)
 
     def reset(self, streams: Tensor | Sequence[int] | Sequence[bool]) -> None:
         """Lets go of all rows of some streams, which begin anew: their documents have ended.
@@ -507,11 +644,14 @@ class MemoryStore:
                 raise IndexError(f"streams: expected 0 to {self.streams - 1}, got {number}")
         logs = list(self._logs)
         table = [list(rows) for rows in self._rows]
+        latest = None if self._latest is None else [list(streams) for streams in self._latest]
         for number in numbers:
             logs[number] = logs[number].reset()
             for rows in table:
                 rows[number] = rows[number].dropped(len(rows[number]))
-        self._logs, self._rows = logs, table
+            for scores in latest or ():
+                scores[number] = None
+        self._logs, self._rows, self._latest = logs, table, latest
         self.version += 1
 
     def commit(self, durable: bool = False) -> str:
@@ -621,6 +761,9 @@ class MemoryStore:
     def info(self) -> MemoryInfo:
         """What the store holds now, what it takes up in memory and on disk, and its commits. Reads no row."""
         self._check_open()
+        row_bytes = self.layers * self._layout.row_bytes
+        kept = [log.survivors.nbytes for log in self._logs if log.survivors is not None]
+        kept += [each.nbytes for each in itertools.chain(*self._latest or ()) if isinstance(each, Tensor)]
         return MemoryInfo(
             path=self.path,
             layers=self.layers,
@@ -628,10 +771,16 @@ class MemoryStore:
             dim=self.dim,
             dtype=self.dtype,
             capacity=self.capacity,
+            capacity_bytes=None if self.capacity is None else self.capacity * self.streams * row_bytes,
+            eviction=self.eviction,
+            keep_every=self.keep_every,
             fingerprint=self._fingerprint,
             rows=tuple(log.held for log in self._logs),
             appended=tuple(log.appended for log in self._logs),
-            memory_bytes=sum(rows.nbytes for streams in self._rows for rows in streams),
+            evicted=tuple(log.appended - log.held for log in self._logs),
+            positions=tuple((log.first, log.appended) for log in self._logs),
+            rows_bytes=sum(log.held for log in self._logs) * row_bytes,
+            memory_bytes=sum(rows.nbytes for streams in self._rows for rows in streams) + sum(kept),
             disk=None if self._disk is None else disk_usage(self._disk, self._logs),
             commits=() if self._disk is None else describe_commits(self._disk),
         )
@@ -642,7 +791,7 @@ class MemoryStore:
         The fork of a store on disk reads rows from there when they are needed.
         """
         self._check_open()
-        return MemoryStore(
+        fork = MemoryStore(
             self._layout,
             device=self.device,
             fingerprint=self._fingerprint,
@@ -650,6 +799,8 @@ class MemoryStore:
             rows=self._rows,
             tiers=self._tiers,
         )
+        fork._latest = None if self._latest is None else [list(streams) for streams in self._latest]
+        return fork
 
     def copy_to(self, path: str | os.PathLike[str], durable: bool = False) -> str:
         """Copies the store to disk, all of it or nothing: rows, positions and fingerprint, in one commit.
@@ -667,12 +818,11 @@ class MemoryStore:
             CorruptionError: A row on disk is damaged.
         """
         self._check_open()
-        appended = [log.appended for log in self._logs]
         return copy_store(
             Path(path).absolute(),
             self._layout,
             self._rows,
-            appended,
+            self._logs,
             self._fingerprint,
             self._kept_scores(),
             durable,
@@ -715,6 +865,36 @@ class MemoryStore:
                 f"{verb}: expected a store with a path, got one in memory (copy_to gives it one)"
             )
         return self._disk
+
+
+def _of_staying(scores: LatestScores, stays: range | NDArray[np.int64]) -> LatestScores:
+    """The scores of the rows that stay."""
+    if not isinstance(scores, Tensor):
+        return scores  # all stay, or there are none
+    if isinstance(stays, range):
+        return scores[stays.start :]
+    return scores[torch.from_numpy(stays[stays < len(scores)]).to(scores.device)]
+
+
+def _capacity(rows: int | None, total_bytes: int | None, bytes_of_one: int) -> int | None:
+    """Rows that a stream holds at most, if `bytes_of_one` is what one row of each layer and stream takes.
+
+    Raises:
+        TypeError: A number is no integer.
+        ValueError: It is too small.
+    """
+    if total_bytes is None:
+        return rows
+    check_positive("capacity_bytes", total_bytes)
+    if total_bytes < bytes_of_one:
+        raise ValueError(
+            f"capacity_bytes: expected at least {bytes_of_one}, a row of each layer and stream, got "
+            f"{total_bytes}"
+        )
+    if rows is not None:
+        check_positive("capacity", rows)
+    share = total_bytes // bytes_of_one
+    return share if rows is None else min(rows, share)
 
 
 def _tiers(layout: Layout, device_bytes: int | None, host_bytes: int | None) -> Tiers | None:

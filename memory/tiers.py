@@ -117,6 +117,13 @@ class TieredRows:
         hot = self._hot.dropped(max(0, count - self._cut))
         return TieredRows(home, hot, self._length - count, self._oldest + count, self.stored)
 
+    def anew(self, log: StreamLog, room: int, stored: StoredScores) -> TieredRows:
+        """See `Rows`."""
+        # All scores are kept here; those at home are the same ones, or none.
+        home = self.home
+        home = home.alike(room) if isinstance(home, RowSpan) else home.anew(log, room, stored)
+        return TieredRows(home, self._hot.alike(0), 0, log.end, stored)
+
     def grown(self, new: Tensor, home: Rows | None, most: int) -> TieredRows:
         """The rows followed by `new` [n, d].
 

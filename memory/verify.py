@@ -27,11 +27,12 @@ from xlroute.memory.layout import (
     read_room,
 )
 from xlroute.memory.lock import read_holder
-from xlroute.memory.log import Extent
+from xlroute.memory.log import Extent, survivors_of
 from xlroute.memory.score_files import ScoreFiles
 from xlroute.memory.sealed import TEMPORARY, read_document
 from xlroute.memory.shard_check import check_shard
 from xlroute.memory.shards import Shard, in_shards, shard_folder, unnamed_shards
+from xlroute.memory.survivors import list_positions, positions_path
 
 # What is called after every few MiB with the bytes done so far, and with all there are.
 Progress = Callable[[int, int], None]
@@ -47,8 +48,8 @@ class VerifyReport:
         path: The folder of the store.
         commits: Ids of the commits whose rows were examined, oldest first.
         rows: Number of rows that these commits hold, in all layers together; each counts once.
-        damage: Everything that is damaged: metadata, then commit records, then rows by stream and layer in
-            chunk files, and in shards.
+        damage: Everything that is damaged: metadata, then commit records, positions, then rows by stream and
+            layer in chunk files, and in shards.
         scores: Damage to stored scores. It does no harm: they are computed anew.
         leftovers: Files and folders that a crash has left behind. They do no harm, and `repair` removes them.
         writer: Who holds the store for writing, or held it until killed; None if the last writer closed it.
@@ -105,6 +106,7 @@ def verify_store(
         in_files, sharded = split(chosen.values(), range(len(extents)))
         examined_rows = _count(extent for each in (*in_files, *sharded.values()) for extent in each)
         meter = Meter(progress, layout.layers * layout.row_bytes * examined_rows)
+        rows += check_positions(root, chosen.values())
         for stream, given in enumerate(in_files):
             for layer in range(layout.layers):
                 rows += check_rows(files, layer, stream, given, meter.advance)
@@ -290,6 +292,20 @@ def _count(extents: Iterable[Extent]) -> int:
     return sum(extent.stop - extent.start for extent in extents)
 
 
+def check_positions(root: Path, commits: Iterable[Commit]) -> list[Damage]:
+    """The damage to files of positions that the commits name, each file once."""
+    damage: dict[Path, Damage] = {}
+    for commit in commits:
+        for stream, survivors in survivors_of(commit.logs):
+            path = positions_path(root, stream, survivors)
+            try:
+                survivors.load()
+            except (MemoryStoreError, OSError) as error:
+                held = survivors.start, survivors.stop
+                damage[path] = replace(damage_of(error, path, stream=stream), rows=(held,))
+    return [*damage.values()]
+
+
 def check_rows(
     files: ChunkFiles, layer: int, stream: int, extents: Iterable[Extent], advance: Callable[[int], None]
 ) -> Iterator[Damage]:
@@ -380,8 +396,8 @@ def find_leftovers(root: Path, layout: Layout | None = None, commits: Sequence[C
     Args:
         root: The folder of the store.
         layout: Its layout, or None if it cannot be read.
-        commits: All commits of the store; none where a record is damaged: nobody knows which chunk files it
-            refers to.
+        commits: All commits of the store; none where a record is damaged: nobody knows which files it refers
+            to.
     """
     found = [path for path in (root / COMMITS).glob(f"{TEMPORARY}*") if path.is_file()]
     creating = re.compile(rf"\.{re.escape(root.name)}\.[0-9a-f]{{8}}\.creating")
@@ -392,6 +408,8 @@ def find_leftovers(root: Path, layout: Layout | None = None, commits: Sequence[C
     if layout is None or not commits or layout.arrays > 2 * count_arrays(root):
         return sorted(found)
     found += unnamed_shards(root, split(commits, range(layout.streams))[1])
+    named = {positions_path(root, *each) for commit in commits for each in survivors_of(commit.logs)}
+    found += [path for path in list_positions(root) if path not in named]
     files = ChunkFiles(root, layout, None)
     size = layout.chunk_rows
     for stream in range(layout.streams):

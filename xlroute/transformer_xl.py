@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xlroute.blocks import Block, RoutedRows
-from xlroute.memory import FingerprintError, MemoryLayer, MemoryStore, ReadOnlyError
+from xlroute.memory import Eviction, FingerprintError, MemoryLayer, MemoryStore, ReadOnlyError
 from xlroute.open_segment import OpenSegment
 from xlroute.position import age_bucket
 from xlroute.sampling import SamplingOptions, sample
@@ -209,15 +209,24 @@ class RoutedTransformerXL(nn.Module):
         capacity: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        capacity_bytes: int | None = None,
+        eviction: Eviction = "oldest",
+        keep_every: int | None = None,
     ) -> MemoryStore:
         """A new memory store that fits this model: see `MemoryStore.create`.
+
+        The model reads what followed the rows that it chooses. Where eviction takes rows from between others,
+        a row whose follower has left gives nothing to read.
 
         Args:
             path: where it is persisted; None for one in memory alone.
             streams: b.
-            capacity: rows kept of each stream, the oldest going first; None for all.
+            capacity: rows kept of each stream; None for all.
             dtype: of the rows; None for that of the weights.
             device: where rows are kept while hot; None for that of the weights.
+            capacity_bytes: bytes of rows kept of all layers and streams together; None for no bound.
+            eviction: which rows leave first: "oldest", "lowest_score" or "every_nth".
+            keep_every: with "every_nth", n.
         """
         weight = self.embedding.weight
         return MemoryStore.create(
@@ -229,6 +238,9 @@ class RoutedTransformerXL(nn.Module):
             device=weight.device if device is None else device,
             capacity=capacity,
             fingerprint=self.fingerprint(),
+            capacity_bytes=capacity_bytes,
+            eviction=eviction,
+            keep_every=keep_every,
         )
 
     def initial_state(self, *, streams: int, memory: MemoryStore | None = None) -> TransformerXLState:
@@ -628,9 +640,8 @@ def _rows_appended(layer: MemoryLayer) -> Tensor:
 
 
 def _followers(layer: MemoryLayer, indices: Tensor) -> Tensor:
-    """The rows that follow those at `indices` [b, r, k], [b, r, k, d]; 0 for none and for the newest."""
-    newest = (layer.lengths - 1).to(indices.device)[:, None, None]
-    return layer.gather(torch.where((indices >= 0) & (indices < newest), indices + 1, -1))
+    """The rows that were appended right after those at `indices` [b, r, k], [b, r, k, d]; 0 for none."""
+    return layer.take(layer.followers(indices))
 
 
 def _slices(t: Tensor, start: Tensor, length: int) -> Tensor:

@@ -75,17 +75,18 @@ def test_info_prints_tables(path: Path, capsys: pytest.CaptureFixture[str]) -> N
     expected = rf"""path         {path}
 format       2
 shape        layers 2, streams 3, dim 8, float32
-capacity     1,200 rows a stream
+capacity     1,200 rows a stream, 230,400 bytes of rows
+eviction     oldest first
 fingerprint  f
-rows held    1,207 in each layer
+rows held    1,207 in each layer, 77,248 bytes
 on disk      [\d.,]+ KiB allocated, [\d.,]+ KiB apparent
 chunk files  52, of up to 100 rows
 
-stream  rows held  appended  positions held
-------  ---------  --------  --------------
-     0      1,200     1,500    300 to 1,499
-     1          7         7          0 to 6
-     2          0         0            none
+stream  rows held  appended  evicted  positions held
+------  ---------  --------  -------  --------------
+     0      1,200     1,500      300    300 to 1,499
+     1          7         7        0          0 to 6
+     2          0         0        0            none
 
 commit                 made \(UTC\)           age   rows  durable  pinned  fingerprint
 ---------------------  -------------------  ---  -----  -------  ------  -----------
@@ -93,6 +94,41 @@ commit                 made \(UTC\)           age   rows  durable  pinned  finge
 {last}  \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d  \d s  1,207  yes      no      f
 """
     assert re.fullmatch(expected, out), out
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"eviction": "lowest_score"}, "lowest routing score first"),
+        ({"eviction": "every_nth", "keep_every": 8}, "positions that are multiples of 8 last"),
+    ],
+    ids=["lowest_score", "every_nth"],
+)
+def test_info_and_plot_show_gaps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], text: str
+) -> None:
+    with MemoryStore.create(
+        tmp_path / "s", layers=1, streams=2, dim=4, capacity_bytes=2 * 400 * 16, **options
+    ) as store:
+        for _ in range(9):
+            store.append(torch.arange(100.0).flip(0)[None, None, :, None].expand(1, 2, 100, 4), [100, 10])
+            store.layer(0).scores(torch.ones(1, 4), normalize=None, scale=1.0)
+        store.commit()
+        [(first, _), _] = store.info().positions
+    out = run(capsys, "info", tmp_path / "s")[1]
+    assert "capacity     400 rows a stream, 12,800 bytes of rows\n" in out
+    assert f"eviction     {text}\n" in out
+    assert "rows held    490 in each layer, 7,840 bytes\n" in out
+    assert re.search(rf"\n +0 +400 +900 +500 +{first} to 899, with gaps\n +1 +90 +90 +0 +0 to 89\n", out)
+    _, document = run_json(capsys, "info", tmp_path / "s")
+    assert (document["capacity"], document["capacity_bytes"], document["rows_bytes"]) == (400, 12800, 7840)
+    assert (document["eviction"], document["keep_every"]) == (options["eviction"], options.get("keep_every"))
+    assert (document["evicted"], document["positions"]) == ([500, 0], [[first, 900], [0, 90]])
+    assert run(capsys, "plot", tmp_path / "s", tmp_path / "a.png")[0] == 0
+    pixels = matplotlib.image.imread(tmp_path / "a.png")[..., :3].reshape(-1, 3)
+    for color in ("d0d4da", "7fb2d9", "1f77b4"):
+        expected = np.array([int(color[place : place + 2], 16) / 255 for place in (0, 2, 4)])
+        assert (np.abs(pixels - expected).max(1) < 0.01).any(), color
 
 
 def test_info_as_json(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

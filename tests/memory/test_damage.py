@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+import numpy as np
 import pytest
 import torch
 import zarr
@@ -34,19 +36,30 @@ def contents(path: Path, commit: str | None) -> Contents:
         return [lengths, store.positions(indices), picked, store.rows(0)[0]]
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Contents]]:
-    """A small store and what its commits hold."""
-    path = tmp_path_factory.mktemp("original") / "store"
+def make(path: Path, appended: list[list[int]], **options: Any) -> tuple[Path, dict[str, Contents]]:
     with MemoryStore.create(
-        path, layers=1, streams=2, dim=3, dtype=torch.float16, capacity=7, chunk_bytes=18, fingerprint="f"
+        path,
+        layers=1,
+        streams=2,
+        dim=3,
+        dtype=torch.float16,
+        capacity=7,
+        chunk_bytes=18,
+        fingerprint="f",
+        **options,
     ) as store:
-        for lengths in ([5, 2], [3, 0], [1, 6]):
+        for lengths in appended:
             store.append(torch.randn(1, 2, 6, 3), lengths)
             store.commit()
         store.pin(store.commits()[1])
         commits = store.commits()
     return path, {commit: contents(path, commit) for commit in commits}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Contents]]:
+    """A small store and what its commits hold."""
+    return make(tmp_path_factory.mktemp("original") / "store", [[5, 2], [3, 0], [1, 6]])
 
 
 @pytest.fixture
@@ -109,6 +122,96 @@ def test_a_truncated_or_missing_file_is_named_or_harmless(
         if file.name.startswith("c.") or (file.name == "zarr.json" and file.parent.name != "commits"):
             assert refused, file
         file.write_bytes(data)
+
+
+def test_damaged_positions_are_named_and_cost_the_rows_that_have_them(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"eviction": "every_nth", "keep_every": 3}
+    path, expected = make(tmp_path / "store", [[6, 2], [4, 0], [2, 6], [5, 0]], **options)
+    *_, last = expected
+    assert expected[last][1][0].tolist() == [0, 3, 6, 9, 12, 15, 16]
+    files = [file for file in files_of(path) if file.name.startswith("stream-")]
+    [newest] = [file for file in files if file.name.startswith("stream-0.") and file.stat().st_size == 5 * 8]
+    assert len(files) > 2
+    for file in files:
+        data = file.read_bytes()
+        damaged = bytearray(data)
+        damaged[random.randrange(len(data))] ^= random.randrange(1, 256)
+        for kind, text in (
+            (bytes(damaged), "checksum"),
+            (data[:-8], "bytes, got"),
+            (data + data, "bytes, got"),
+            (None, "no such file"),
+        ):
+            if kind is None:
+                file.unlink()
+            else:
+                file.write_bytes(kind)
+            assert check(path, file, expected) > 0
+            report = MemoryStore.verify(path, all_commits=True)
+            [damage] = report.damage
+            assert (damage.path, damage.array, damage.stream) == (file, None, int(file.name[7]))
+            assert text in damage.problem
+            assert f"{damage.rows[0][0]}-{damage.rows[0][1]}" in file.name
+            assert damage.commits
+        file.write_bytes(data)
+    assert check(path, path, expected) == 0
+
+    newest.unlink()
+    with pytest.raises(CorruptionError, match=f"{newest}: expected the positions of 5 rows, got no such"):
+        MemoryStore.open(path, mode="r+")
+    report = MemoryStore.repair(path)
+    [loss] = report.losses
+    assert (loss.stream, loss.held, loss.damaged, loss.kept) == (0, (0, 17), ((0, 15),), (15, 17))
+    assert MemoryStore.verify(path).ok
+    with MemoryStore.open(path, mode="r+") as store:
+        assert store.positions(torch.tensor([[0, 1], [-1, -1]]))[0].tolist() == [15, 16]
+        assert torch.equal(store.rows(0)[0][0, :2], expected[last][3][0, 5:7])
+        store.append(torch.randn(1, 2, 6, 3), [6, 0])
+        store.commit()
+    assert MemoryStore.verify(path).ok
+
+
+def test_positions_that_no_writer_can_have_written_are_refused(tmp_path: Path) -> None:
+    path, expected = make(tmp_path / "store", [[6, 2], [6, 0]], eviction="every_nth", keep_every=3)
+    *_, rows = expected.values()
+    assert rows[1][0].tolist() == [0, 3, 6, 8, 9, 10, 11]
+    last = max(path.glob("commits/0*.json"))
+    start, stop, crc32c = json.loads(last.read_text())["streams"][0]["survivors"]
+    for wrong in ([3, 0, 6], [0, 0, 3], [-1, 0, 3], [0, 3, 8], [0, 3, 1 << 40]):
+        data = np.array(wrong, "<i8").tobytes()
+        seal = f"{google_crc32c.value(data):08x}"
+        (path / "positions" / f"stream-0.{start}-{stop}.{seal}").write_bytes(data)
+
+        def change(document: dict[str, Any], seal: str = seal) -> None:
+            document["streams"][0]["survivors"] = [start, stop, seal]
+
+        name = recorded(path, change)
+        with pytest.raises(CorruptionError, match=f"stream-0.{start}-{stop}.{seal}: expected positions"):
+            MemoryStore.open(path, commit=name)
+        (path / "commits" / f"{name}.json").unlink()
+    for impossible in (
+        [start],
+        [start, start, crc32c],
+        [start, 1 << 40, crc32c],
+        [start + 1, stop, crc32c],
+        [start, stop, "../../../x"],
+        [start, stop, None],
+        [1.0, stop, crc32c],
+        [-1, stop, crc32c],
+        "abc",
+        None,
+        {},
+    ):
+
+        def impose(document: dict[str, Any], impossible: object = impossible) -> None:
+            document["streams"][0]["survivors"] = impossible
+
+        name = recorded(path, impose)
+        for mode in ("r", "r+"):
+            with pytest.raises(CorruptionError, match=f"{name}.json"):
+                MemoryStore.open(path, mode=mode, commit=name)  # type: ignore[arg-type]
+        (path / "commits" / f"{name}.json").unlink()
+    assert check(path, path, expected) == 0
 
 
 def test_rows_swapped_with_their_checksums_are_noticed(path: Path) -> None:

@@ -55,6 +55,29 @@ def test_npz_holds_the_rows(tmp_path: Path, dtype: torch.dtype) -> None:
                 assert torch.equal(given, rows[layer][stream].to(wide))
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_positions_with_gaps_are_exported(tmp_path: Path, suffix: str) -> None:
+    with MemoryStore.create(
+        tmp_path / "s", layers=1, streams=2, dim=3, capacity=20, eviction="every_nth", keep_every=4
+    ) as store:
+        store.append(torch.randn(1, 2, 70, 3), [70, 9])
+        store.commit()
+        expected = [log.positions().tolist() for log in store.logs]
+        rows = store.rows(0)[0]
+    assert expected[0][-1] - expected[0][0] > len(expected[0])
+    export_store(tmp_path / "s", tmp_path / f"a{suffix}")
+    if suffix == ".npz":
+        with np.load(tmp_path / "a.npz") as arrays:
+            found = dict(arrays)
+    else:
+        with safe_open(tmp_path / "a.safetensors", "np") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for stream in range(2):
+        assert found[f"stream-{stream}.positions"].tolist() == expected[stream]
+        given = torch.from_numpy(found[f"layer-0.stream-{stream}.rows"])
+        assert torch.equal(given, rows[stream, : len(expected[stream])])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_safetensors_hold_the_rows(tmp_path: Path, dtype: torch.dtype) -> None:
     rows, firsts, commits = make(tmp_path / "s", dtype)

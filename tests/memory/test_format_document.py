@@ -83,6 +83,31 @@ def test_the_program_reads_the_rows(
                 assert names["positions"].tolist() == store.positions(indices)[stream].tolist()
 
 
+@pytest.mark.parametrize("eviction", ["every_nth", "lowest_score"])
+def test_the_program_finds_the_positions_of_survivors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eviction: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {"capacity": 17, "eviction": eviction, "keep_every": 3 if eviction == "every_nth" else None}
+    MemoryStore.create("memory", layers=1, streams=2, dim=2, chunk_bytes=7 * 8, **options).close()
+    gaps = set()
+    for _ in range(6):
+        with MemoryStore.open("memory", mode="r+") as store:
+            store.append(torch.randn(1, 2, 9, 2), [9, 4])
+            store.layer(0).scores(torch.ones(1, 2), normalize=None, scale=1.0)
+            store.commit()
+            expected = [log.positions().tolist() for log in store.logs]
+        for stream in range(2):
+            found = run(0, stream)["positions"].tolist()
+            assert found == expected[stream]
+            gaps.add(found[-1] - found[0] >= len(found))
+    assert gaps == {False, True}
+    for file in Path("memory/positions").glob("stream-0.*"):
+        file.write_bytes(file.read_bytes()[::-1])
+    with pytest.raises(AssertionError):
+        run()
+
+
 @pytest.mark.parametrize("name", ["rows/c.4.0", "crc32c/c.4"])
 def test_the_program_notices_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -101,8 +126,9 @@ def test_the_program_notices_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_files_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    make(torch.float32, compacted="plain")
+    make(torch.float32, capacity=17, eviction="every_nth", keep_every=3)
     with MemoryStore.open("memory", mode="r+") as store:
+        store.compact()
         store.pin(store.commits()[-1])
         files = {str(file.relative_to("memory")) for file in Path("memory").rglob("*") if file.is_file()}
     table = DOCUMENT.read_text().split("## Files")[1].split("**Sealed JSON.**")[0]
@@ -118,10 +144,15 @@ def test_the_files_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.Mo
             array = re.sub(r"layer-\d+\.stream-\d+", "layer-<i>.stream-<j>", folder)
             [row] = [line for line in table.splitlines() if f"`{array}/`" in line]
             assert f"`{re.sub(r'c[.][0-9]+', 'c.<n>', name)}`" in row
+        elif name.startswith("stream-"):
+            assert re.fullmatch(r"stream-[01][.]\d+-\d+[.][0-9a-f]{8}", name)
+            assert f"`{folder}/stream-<j>.<start>-<stop>.<8 hex digits>`" in table
         else:
             assert f"`{re.sub(r'[.][0-9a-f]{8}$', '.<8 hex digits>', pattern)}`" in table
     group = json.loads(Path("memory/zarr.json").read_text())["attributes"]["xlroute_memory"]
     record = json.loads(max(Path("memory/commits").glob("0*.json")).read_text())
+    assert {"eviction", "keep_every"} <= {*group}
+    assert "survivors" in record["streams"][0]
     for key in (*group, *record, *record["streams"][0], *record["shards"][0][0]):
         assert f"`{key}`" in DOCUMENT.read_text(), key
 

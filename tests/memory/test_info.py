@@ -31,7 +31,9 @@ def test_a_store_on_disk_is_accounted_for(tmp_path: Path) -> None:
         info = store.info()
         assert (info.path, info.layers, info.streams, info.dim) == (path, 2, 2, 8)
         assert (info.dtype, info.capacity, info.fingerprint) == (torch.float16, 7, "g")
-        assert (info.rows, info.appended) == ((0, 6), (0, 6))
+        assert (info.rows, info.appended, info.evicted) == ((0, 6), (0, 6), (0, 0))
+        assert (info.capacity_bytes, info.rows_bytes) == (7 * 2 * 2 * 16, 6 * 2 * 16)
+        assert (info.eviction, info.keep_every, info.positions) == ("oldest", None, ((0, 0), (0, 6)))
         assert [commit.id for commit in info.commits] == store.commits() == [first, durable, last]
         assert [commit.generation for commit in info.commits] == [1, 2, 3]
         assert [commit.durable for commit in info.commits] == [False, True, False]
@@ -67,6 +69,25 @@ def test_bytes_in_memory_are_those_of_the_tensors() -> None:
     store.layer(0).scores(torch.randn(3, 8), normalize=None, scale=1.0)
     # Three float64 scores for every row that the buffers of the layer have room for.
     assert store.info().memory_bytes == info.memory_bytes + 3 * 8 * sum(room[:2])
+
+
+def test_what_a_policy_keeps_and_evicts_is_accounted_for() -> None:
+    store = MemoryStore.create(layers=2, streams=3, dim=8, capacity=12, eviction="lowest_score")
+    states = torch.arange(12.0).flip(0)[None, None, :, None].expand(2, 3, 12, 8)  # the oldest score highest
+    store.append(states, [12, 5, 0])
+    store.layer(0).scores(torch.ones(1, 8), normalize=None, scale=1.0)
+    for _ in range(2):
+        store.append(states[:, :, :4], [4, 1, 0])
+    info = store.info()
+    assert (info.eviction, info.keep_every) == ("lowest_score", None)
+    assert (info.capacity, info.capacity_bytes) == (12, 12 * 2 * 3 * 8 * 4)
+    assert [log.positions().tolist() for log in store.logs] == [[0, 1, 2, *range(12, 20)], [*range(7)], []]
+    assert (info.rows, info.appended, info.evicted) == ((11, 7, 0), (20, 7, 0), (9, 0, 0))
+    assert info.positions == ((0, 20), (0, 7), (0, 0))
+    assert info.rows_bytes == (11 + 7) * 2 * 8 * 4 == sum(view.nbytes for view in _views(store))
+    buffers = {view.untyped_storage().data_ptr(): view.untyped_storage().nbytes() for view in _views(store)}
+    # Scores of the three rows that stayed, and of five with room for as many; the highest of each; positions.
+    assert info.memory_bytes == sum(buffers.values()) + 4 * (3 + 2 * 5) + 4 * (3 + 5) + 8 * 3
 
 
 def _views(store: MemoryStore) -> list[torch.Tensor]:

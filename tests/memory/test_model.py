@@ -20,33 +20,64 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory import MemoryLayer, MemoryStore, scores, shards
+from xlroute.memory import Eviction, MemoryLayer, MemoryStore, scores, shards
+from xlroute.memory.layout import EVICTIONS
 
-LAYERS, STREAMS, DIM = 2, 3, 3
+LAYERS, STREAMS, DIM, KEEP_EVERY = 2, 3, 3, 3
+HOW: dict[str, Any] = {"normalize": "rms", "scale": 0.5}
 # Two that take turns: the scores of one are dropped while those of the other are kept.
 TOKENS = torch.randn(2, 2, DIM, generator=torch.Generator().manual_seed(0))
 
 
 class Model:
-    """What a store should hold: for every stream its rows [l, d], and how many it has appended."""
+    """What a store should hold: for every stream its rows [l, d], their positions and their scores."""
 
-    def __init__(self, capacity: int | None, dtype: torch.dtype) -> None:
+    def __init__(self, capacity: int | None, eviction: Eviction, dtype: torch.dtype) -> None:
         self.capacity = capacity
+        self.eviction = eviction
         self.dtype = dtype
         self.rows: list[list[Tensor]] = [[] for _ in range(STREAMS)]
+        self.positions: list[list[int]] = [[] for _ in range(STREAMS)]
         self.appended = [0] * STREAMS
+        # Of each layer that was scored, the scores of the oldest rows.
+        self.scores: list[dict[int, list[float]]] = [{} for _ in range(STREAMS)]
 
     def append(self, states: Tensor, lengths: list[int]) -> None:
         for stream, length in enumerate(lengths):
-            self.rows[stream] += list(states[:, stream, :length].to(self.dtype).unbind(1))
-            self.appended[stream] += length
-            if self.capacity is not None:
-                self.rows[stream] = self.rows[stream][-self.capacity :]
+            for row in states[:, stream, :length].to(self.dtype).unbind(1):
+                if len(self.rows[stream]) == self.capacity:
+                    self.evict(stream)
+                self.rows[stream].append(row)
+                self.positions[stream].append(self.appended[stream])
+                self.appended[stream] += 1
+
+    def evict(self, stream: int) -> None:
+        assert self.capacity is not None
+        positions, scores = self.positions[stream], self.scores[stream].values()
+        scored = min(map(len, scores), default=0)
+        worth = [0.0] * len(positions)
+        if self.eviction == "every_nth":
+            worth = [float(position % KEEP_EVERY == 0) for position in positions]
+        elif self.eviction == "lowest_score":
+            worth = [float(len(positions) * LAYERS)] * len(positions)
+            for index in range(scored):
+                worth[index] = sum(sum(each < of[index] for each in of[:scored]) for of in scores)
+        count = 1 if self.eviction == "oldest" else max(1, self.capacity // 4)
+        leaving = sorted(range(len(positions)), key=lambda index: (worth[index], index))[:count]
+        for each in (self.rows[stream], positions, *scores):
+            each[:] = [value for index, value in enumerate(each) if index not in leaving]  # type: ignore[index]
+
+    def score(self, layer: int, tokens: int) -> None:
+        for stream, rows in enumerate(self.layer(layer)):
+            found = row_scores(rows, TOKENS[tokens], **HOW).amax(0)
+            self.scores[stream][layer] = found.tolist()
 
     def reset(self, streams: list[int]) -> None:
         for stream in streams:
             self.rows[stream] = []
+            self.positions[stream] = []
             self.appended[stream] = 0
+            self.scores[stream] = {}
 
     def layer(self, layer: int) -> list[Tensor]:
         empty = torch.empty(0, DIM, dtype=self.dtype)
@@ -62,8 +93,7 @@ class Model:
         )
         positions = store.positions(indices)
         for stream, length in enumerate(lengths):
-            first = self.appended[stream] - length
-            assert positions[stream, :length].tolist() == list(range(first, first + length))
+            assert positions[stream, :length].tolist() == self.positions[stream]
             assert (positions[stream, length:] == -1).all()
         for layer in range(LAYERS):
             # Picked rows come first: reading all of them would bring them into memory.
@@ -79,10 +109,9 @@ class Model:
 
 def check_scores(layer: MemoryLayer, rows: list[Tensor], tokens: int) -> None:
     """The scores of a layer are those of all of its rows, scored at once."""
-    how: dict[str, Any] = {"normalize": "rms", "scale": 0.5}
-    found = layer.scores(TOKENS[tokens], **how)
+    found = layer.scores(TOKENS[tokens], **HOW)
     for given, expected in zip(found, rows, strict=True):
-        assert torch.equal(given[:, : len(expected)], row_scores(expected, TOKENS[tokens], **how))
+        assert torch.equal(given[:, : len(expected)], row_scores(expected, TOKENS[tokens], **HOW))
 
 
 class Machine(RuleBasedStateMachine):
@@ -95,7 +124,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.path = self.folder / "store"
-        self.layers: list[tuple[MemoryLayer, list[Tensor]]] = []
+        self.layers: list[tuple[int, int, MemoryStore, MemoryLayer, list[Tensor]]] = []
         self.committed: dict[str, Model] = {}
         self.pins: dict[str, str] = {}
         self.random = torch.Generator().manual_seed(0)
@@ -104,18 +133,20 @@ class Machine(RuleBasedStateMachine):
         if hasattr(self, "store"):
             self.model.check(self.store)
             self.store.close()
-        for layer, expected in self.layers:
+        for *_, layer, expected in self.layers:
             for view, rows in zip(layer.views(), expected, strict=True):
                 assert torch.equal(view, rows)
         shutil.rmtree(self.folder)
 
     @initialize(
         capacity=st.sampled_from([None, 1, 4, 9]),
+        eviction=st.sampled_from(EVICTIONS),
         chunk_rows=st.integers(1, 8),
         keep_commits=st.integers(1, 3),
     )
-    def create(self, capacity: int | None, chunk_rows: int, keep_commits: int) -> None:
-        self.model = Model(capacity, self.dtype)
+    def create(self, capacity: int | None, eviction: Eviction, chunk_rows: int, keep_commits: int) -> None:
+        eviction = "oldest" if capacity is None else eviction
+        self.model = Model(capacity, eviction, self.dtype)
         self.store = MemoryStore.create(
             self.path if self.on_disk else None,
             layers=LAYERS,
@@ -125,6 +156,8 @@ class Machine(RuleBasedStateMachine):
             capacity=capacity,
             chunk_bytes=chunk_rows * DIM * self.dtype.itemsize,
             keep_commits=keep_commits,
+            eviction=eviction,
+            keep_every=KEEP_EVERY if eviction == "every_nth" else None,
         )
         self.keep_commits = keep_commits
         for commit in self.store.commits():
@@ -150,17 +183,23 @@ class Machine(RuleBasedStateMachine):
 
     @rule(layer=st.integers(0, LAYERS - 1))
     def keep_layer(self, layer: int) -> None:
-        self.layers.append((self.store.layer(layer), self.model.layer(layer)))
+        held = self.store.layer(layer), self.model.layer(layer)
+        self.layers.append((layer, self.store.version, self.store, *held))
 
     @rule(tokens=st.integers(0, 1))
     def score(self, tokens: int) -> None:
         for layer in range(LAYERS):
             check_scores(self.store.layer(layer), self.model.layer(layer), tokens)
+            self.model.score(layer, tokens)
 
     @rule(data=st.data(), tokens=st.integers(0, 1))
     @precondition(lambda self: self.layers)
     def score_a_kept_layer(self, data: st.DataObject, tokens: int) -> None:
-        check_scores(*data.draw(st.sampled_from(self.layers)), tokens)
+        number, version, store, layer, rows = data.draw(st.sampled_from(self.layers))
+        check_scores(layer, rows, tokens)
+        if store is self.store and version == self.store.version:
+            # Nothing has changed since then, and the layer is the store's own.
+            self.model.score(number, tokens)
 
     @rule(take_fork=st.booleans())
     def fork(self, take_fork: bool) -> None:
@@ -236,10 +275,10 @@ class Machine(RuleBasedStateMachine):
                         check_scores(reader.layer(layer), model.layer(layer), tokens)
                     model.check(reader)
 
-    @rule(data=st.data())
+    @rule(data=st.data(), tokens=st.integers(0, 1))
     @precondition(lambda self: self.on_disk)
-    def reopen(self, data: st.DataObject) -> None:
-        for layer, _ in self.layers:
+    def reopen(self, data: st.DataObject, tokens: int) -> None:
+        for *_, layer, _ in self.layers:
             # What is still on disk goes when the next writer drops the commit.
             layer.views()
         self.store.close()
@@ -251,6 +290,8 @@ class Machine(RuleBasedStateMachine):
             [new] = set(self.store.commits()) - set(self.committed)
             self.committed[new] = copy.deepcopy(self.model)
             self.committed = {commit: self.committed[commit] for commit in self.store.commits()}
+        # What was scored is known again once it is scored again; some of it may be known from disk.
+        self.score(tokens)
 
     @rule(tokens=st.integers(0, 1))
     def copy_to(self, tokens: int) -> None:

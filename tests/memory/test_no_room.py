@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory import MemoryStore, StoreExistsError, StoreWriteError, shards
+from xlroute.memory import Eviction, MemoryStore, StoreExistsError, StoreWriteError, shards
 
 HOW: dict[str, Any] = {"normalize": "rms", "scale": 0.5}
 DIM = 3
@@ -166,6 +167,90 @@ def test_wherever_compact_finds_no_room_the_last_commit_stands_and_it_goes_on(
         shutil.rmtree(path)
         calls += 1
     assert refused == {*NAMES, "write_bytes", None} - {"ftruncate", "rename"}
+
+
+def make_full(path: Path, eviction: Eviction) -> Tensor:
+    """A full store with scores, of which rows have left from between others; returns its tokens."""
+    tokens = torch.randn(2, DIM)
+    with MemoryStore.create(
+        path,
+        layers=2,
+        streams=1,
+        dim=DIM,
+        chunk_bytes=16 * 4 * DIM,
+        keep_commits=1,
+        capacity=8,
+        eviction=eviction,
+        keep_every=2 if eviction == "every_nth" else None,
+    ) as store:
+        for count in (8, 2):
+            store.append(torch.randn(2, 1, count, DIM))
+            for layer in range(2):
+                store.layer(layer).scores(tokens, **HOW)
+        store.commit(durable=True)
+    return tokens
+
+
+def held_by(store: MemoryStore) -> list[list[Any]]:
+    """Everything that a store holds, and what it would evict next."""
+    fork = store.fork()
+    parts = []
+    for _ in range(2):
+        parts.append([log.positions().tolist() for log in fork.logs])
+        parts += [rows.tolist() for rows in (fork.rows(layer)[0] for layer in range(2))]
+        fork.append(torch.ones(2, 1, 3, DIM))
+    return parts
+
+
+@pytest.mark.parametrize("eviction", ["every_nth", "lowest_score"])
+@pytest.mark.parametrize("on_disk", [False, True], ids=["rows in memory", "rows on disk"])
+def test_wherever_eviction_finds_no_room_nothing_has_left(
+    tmp_path: Path, eviction: Eviction, on_disk: bool
+) -> None:
+    tokens = make_full(tmp_path / "original", eviction)
+    with MemoryStore.open(tmp_path / "original") as store:
+        committed = held_by(store)
+        fork = store.fork()
+    states = torch.randn(2, 1, 5, DIM)
+    fork.append(states)
+    after = held_by(fork)
+    assert any(log.surviving for log in fork.logs)
+    refused: set[str | None] = set()
+    calls = 0
+    while None not in refused:
+        path = shutil.copytree(tmp_path / "original", tmp_path / str(calls))
+        with MemoryStore.open(path, mode="r+") as store:
+            if not on_disk:
+                store.layer(0).views()
+                store.layer(1).views()
+            before = store.version
+            with no_room(calls) as disk, may_be_refused(path) as refusal:
+                store.append(states)
+                store.commit()
+            refused.add(disk.refused)
+            appended = store.version > before
+            assert held_by(store) == (after if appended else committed)
+            if refusal:
+                assert MemoryStore.verify(path, all_commits=True).ok
+                with MemoryStore.open(path) as reader:
+                    assert held_by(reader) == committed
+                if not appended:
+                    store.append(states)
+                store.commit()
+            for layer in range(2):
+                rows, _ = store.rows(layer)
+                assert torch.equal(store.layer(layer).scores(tokens, **HOW), row_scores(rows, tokens, **HOW))
+            assert held_by(store)[:3] == after[:3]
+        report = MemoryStore.verify(path)
+        assert report.ok
+        # What was to be written and is not needed goes with the next commit.
+        assert not [left for left in report.leftovers if left.parent.name == "positions"]
+        with MemoryStore.open(path) as reader:
+            assert [log.positions().tolist() for log in reader.logs] == after[0]
+            assert [reader.rows(layer)[0].tolist() for layer in range(2)] == after[1:3]
+        shutil.rmtree(path)
+        calls += random.randint(1, 2)
+    assert calls > 20
 
 
 @pytest.mark.parametrize("durable", [False, True])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xlroute.memory import (
     CorruptionError,
+    Eviction,
     FormatError,
     MemoryStore,
     RepairReport,
@@ -359,6 +360,68 @@ def test_random_damage_leaves_the_longest_run(tmp_path: Path) -> None:
             rows, _ = store.rows(1)
             for stream, (start, stop) in enumerate(kept):
                 assert torch.equal(rows[stream, : stop - start], states[1, stream, start:stop])
+
+
+@pytest.mark.parametrize("eviction", ["every_nth", "lowest_score"])
+def test_random_damage_among_survivors_leaves_the_longest_run_of_rows_held(
+    tmp_path: Path, eviction: Eviction
+) -> None:
+    keep_every = 2 if eviction == "every_nth" else None
+    cut = set()
+    for round_ in range(12):
+        path = tmp_path / f"s{round_}"
+        with MemoryStore.create(
+            path,
+            layers=2,
+            streams=2,
+            dim=DIM,
+            chunk_bytes=CHUNK * ROW_BYTES,
+            capacity=16,
+            eviction=eviction,
+            keep_every=keep_every,
+        ) as store:
+            for count in (16, 9, random.randrange(3)):
+                store.append(torch.randn(2, 2, count, DIM), [count, count // 2])
+                store.layer(0).scores(torch.randn(1, DIM), normalize=None, scale=1.0)
+            store.commit()
+            held = [log.positions().tolist() for log in store.logs]
+            [extent] = store.logs[0].extents
+            surviving = store.logs[0].surviving
+            rows = [store.rows(layer)[0][0] for layer in range(2)]
+        assert surviving
+        bad = sorted(random.sample(range(len(held[0])), random.randint(1, 4)))
+        for index in bad:
+            flip(path, random.randrange(2), 0, extent.start + index, random.choice(["rows", "crc32c"]))
+        starts, stops = [0, *(index + 1 for index in bad)], [*bad, len(held[0])]
+        low, high = max(zip(starts, stops, strict=True), key=lambda run: (run[1] - run[0], run[0]))
+        kept = held[0][low:high]
+        after = kept[-1] + 1 if kept else held[0][-1] + 1
+        cut |= {(high <= surviving, low >= surviving)}
+
+        [loss] = repaired(path).losses
+        assert (loss.stream, loss.held) == (0, (held[0][0], held[0][-1] + 1))
+        assert loss.kept == (kept[0] if kept else after, after)
+        found = {row for start, stop in loss.damaged for row in range(start, stop)}
+        assert found & {*held[0]} == {held[0][index] for index in bad}
+        gone = {row for start, stop in loss.lost for row in range(start, stop)}
+        assert gone & {*held[0]} == {*held[0]} - {*kept}
+        new = torch.randn(2, 2, 3, DIM)
+        for _ in range(2):
+            with MemoryStore.open(path, mode="r+") as store:
+                assert [log.positions().tolist() for log in store.logs] == [kept, held[1]]
+                for layer in range(2):
+                    assert torch.equal(store.rows(layer)[0][0, : high - low], rows[layer][low:high])
+        with MemoryStore.open(path, mode="r+") as store:
+            for _ in range(3):
+                store.append(new, [3, 0])
+                store.commit(durable=True)
+                following = [*kept, *range(after, int(store.info().appended[0]))]
+                if len(following) <= 16:
+                    assert store.logs[0].positions().tolist() == following
+            found_rows = store.rows(1)[0][0, : int(store.lengths[0])]
+            assert torch.equal(found_rows[-1], new[1, 0, -1])
+        assert MemoryStore.verify(path).ok
+    assert len(cut) > 1
 
 
 def test_a_repair_that_cannot_write_leaves_the_last_commit(
