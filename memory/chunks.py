@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError
 from xlroute.memory.layout import COMMITS, KINDS, METADATA, Layout, read_room
-from xlroute.memory.log import Extent, within
+from xlroute.memory.log import Extent
 from xlroute.memory.maps import FileMap
 from xlroute.memory.rows_bytes import Bytes
 from xlroute.memory.sealed import encode, replace_file, sync, write_all
@@ -36,6 +36,7 @@ from xlroute.memory.shards import (
     outside,
     shard_paths,
     unnamed_shards,
+    with_rows,
 )
 
 # Of two files each; a process may have 65,530 by default.
@@ -530,9 +531,8 @@ class ChunkFiles:
         """
         needed = {*named}
         for holder in self._holders:
-            for shard in self.shards[holder.stream]:
-                if any(within(holder.extents, shard.start, shard.stop)):
-                    needed.add((holder.stream, shard))
+            held = with_rows(self.shards[holder.stream], holder.extents)
+            needed.update((holder.stream, shard) for shard in held)
         self.shards = [
             [shard for shard in shards if (stream, shard) in needed]
             for stream, shards in enumerate(self.shards)

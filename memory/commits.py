@@ -21,7 +21,7 @@ from xlroute.memory.errors import CommitNotFoundError, CorruptionError
 from xlroute.memory.layout import COMMITS, FORMAT, FORMATS, Layout
 from xlroute.memory.log import Extent, StreamLog
 from xlroute.memory.sealed import checksum, encode, read_document, replace_file, sync
-from xlroute.memory.shards import Shard, in_shards, outside, plausible
+from xlroute.memory.shards import Shard, outside, plausible, with_rows
 from xlroute.memory.survivors import Survivors, positions_path, read_positions
 
 _ID = re.compile(r"\d{12}-[0-9a-f]{8}")
@@ -310,7 +310,7 @@ def _shards(entries: list[dict[str, Any]], log: StreamLog, layout: Layout) -> tu
             raise ValueError(f"impossible shard {shard}")
         shards.append(shard)
         last = stop
-    if {shard for shard, _ in in_shards(log.extents, shards) if shard is not None} != {*shards}:
+    if len(with_rows(shards, log.extents)) < len(shards):
         raise ValueError("shards without rows")
     return tuple(shards)
 

@@ -47,12 +47,12 @@ from xlroute.memory.errors import (
 )
 from xlroute.memory.layout import COMMITS, DTYPES, Layout, raise_format, read_layout, write_layout
 from xlroute.memory.lock import WriterLock, pin_lock
-from xlroute.memory.log import Extent, StreamLog, survivors_of, within
+from xlroute.memory.log import Extent, StreamLog, survivors_of
 from xlroute.memory.rows_bytes import as_bytes
 from xlroute.memory.score_files import CommittedStreamScores, ScoreFiles, write_scores
 from xlroute.memory.scores import KeptScores, StoredScores
 from xlroute.memory.sealed import TEMPORARY, sync
-from xlroute.memory.shards import Shard
+from xlroute.memory.shards import Shard, with_rows
 from xlroute.memory.survivors import PositionFiles, Survivors
 
 _COPY_BYTES = 4 * 2**20
@@ -402,7 +402,9 @@ class Disk:
                 self._score_files.sync()
             self._generation += 1
             scores = scores if any(scores) else ()
-            shards = tuple(self._shards_of(stream, log) for stream, log in enumerate(logs))
+            shards = tuple(
+                with_rows(each, log.extents) for each, log in zip(self.files.shards, logs, strict=True)
+            )
             commit = Commit(
                 self._generation,
                 self._last,
@@ -427,11 +429,6 @@ class Disk:
         with suppress(OSError):
             self._drop_old()
         return commit.id
-
-    def _shards_of(self, stream: int, log: StreamLog) -> tuple[Shard, ...]:
-        """The shards that any row of a log is in."""
-        shards = self.files.shards[stream]
-        return tuple(shard for shard in shards if any(within(log.extents, shard.start, shard.stop)))
 
     def last(self) -> Commit:
         """The last commit."""

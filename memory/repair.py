@@ -27,10 +27,17 @@ from xlroute.memory.layout import (
     read_layout,
 )
 from xlroute.memory.lock import WriterLock
-from xlroute.memory.log import Extent, StreamLog, survivors_of, within
+from xlroute.memory.log import Extent, StreamLog, survivors_of
 from xlroute.memory.sealed import encode, replace_file, sync
 from xlroute.memory.shard_check import check_shard
-from xlroute.memory.shards import Shard, ShardArray, mend_checksums, shard_documents, shard_folder
+from xlroute.memory.shards import (
+    Shard,
+    ShardArray,
+    mend_checksums,
+    shard_documents,
+    shard_folder,
+    with_rows,
+)
 from xlroute.memory.survivors import PositionFiles
 from xlroute.memory.verify import (
     Meter,
@@ -326,10 +333,7 @@ def _committed(
     for each in survivors_of(logs):
         positions.mark_unsynced(*each)
     positions.sync()
-    shards = tuple(
-        tuple(shard for shard in base.shards_of(stream) if any(within(log.extents, shard.start, shard.stop)))
-        for stream, log in enumerate(logs)
-    )
+    shards = tuple(with_rows(base.shards_of(stream), log.extents) for stream, log in enumerate(logs))
     commit = Commit(
         generation,
         base.id,

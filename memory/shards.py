@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from xlroute.memory.errors import CorruptionError
 from xlroute.memory.layout import COMMITS, KINDS, METADATA, Layout, plain_group_document
-from xlroute.memory.log import Extent
+from xlroute.memory.log import Extent, within
 from xlroute.memory.maps import FileMap
 from xlroute.memory.rows_bytes import Bytes
 from xlroute.memory.sealed import encode, replace_file, sync, write_all
@@ -100,6 +100,11 @@ def outside(extents: Iterable[Extent], shards: Sequence[Shard]) -> Iterable[Exte
     if not shards:
         return extents
     return (part for shard, part in in_shards(extents, shards) if shard is None)
+
+
+def with_rows(shards: Iterable[Shard], extents: Sequence[Extent]) -> tuple[Shard, ...]:
+    """Those of the shards that hold any row of the extents, which ascend."""
+    return tuple(shard for shard in shards if any(within(extents, shard.start, shard.stop)))
 
 
 def shard_folder(root: Path, stream: int, shard: Shard) -> Path:

@@ -283,7 +283,7 @@ def test_going_back_before_and_behind_it(tmp_path: Path, compression: Compressio
         store.append(states[:, :, 20:31])
         held = torch.cat([held, states[:, :, 20:31]], 2)
         store.commit()
-        # Its log has a gap: of rows 8 and 9 and 20 to 30, in chunks 2 and from 5 on, all but 28 to 30.
+        # Of rows 0 to 9 and 20 to 30 of the log, 28 to 30 are in the chunk that is written to next.
         report = store.compact(compression=compression)
         assert report.rows == 2 * 2 * (10 + 8)
         check(store, [*held.unbind(1)])
