@@ -434,6 +434,7 @@ def test_files_of_positions_go_with_the_commits_that_name_them(policy: str, tmp_
     store = create(tmp_path, "disk", capacity=12, keep_commits=2, **POLICIES[policy])
     folder = tmp_path / "s" / "positions"
     tokens = torch.randn(1, DIM)
+    seen = set()
     for _ in range(20):
         store.append(states(5))
         store.layer(0).scores(tokens, **HOW)
@@ -447,7 +448,8 @@ def test_files_of_positions_go_with_the_commits_that_name_them(policy: str, tmp_
                         start, stop, crc32c = log.survivors.start, log.survivors.stop, log.survivors.crc32c
                         named.add(f"stream-{stream}.{start}-{stop}.{crc32c}")
         assert files == named
-    assert len(files) == 2 * STREAMS
+        seen |= files
+    assert len(seen) > 10 > len(files)
     report = MemoryStore.verify(tmp_path / "s", all_commits=True)
     assert (report.ok, report.leftovers) == (True, ())
     with warnings.catch_warnings():
