@@ -236,7 +236,8 @@ class MemoryLayer:
         """Scores every row against routing tokens: `scale * <normalize(row), token>`.
 
         Where no gradient is asked for, scores are kept in memory beside the rows. As long as the tokens stay
-        the same, a call reads only rows that are new, and gives the same bits as one that reads all.
+        the same, a call reads only rows that are new, and gives the same bits as one that reads all. A store
+        with eviction "lowest_score" goes by what its layers were scored with last.
 
         Args:
             tokens: Routing tokens, [r, d] for all streams or [b, r, d].

@@ -123,9 +123,10 @@ class MemoryStore:
         oldest leave first, and the result is that of appending the rows one by one.
 
         With "lowest_score", a row has the score that it got when its layer was last scored, through
-        `MemoryLayer.scores`: the highest of its scores against all routing tokens. Of several layers, the
-        ranks of a row are added up: in each the number of rows that it outdoes. Rows that are not scored yet,
-        in all layers that have been scored at all, leave last, oldest first.
+        `MemoryLayer.scores`, or what the commit that was opened has stored: the highest of its scores against
+        all routing tokens. Of several layers, the ranks of a row are added up: in each the number of rows
+        that it outdoes. Rows that are not scored yet, in all layers that have been scored at all, leave last,
+        oldest first.
 
         Args:
             path: Where: nothing, or an empty folder. None keeps the store in memory.

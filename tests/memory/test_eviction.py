@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from xlroute import RoutedTransformerXL
 from xlroute.kernels import row_scores
 from xlroute.memory import MemoryIndex, MemoryStore, scores
 from xlroute.memory.cold import ColdRows
+from xlroute.transformer_xl import _followers
 
 LAYERS, STREAMS, DIM = 2, 2, 6
 ROW = DIM * 4
@@ -92,8 +94,10 @@ class Reference:
     def score(self, layer: int, tokens: Tensor) -> None:
         for stream, rows in enumerate(self.rows):
             self.scored[stream].add(layer)
-            for row in rows:
-                row.scores[layer] = float(row_scores(row.row[layer][None], tokens, **HOW).max())
+            values = [row.row[layer] for row in rows]
+            found = row_scores(torch.stack(values), tokens, **HOW).amax(0).tolist() if rows else []
+            for row, value in zip(rows, found, strict=True):
+                row.scores[layer] = value
 
     def _evict(self, stream: int) -> None:
         rows = self.rows[stream]
@@ -151,17 +155,17 @@ def score(store: MemoryStore, reference: Reference | None, layer: int, tokens: T
 
 @each_policy
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("capacity", [1, 3, 17])
 def test_a_store_agrees_with_a_list_of_rows(
-    place: str, policy: str, capacity: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scores, "_SAMPLES", 2)
+    capacity = random.choice([1, 3, *range(14, 20)])
     store = create(tmp_path, place, capacity=capacity, **POLICIES[policy])
     reference = Reference(capacity, policy)
     tokens = torch.randn(2, DIM)
     forks: list[tuple[MemoryStore, Reference]] = []
     commits: dict[str, Reference] = {}
-    for step in range(30):
+    for step in range(24):
         count = random.choice([1, 2, 4, 7, 40])
         new, lengths = states(count), [count, random.randint(0, count)]
         for given, expected in ((store, reference), *forks):
@@ -199,6 +203,21 @@ def test_a_store_agrees_with_a_list_of_rows(
     with MemoryStore.open(tmp_path / "copy") as copied:
         assert (copied.eviction, copied.keep_every) == (policy, POLICIES[policy].get("keep_every"))
         reference.check(copied)
+
+
+def test_a_store_whose_oldest_rows_leave_is_written_as_it_was_before_there_was_a_choice(
+    tmp_path: Path,
+) -> None:
+    with create(tmp_path, "disk", capacity=5) as store:
+        store.append(states(9))
+        store.commit()
+        assert (store.eviction, store.keep_every) == ("oldest", None)
+    group = json.loads((tmp_path / "s" / "zarr.json").read_text())["attributes"]["xlroute_memory"]
+    shape = {"layers", "streams", "dim", "dtype", "capacity", "chunk_rows", "keep_commits"}
+    assert group.keys() == {"format"} | shape
+    record = json.loads(max(tmp_path.glob("s/commits/0*.json")).read_text())
+    assert all(stream.keys() == {"extents", "appended", "end"} for stream in record["streams"])
+    assert not (tmp_path / "s" / "positions").exists()
 
 
 @each_policy
@@ -415,6 +434,7 @@ def test_files_of_positions_go_with_the_commits_that_name_them(policy: str, tmp_
     store = create(tmp_path, "disk", capacity=12, keep_commits=2, **POLICIES[policy])
     folder = tmp_path / "s" / "positions"
     tokens = torch.randn(1, DIM)
+    seen = set()
     for _ in range(20):
         store.append(states(5))
         store.layer(0).scores(tokens, **HOW)
@@ -428,7 +448,8 @@ def test_files_of_positions_go_with_the_commits_that_name_them(policy: str, tmp_
                         start, stop, crc32c = log.survivors.start, log.survivors.stop, log.survivors.crc32c
                         named.add(f"stream-{stream}.{start}-{stop}.{crc32c}")
         assert files == named
-    assert len(files) == 2 * STREAMS
+        seen |= files
+    assert len(seen) > 10 > len(files)
     report = MemoryStore.verify(tmp_path / "s", all_commits=True)
     assert (report.ok, report.leftovers) == (True, ())
     with warnings.catch_warnings():
@@ -534,7 +555,7 @@ def test_a_model_reads_on_as_if_it_had_never_stopped(
     build_model: Callable[..., RoutedTransformerXL], policy: str, on_disk: bool, tmp_path: Path
 ) -> None:
     model = build_model(dtype=torch.float32)
-    tokens = torch.randint(50, (2, 75))
+    tokens = torch.randint(50, (2, 60))
     options = {"capacity": 14, **POLICIES[policy]}
     plain = model.initial_state(streams=2, memory=model.create_memory(streams=2, **options))
     path = tmp_path / "memory" if on_disk else None
@@ -567,8 +588,6 @@ def test_a_model_reads_on_as_if_it_had_never_stopped(
 def test_a_model_reads_no_row_that_follows_only_because_others_have_left(
     build_model: Callable[..., RoutedTransformerXL],
 ) -> None:
-    from xlroute.transformer_xl import _followers
-
     model = build_model()
     memory = model.create_memory(streams=1, capacity=8, eviction="every_nth", keep_every=4)
     memory.append(torch.randn(2, 1, 15, 16, dtype=torch.float64))

@@ -184,7 +184,10 @@ def make_full(path: Path, eviction: Eviction) -> Tensor:
         keep_every=2 if eviction == "every_nth" else None,
     ) as store:
         for count in (8, 2):
-            store.append(torch.randn(2, 1, count, DIM))
+            states = torch.randn(2, 1, count, DIM)
+            if count == 8:
+                states[:, :, 0] = tokens[tokens.norm(dim=1).argmax()]  # no row scores higher: it stays
+            store.append(states)
             for layer in range(2):
                 store.layer(layer).scores(tokens, **HOW)
         store.commit(durable=True)
