@@ -97,6 +97,34 @@ def test_fewer_rows_than_asked_for_are_all_chosen() -> None:
     assert torch.equal(out.scores, torch.ones(2, 3))
 
 
+@pytest.mark.parametrize("n_iters", [None, 20])
+@pytest.mark.parametrize("block", [None, 16])
+@pytest.mark.parametrize("share", [0.3, 0.01, 1.0])
+def test_a_share_of_the_rows_is_a_share_of_those_of_each_stream(
+    share: float, block: int | None, n_iters: int | None
+) -> None:
+    lengths = [50, 0, 23, 1]
+    x, mask = torch.randn(4, 50, 8), torch.arange(50) < torch.tensor(lengths)[:, None]
+    router = CoordinateDescentRouter(
+        8, num_routing_tokens=2, straight_through=False, route_block_size=block, n_iters=n_iters
+    )
+    out = router(x, num_tokens=share, mask=mask)
+    for b, length in enumerate(lengths):
+        k = max(round(share * length), min(length, 1))
+        assert ((out.indices[b] >= 0).sum(-1) == k).all()
+        assert not out.scores[b, :, k:].any()
+        assert not out.tokens[b, :, k:].any()
+        if length:
+            alone = router(x[b : b + 1, :length], num_tokens=share)
+            assert torch.equal(alone.indices[0], out.indices[b, :, :k])
+            torch.testing.assert_close(alone.scores[0], out.scores[b, :, :k])
+    assert torch.equal(router(x[:1], num_tokens=share).indices, router(x[:1], num_tokens=k_of(share)).indices)
+
+
+def k_of(share: float) -> int:
+    return max(round(share * 50), 1)
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_the_route_dimension(kept: bool) -> None:
     out = CoordinateDescentRouter(8)(torch.randn(2, 30, 8), num_tokens=4, keep_one_route_dim=kept)
@@ -310,6 +338,8 @@ def test_bad_calls_are_refused() -> None:
         router(torch.randn(2, 20, 7), num_tokens=3)
     with pytest.raises(ValueError, match="num_tokens: expected at least 1, got 0"):
         router(x, num_tokens=0)
+    with pytest.raises(ValueError, match=r"num_tokens: expected an int, or a share in \(0, 1\], got 1.5"):
+        router(x, num_tokens=1.5)
     with pytest.raises(ValueError, match=r"mask: expected bool \(2, 20\), got torch.float32 \(2, 20\)"):
         router(x, num_tokens=3, mask=torch.ones(2, 20))
     with pytest.raises(ValueError, match="routing_tokens: expected None"):
