@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -428,6 +429,41 @@ class CoordinateDescentRouter(nn.Module):
         scores = scores.masked_fill(candidates < 0, -math.inf)
         order = torch.argsort(scores, dim=-1, descending=True, stable=True)[..., :k]
         return gates.flatten(-2)[..., :m], candidates.gather(-1, order)
+
+
+def route(
+    router: CoordinateDescentRouter, x: Tensor | MemoryLayer, *, with_stats: bool, **options: Any
+) -> tuple[RouterOutput, RoutingStats | None]:
+    """A call of the router, and how saturated the gates are if that is asked for."""
+    if with_stats:
+        return router.route_with_stats(x, **options)
+    return router(x, **options), None
+
+
+def overlap(indices: Tensor) -> Tensor:
+    """The share of the rows of each set of rows, after the first, that the set before it holds too.
+
+    Args:
+        indices: int64 [..., s, k], distinct in a set; -1 for no row.
+
+    Returns:
+        float32 [..., s - 1], 0 for a set without rows.
+    """
+    both = torch.cat((indices[..., :-1, :], indices[..., 1:, :]), dim=-1).sort(dim=-1).values
+    shared = ((both[..., 1:] == both[..., :-1]) & (both[..., 1:] >= 0)).sum(-1)
+    return shared / (indices[..., 1:, :] >= 0).sum(-1).clamp(min=1)
+
+
+def router_options(router_kwargs: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """The arguments of a layer's router: the layer's own options, and over them those that its user gave.
+
+    Raises:
+        ValueError: for options that the layer decides itself.
+    """
+    for name in ("num_routing_tokens", "learned_routing_tokens"):
+        if name in router_kwargs:
+            raise ValueError(f"router_kwargs: expected no {name}, which this layer decides itself")
+    return {**options, **router_kwargs}
 
 
 def check_num_tokens(name: str, num_tokens: int | float) -> None:
