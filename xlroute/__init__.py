@@ -1,15 +1,21 @@
 """Transformer-XL over very long documents with a routed long-term memory."""
 
-from xlroute.cross_attention import ConditionalRoutedCrossAttention
+from xlroute.attention import ConditionalRoutedAttention
+from xlroute.cross_attention import AttentionStats, ConditionalRoutedCrossAttention
 from xlroute.feedforward import ConditionalRoutedFeedForward
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 from xlroute.state import TransformerXLState
 from xlroute.topk import TopkReturn, topk
+from xlroute.transformer_block import BlockStats, ConditionalRoutedTransformerBlock
 from xlroute.transformer_xl import RoutedTransformerXL, Routing
 
 __all__ = [
+    "AttentionStats",
+    "BlockStats",
+    "ConditionalRoutedAttention",
     "ConditionalRoutedCrossAttention",
     "ConditionalRoutedFeedForward",
+    "ConditionalRoutedTransformerBlock",
     "CoordinateDescentRouter",
     "RoutedTransformerXL",
     "RouterOutput",
