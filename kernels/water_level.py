@@ -179,7 +179,8 @@ def water_levels(
         # Rows without an entry below saturation have no gradient, and logsumexp would make it NaN.
         z = z.masked_fill((z == -math.inf).all(-1, keepdim=True), 0.0)
         rest = z.logsumexp(-1)
-        return (level * eps - shift).to(scores.dtype) - eps * (rest - rest.detach())
+        a: Tensor = (level * eps - shift).to(scores.dtype) - eps * (rest - rest.detach())
+        return a
 
 
 def _checked(

@@ -242,7 +242,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         chosen, query_stats, q = chosen_queries()
         out = self.attend(q, keys_values)
         if chosen is not None:
-            out = self._route_back(x, out, chosen)
+            out = self.route_back(x, out, chosen)
         return out if stats is None else (out, AttentionStats(query_stats, stats, overlap(routed.indices)))
 
     def route(
@@ -292,14 +292,24 @@ class ConditionalRoutedCrossAttention(nn.Module):
         if self.rotary_emb:
             positions = routed.indices.to(keys.device)[..., None]  # the same for all heads
             keys = rotate(keys, rotary_at(positions, keys.shape[-1], dtype=keys.dtype))
-        mask = routed.mask
+        return self.lay_out(keys, values, routed.scores, routed.mask)
+
+    def lay_out(self, keys: Tensor, values: Tensor, gates: Tensor, mask: Tensor | None) -> RoutedKeysValues:
+        """Keys and values [b, r, k, h/r, e] of routed rows, gated, by head behind the null key and value.
+
+        Args:
+            keys: [b, r, k, h/r, e].
+            values: [b, r, k, h/r, e].
+            gates: [b, r, k].
+            mask: bool [b, r, k], False where there is no row; None if there is one everywhere.
+        """
         if mask is not None:
             mask = F.pad(mask.to(keys.device), (1, 0), value=True)
             mask = mask.repeat_interleave(self.heads // self.sets, dim=1)[:, :, None]
         keys, values = gated_keys_values(
             keys,
             values,
-            routed.scores.to(keys.device),
+            gates.to(keys.device),
             self.null_key,
             self.null_value,
             gate_keys=self.multiply_keys_by_score,
@@ -349,7 +359,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         weight = rearrange(projection.weight, "(r o) d -> r d o", r=self.sets)
         return rearrange(rows @ weight, "b r k (h e) -> b r k h e", h=self.heads // self.sets)
 
-    def _route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
+    def route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
         """Put the gated outputs of routed queries in their places; others get the learned output, or zero."""
         base = x.new_zeros(()) if self.null_q_token is None else self.null_q_token
         return scatter_rows(

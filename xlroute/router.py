@@ -216,6 +216,52 @@ class CoordinateDescentRouter(nn.Module):
         assert stats is not None
         return out, stats
 
+    def scores(self, x: Tensor) -> Tensor:
+        """Scores [b, r, m] of rows [b, m, d] by the router's own tokens, float32 unless the rows are float64.
+
+        For callers that choose out of the same rows several times, by `choose`.
+        """
+        b, _, d = _rows_shape(x)
+        _require(d == self.dim, "x", f"rows of width {self.dim}", tuple(x.shape))
+        return self._scores(x, self._tokens(None, b), pick_backend(self.use_triton, x.device))
+
+    def choose(
+        self,
+        s: Tensor,
+        *,
+        num_tokens: int,
+        mask: Tensor | None = None,
+        random_route: bool = False,
+        with_stats: bool = False,
+    ) -> tuple[Tensor, Tensor, RoutingStats | None]:
+        """Choose by given scores what a call of the router chooses by those of its rows, not in blocks.
+
+        Args:
+            s: scores [..., m].
+            num_tokens: k.
+            mask: bool, broadcasts to [..., m].
+            random_route: as in a call of the router.
+            with_stats: tell how saturated the gates are.
+
+        Returns:
+            Gates and indices [..., k] with k = min(num_tokens, m), 0 and -1 where there is no row; the
+            statistics [...], or None.
+        """
+        m = s.shape[-1]
+        k = min(num_tokens, m)
+        backend = pick_backend(self.use_triton, s.device)
+        if self.n_iters is None and not (random_route or with_stats):
+            return *self._top_gates(s, k, k, mask, backend), None
+        chosen_by = torch.rand_like(s) if random_route else None
+        gates, indices = self._select(s, self._budget(k, mask, m), k, mask, chosen_by, backend)
+        stats = _stats(gates.detach(), indices) if with_stats else None
+        picked = gates.gather(-1, indices.clamp(min=0))
+        if random_route:
+            picked = torch.ones_like(picked)
+        elif self.straight_through:
+            picked = picked - picked.detach() + 1
+        return picked.masked_fill(indices < 0, 0), indices, stats
+
     def _route(
         self,
         x: Tensor | MemoryLayer,
@@ -246,16 +292,7 @@ class CoordinateDescentRouter(nn.Module):
             wanted = _share(num_tokens, route_mask.sum(-1))  # [b, r]
         stats = None
         if self.n_iters is None and not (self._in_blocks(m) or random_route or with_stats):
-            picked, indices = top_gates(
-                s,
-                k=self._budget(wanted, route_mask, m),
-                num=k,
-                eps=self.eps,
-                mask=route_mask,
-                backend=backend,
-                largest=self._largest_budget(k),
-                straight_through=self.straight_through,
-            )
+            picked, indices = self._top_gates(s, wanted, k, route_mask, backend)
             if isinstance(wanted, Tensor):
                 indices = _first(indices, wanted)
                 picked = picked.masked_fill(indices < 0, 0)
@@ -307,6 +344,21 @@ class CoordinateDescentRouter(nn.Module):
             # A memory may be kept elsewhere than the weights.
             return x.scores(tokens.to(x.device), normalize=normalize, scale=scale, backend=backend)
         return row_scores(x, tokens, normalize=normalize, scale=scale, backend=backend)
+
+    def _top_gates(
+        self, s: Tensor, wanted: Tensor | int, k: int, mask: Tensor | None, backend: Backend | None
+    ) -> tuple[Tensor, Tensor]:
+        """Gates and indices [..., k] of the best of scores [..., m], by the exact soft top-k."""
+        return top_gates(
+            s,
+            k=self._budget(wanted, mask, s.shape[-1]),
+            num=k,
+            eps=self.eps,
+            mask=mask,
+            backend=backend,
+            largest=self._largest_budget(k),
+            straight_through=self.straight_through,
+        )
 
     def _budget(self, wanted: Tensor | int, mask: Tensor | None, m: int) -> Tensor | float:
         """What the gates of a row sum to: fetch_k_ratio x the rows wanted, at most the valid rows."""
