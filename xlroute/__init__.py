@@ -1,6 +1,11 @@
 """Transformer-XL over very long documents with a routed long-term memory."""
 
 from xlroute.attention import ConditionalRoutedAttention
+from xlroute.autoregressive import (
+    AutoregressiveCache,
+    AutoregressiveStats,
+    ConditionalRoutedAutoregressiveAttention,
+)
 from xlroute.cross_attention import AttentionStats, ConditionalRoutedCrossAttention
 from xlroute.feedforward import ConditionalRoutedFeedForward
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
@@ -11,8 +16,11 @@ from xlroute.transformer_xl import RoutedTransformerXL, Routing
 
 __all__ = [
     "AttentionStats",
+    "AutoregressiveCache",
+    "AutoregressiveStats",
     "BlockStats",
     "ConditionalRoutedAttention",
+    "ConditionalRoutedAutoregressiveAttention",
     "ConditionalRoutedCrossAttention",
     "ConditionalRoutedFeedForward",
     "ConditionalRoutedTransformerBlock",

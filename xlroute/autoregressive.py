@@ -448,7 +448,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         if random_route:
             s = torch.rand_like(s)
         if ended.mask is None or opened.mask is None:
-            valid = (torch.arange(begin, begin + s[0].numel(), device=x.device) < total).view(1, -1, w)
+            valid = (torch.arange(begin, begin + s.shape[1] * w, device=x.device) < total).view(-1, w)
             valid = valid.expand(s.shape)
         else:
             valid = windows(ended.mask, opened.mask)

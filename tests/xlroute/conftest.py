@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from xlroute import CoordinateDescentRouter
+from xlroute import ConditionalRoutedCrossAttention, CoordinateDescentRouter
 from xlroute.kernels.scoring import RMS_EPS
 
 
@@ -24,33 +24,74 @@ class ByHand:
     def route(
         router: CoordinateDescentRouter, x: Tensor, k: int, mask: Tensor | None = None, r: int = 0
     ) -> dict[int, Tensor]:
-        """Which rows of a stream x [m, d] routing token r chooses, and their gates.
-
-        The water level is found by trying how many scores lie above it; see `soft_topk`.
-        """
+        """Which rows of a stream x [m, d] routing token r chooses, and their gates."""
         valid = [i for i in range(len(x)) if mask is None or mask[i]]
         if not valid:
             return {}
+        s = ByHand.scores(router, x, r)[valid]
+        gates = ByHand.gates(s, s, min(k * router.fetch_k_ratio, len(valid)), router)
+        order = sorted(range(len(valid)), key=lambda i: -float(s[i].detach()))
+        return {valid[i]: gates[i] for i in order[:k]}
+
+    @staticmethod
+    def scores(router: CoordinateDescentRouter, x: Tensor, r: int = 0) -> Tensor:
+        """Scores [m] of rows x [m, d] by routing token r."""
         token = router.routing_token
         assert token is not None
-        s = torch.stack(
-            [x[i] / (x[i].square().mean() + RMS_EPS).sqrt() @ token[r] * x.shape[1] ** -0.5 for i in valid]
-        )
-        order = sorted(range(len(valid)), key=lambda i: -float(s[i].detach()))
-        budget = min(k * router.fetch_k_ratio, len(valid))
+        rows = [row / (row.square().mean() + RMS_EPS).sqrt() for row in x]
+        return torch.stack([row @ token[r] * x.shape[1] ** -0.5 for row in rows])
+
+    @staticmethod
+    def gates(s: Tensor, among: Tensor, budget: float, router: CoordinateDescentRouter) -> Tensor:
+        """Gates of scores s by the level at which those of the scores `among` sum to the budget.
+
+        It is found by trying how many of them lie above it; see `soft_topk`.
+        """
         gates = torch.ones_like(s)
-        for saturated in range(len(valid)):
+        ordered = among.sort(descending=True).values / router.eps
+        for saturated in range(len(among)):
             left = budget - saturated
-            rest = s[order[saturated:]] / router.eps
-            if left <= 0 or left == len(valid) - saturated:
+            if left <= 0 or left == len(among) - saturated:
                 break
-            level = math.log(left) - rest.logsumexp(0)
-            if rest[0] + level < 0:
-                gates = gates.index_put((torch.tensor(order[saturated:]),), (rest + level).exp())
+            level = math.log(left) - ordered[saturated:].logsumexp(0)
+            if ordered[saturated] + level < 0:
+                gates = (s / router.eps + level).clamp(max=0).exp()
                 break
-        if router.straight_through:
-            gates = gates + (1 - gates).detach()
-        return {valid[i]: gates[i] for i in order[:k]}
+        return gates + (1 - gates).detach() if router.straight_through else gates
+
+    @staticmethod
+    def heavy(
+        layer: ConditionalRoutedCrossAttention, x: Tensor, i: int, gate: Tensor, sets: list[dict[int, Tensor]]
+    ) -> Tensor:
+        """Token i of a stream x [n, d], a query of that gate, to sets of routed tokens, head by head."""
+        assert layer.to_k is not None
+        assert layer.null_key is not None
+        h, r = layer.heads, layer.sets
+        q = (layer.to_q.weight @ ByHand.rms_norm(layer.norm, x[i])).unflatten(0, (h, -1))
+        if layer.multiply_queries_by_score:
+            q = q * gate
+        results = []
+        for head in range(h):
+            keys, values = [layer.null_key[head, 0]], [layer.null_value[head, 0]]
+            for j, row_gate in sets[head // (h // r)].items():
+                row = ByHand.rms_norm(layer.context_norm, x[j])
+                key = (layer.to_k.weight @ row).unflatten(0, (h, -1))[head]
+                key = key * row_gate if layer.multiply_keys_by_score else key
+                keys.append(ByHand.turned(key, j) if layer.rotary_emb else key)
+                values.append((layer.to_v.weight @ row).unflatten(0, (h, -1))[head] * row_gate)
+            query = ByHand.turned(q[head], i) if layer.rotary_emb else q[head]
+            weights = (torch.stack(keys) @ query / len(query) ** 0.5).softmax(0)
+            results.append(weights @ torch.stack(values))
+        return gate * (layer.to_out.weight @ torch.cat(results))
+
+    @staticmethod
+    def turned(row: Tensor, position: int) -> Tensor:
+        """Pairs of channels as complex numbers, turned by the angle of the position."""
+        first, second = row.chunk(2)
+        count = len(first)
+        angles = position * 10_000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
+        pairs = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat((pairs.real, pairs.imag))
 
 
 @pytest.fixture(scope="session")

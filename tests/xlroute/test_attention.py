@@ -50,48 +50,16 @@ def light_by_hand(layer: ConditionalRoutedAttention, x: Tensor, mask: Tensor | N
     return light.to_out(torch.stack(rows))  # type: ignore[no-any-return]
 
 
-def turned(row: Tensor, position: int) -> Tensor:
-    """Pairs of channels as complex numbers, turned by the angle of the position."""
-    first, second = row.chunk(2)
-    count = len(first)
-    angles = position * 10_000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
-    pairs = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat((pairs.real, pairs.imag))
-
-
 def heavy_by_hand(
     by_hand: Any, layer: ConditionalRoutedAttention, x: Tensor, mask: Tensor | None, sizes: tuple[int, int]
 ) -> Tensor:
     """The heavy branch of one stream x [n, d], query by query and head by head."""
     heavy = layer.heavy_attn
     assert heavy.q_router is not None
-    assert heavy.to_k is not None
-    assert heavy.null_key is not None
-    h, r = heavy.heads, heavy.sets
     queries = by_hand.route(heavy.q_router, x, sizes[0], mask)
-    sets = [by_hand.route(heavy.kv_router, x, sizes[1], mask, i) for i in range(r)]
-    null = heavy.null_q_token
-    rows = []
-    for i in range(len(x)):
-        if i not in queries:
-            rows.append(torch.zeros_like(x[i]) if null is None else null)
-            continue
-        results = []
-        q = (heavy.to_q.weight @ by_hand.rms_norm(heavy.norm, x[i])).unflatten(0, (h, -1))
-        if heavy.multiply_queries_by_score:
-            q = q * queries[i]
-        for head in range(h):
-            keys, values = [heavy.null_key[head, 0]], [heavy.null_value[head, 0]]
-            for j, gate in sets[head // (h // r)].items():
-                row = by_hand.rms_norm(heavy.context_norm, x[j])
-                key = (heavy.to_k.weight @ row).unflatten(0, (h, -1))[head]
-                key = key * gate if heavy.multiply_keys_by_score else key
-                keys.append(turned(key, j) if heavy.rotary_emb else key)
-                values.append((heavy.to_v.weight @ row).unflatten(0, (h, -1))[head] * gate)
-            query = turned(q[head], i) if heavy.rotary_emb else q[head]
-            weights = (torch.stack(keys) @ query / len(query) ** 0.5).softmax(0)
-            results.append(weights @ torch.stack(values))
-        rows.append(queries[i] * (heavy.to_out.weight @ torch.cat(results)))
+    sets = [by_hand.route(heavy.kv_router, x, sizes[1], mask, i) for i in range(heavy.sets)]
+    null = torch.zeros_like(x[0]) if heavy.null_q_token is None else heavy.null_q_token
+    rows = [by_hand.heavy(heavy, x, i, queries[i], sets) if i in queries else null for i in range(len(x))]
     return torch.stack(rows)
 
 
