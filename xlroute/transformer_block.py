@@ -131,11 +131,11 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             num_heavy_tokens_kv=num_heavy_attn_tokens_kv,
             return_stats=return_stats,
         )
-        attended, attention_stats = attended if return_stats else (attended, None)
+        attended, *attention_stats = attended if return_stats else (attended,)
         x = attended + x
         fed = self.conditional_ff(
             x, mask=mask, num_heavy_tokens=num_heavy_ff_tokens, return_stats=return_stats
         )
-        fed, feedforward_stats = fed if return_stats else (fed, None)
+        fed, *feedforward_stats = fed if return_stats else (fed,)
         x = fed + x
-        return (x, BlockStats(attention_stats, feedforward_stats)) if return_stats else x
+        return (x, BlockStats(*attention_stats, *feedforward_stats)) if return_stats else x

@@ -1,0 +1,113 @@
+"""What every routed layer keeps: dtypes, streams that do not touch, one graph, gradient everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from xlroute import (
+    ConditionalRoutedAttention,
+    ConditionalRoutedFeedForward,
+    ConditionalRoutedTransformerBlock,
+)
+
+HEADS: dict[str, Any] = {
+    "light_dim_head": 8,
+    "light_heads": 2,
+    "light_window_size": 6,
+    "heavy_dim_head": 8,
+    "heavy_heads": 4,
+    "num_routed_kv": 2,
+    "router_kwargs": {"eps": 1.0},
+}
+
+
+def feedforward() -> nn.Module:
+    return ConditionalRoutedFeedForward(16, num_heavy_tokens=5, router_kwargs={"eps": 1.0})
+
+
+def attention() -> nn.Module:
+    return ConditionalRoutedAttention(
+        16, num_heavy_tokens_q=5, num_heavy_tokens_kv=0.4, rotary_emb=True, **HEADS
+    )
+
+
+def block() -> nn.Module:
+    numbers = {"num_heavy_attn_tokens_q": 5, "num_heavy_attn_tokens_kv": 6, "num_heavy_ff_tokens": 0.3}
+    return ConditionalRoutedTransformerBlock(16, **numbers, **HEADS)
+
+
+def tokens(b: int = 3) -> tuple[Tensor, Tensor]:
+    return torch.randn(b, 25, 16), torch.rand(b, 25) < 0.7
+
+
+LAYERS = [feedforward, attention, block]
+Build = Callable[[], nn.Module]
+
+
+@pytest.mark.parametrize("build", LAYERS)
+def test_a_stream_does_not_depend_on_its_neighbours(build: Build) -> None:
+    layer = build().double()
+    x, mask = tokens()
+    x = x.double()
+    mask[1] = False
+    out = layer(x, mask=mask)
+    assert out.isfinite().all()
+    for b in range(3):
+        torch.testing.assert_close(layer(x[b : b + 1], mask=mask[b : b + 1])[0], out[b])
+    order = [2, 0, 1]
+    torch.testing.assert_close(layer(x[order], mask=mask[order]), out[order])
+    # Nor does a valid token on what masked ones hold.
+    other = torch.where(mask[..., None], x, torch.randn_like(x))
+    torch.testing.assert_close(layer(other, mask=mask)[mask], out[mask])
+
+
+@pytest.mark.parametrize("build", LAYERS)
+def test_gradient_reaches_every_parameter(build: Build) -> None:
+    layer = build()
+    x, mask = tokens()
+    out = layer(x, mask=mask)
+    (out * torch.randn_like(out)).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("build", [feedforward, attention])
+def test_half_precision_routes_as_float64_does(build: Build, dtype: torch.dtype) -> None:
+    layer = build().to(dtype)
+    x, mask = tokens()
+    x = x.to(dtype)
+    out = layer(x, mask=mask)
+    assert out.dtype == dtype
+    expected = layer.double()(x.double(), mask=mask)
+    assert (out - expected).norm() < 8 * torch.finfo(dtype).eps * expected.norm()
+
+
+@pytest.mark.parametrize("build", [feedforward, attention])
+def test_autocast(build: Build) -> None:
+    layer = build()
+    x, mask = tokens()
+    expected = layer(x, mask=mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, stats = layer(x, mask=mask, return_stats=True)
+    assert stats is not None
+    assert (out - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_block_compiles_to_one_graph() -> None:
+    layer = block()
+    x, mask = tokens()
+    x.requires_grad_()
+    inputs = (x, *layer.parameters())
+    out, expected = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, mask), layer(x, mask)
+    torch.testing.assert_close(out, expected)
+    cotangent = torch.randn_like(out)
+    given = torch.autograd.grad(out, inputs, cotangent)
+    for ours, reference in zip(given, torch.autograd.grad(expected, inputs, cotangent), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
