@@ -284,13 +284,8 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             by_head = rearrange(keys, "b n (h e) -> b n h e", h=heavy.heads)
             positions = torch.arange(start, start + x.shape[1], device=x.device)[:, None]
             keys = rotate(by_head, rotary_at(positions, by_head.shape[-1], dtype=keys.dtype)).flatten(2)
-        return ReadTokens(
-            keys,
-            heavy.to_v(rows),
-            heavy.kv_router.scores(x).transpose(1, 2),
-            heavy.q_router.scores(x)[:, 0],
-            mask,
-        )
+        scores = heavy.q_router.scores(x, heavy.kv_router)
+        return ReadTokens(keys, heavy.to_v(rows), scores[:, 1:].transpose(1, 2), scores[:, 0], mask)
 
     def _attend_to_past(
         self,
@@ -487,7 +482,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         budget = k * router.fetch_k_ratio
         levels = water_levels(
             before,
-            k=(count * (budget / w)).clamp(max=count),
+            k=(count.to(torch.float64) * budget / w).clamp(max=count),
             eps=router.eps,
             mask=valid[:, :-1],
             backend=pick_backend(router.use_triton, s.device),

@@ -216,14 +216,22 @@ class CoordinateDescentRouter(nn.Module):
         assert stats is not None
         return out, stats
 
-    def scores(self, x: Tensor) -> Tensor:
-        """Scores [b, r, m] of rows [b, m, d] by the router's own tokens, float32 unless the rows are float64.
+    def scores(self, x: Tensor, *others: CoordinateDescentRouter) -> Tensor:
+        """Scores of rows by the router's own tokens, and by those of others built alike, in one pass.
 
         For callers that choose out of the same rows several times, by `choose`.
+
+        Args:
+            x: rows [b, m, d].
+            others: further routers with the same options, but for the number of tokens.
+
+        Returns:
+            [b, r, m], r the tokens of all of them, float32 unless the rows are float64.
         """
         b, _, d = _rows_shape(x)
         _require(d == self.dim, "x", f"rows of width {self.dim}", tuple(x.shape))
-        return self._scores(x, self._tokens(None, b), pick_backend(self.use_triton, x.device))
+        tokens = [router._tokens(None, b) for router in (self, *others)]
+        return self._scores(x, torch.cat(tokens, dim=-2), pick_backend(self.use_triton, x.device))
 
     def choose(
         self,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,28 @@ def test_a_share_of_the_rows_is_a_share_of_those_of_each_stream(
 
 def k_of(share: float) -> int:
     return max(round(share * 50), 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"straight_through": False}, {"n_iters": 20}], ids=str)
+def test_choosing_by_given_scores_is_what_a_call_does(options: dict[str, Any]) -> None:
+    router, other = (CoordinateDescentRouter(8, num_routing_tokens=r, **options) for r in (2, 1))
+    x, mask = torch.randn(3, 30, 8), torch.rand(3, 30) < 0.2
+    s = router.scores(x, other)
+    assert s.shape == (3, 3, 30)
+    torch.testing.assert_close(s[:, 2:], other.scores(x))
+    expected, stats = router.route_with_stats(x, num_tokens=5, mask=mask)
+    gates, indices, none = router.choose(s[:, :2], num_tokens=5, mask=mask[:, None])
+    assert none is None
+    assert torch.equal(indices, expected.indices)
+    torch.testing.assert_close(gates, expected.scores)
+    again, _, given = router.choose(s[:, :2], num_tokens=5, mask=mask[:, None], with_stats=True)
+    torch.testing.assert_close(again, gates)
+    torch.testing.assert_close(given, stats)
+    (ours,) = torch.autograd.grad((gates * torch.arange(5)).sum(), router.routing_token)
+    (theirs,) = torch.autograd.grad((expected.scores * torch.arange(5)).sum(), router.routing_token)
+    torch.testing.assert_close(ours, theirs)
+    gates, indices, _ = router.choose(s[:, :2], num_tokens=50, mask=mask[:, None], random_route=True)
+    assert torch.equal(gates, (indices >= 0).to(gates.dtype))
 
 
 @pytest.mark.parametrize("kept", [False, True])
