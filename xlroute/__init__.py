@@ -8,6 +8,7 @@ from xlroute.autoregressive import (
 )
 from xlroute.cross_attention import AttentionStats, ConditionalRoutedCrossAttention
 from xlroute.feedforward import ConditionalRoutedFeedForward
+from xlroute.image_attention import ConditionalRoutedImageAttention
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 from xlroute.state import TransformerXLState
 from xlroute.topk import TopkReturn, topk
@@ -23,6 +24,7 @@ __all__ = [
     "ConditionalRoutedAutoregressiveAttention",
     "ConditionalRoutedCrossAttention",
     "ConditionalRoutedFeedForward",
+    "ConditionalRoutedImageAttention",
     "ConditionalRoutedTransformerBlock",
     "CoordinateDescentRouter",
     "RoutedTransformerXL",

@@ -137,10 +137,10 @@ class ConditionalRoutedAttention(nn.Module):
             context_mask=mask,
             return_stats=return_stats,
         )
-        out, stats = heavy if return_stats else (heavy, None)
+        out, *stats = heavy if return_stats else (heavy,)
         if self.light_attn is not None:
             out = self.light_attn(x, mask) + out
-        return out if stats is None else (out, stats)
+        return (out, *stats) if return_stats else out
 
 
 def heavy_attention(

@@ -60,7 +60,7 @@ class ByHand:
         return gates + (1 - gates).detach() if router.straight_through else gates
 
     @staticmethod
-    def heavy(
+    def query(
         layer: ConditionalRoutedCrossAttention, x: Tensor, i: int, gate: Tensor, sets: list[dict[int, Tensor]]
     ) -> Tensor:
         """Token i of a stream x [n, d], a query of that gate, to sets of routed tokens, head by head."""
@@ -92,6 +92,18 @@ class ByHand:
         angles = position * 10_000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
         pairs = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
         return torch.cat((pairs.real, pairs.imag))
+
+    @staticmethod
+    def heavy(
+        layer: ConditionalRoutedCrossAttention, x: Tensor, mask: Tensor | None, sizes: tuple[int, int]
+    ) -> Tensor:
+        """A stream x [n, d] to itself, query by query; sizes are those of both routings."""
+        assert layer.q_router is not None
+        queries = ByHand.route(layer.q_router, x, sizes[0], mask)
+        sets = [ByHand.route(layer.kv_router, x, sizes[1], mask, i) for i in range(layer.sets)]
+        null = torch.zeros_like(x[0]) if layer.null_q_token is None else layer.null_q_token
+        rows = [ByHand.query(layer, x, i, queries[i], sets) if i in queries else null for i in range(len(x))]
+        return torch.stack(rows)
 
 
 @pytest.fixture(scope="session")

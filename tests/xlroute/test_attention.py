@@ -50,19 +50,6 @@ def light_by_hand(layer: ConditionalRoutedAttention, x: Tensor, mask: Tensor | N
     return light.to_out(torch.stack(rows))  # type: ignore[no-any-return]
 
 
-def heavy_by_hand(
-    by_hand: Any, layer: ConditionalRoutedAttention, x: Tensor, mask: Tensor | None, sizes: tuple[int, int]
-) -> Tensor:
-    """The heavy branch of one stream x [n, d], query by query and head by head."""
-    heavy = layer.heavy_attn
-    assert heavy.q_router is not None
-    queries = by_hand.route(heavy.q_router, x, sizes[0], mask)
-    sets = [by_hand.route(heavy.kv_router, x, sizes[1], mask, i) for i in range(heavy.sets)]
-    null = torch.zeros_like(x[0]) if heavy.null_q_token is None else heavy.null_q_token
-    rows = [by_hand.heavy(heavy, x, i, queries[i], sets) if i in queries else null for i in range(len(x))]
-    return torch.stack(rows)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -94,7 +81,7 @@ def test_it_is_local_attention_plus_attention_among_routed_tokens(
     streams = []
     for b in range(3):
         row_mask = None if mask is None else mask[b]
-        heavy = heavy_by_hand(by_hand, layer, x[b], row_mask, (4, 5))
+        heavy = by_hand.heavy(layer.heavy_attn, x[b], row_mask, (4, 5))
         streams.append(heavy + light_by_hand(layer, x[b], row_mask))
     expected = torch.stack(streams)
     torch.testing.assert_close(out, expected)

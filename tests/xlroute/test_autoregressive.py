@@ -105,7 +105,7 @@ def layer_by_hand(
         past = None if mask is None else mask[:begin]
         sets = [by_hand.route(heavy.kv_router, x[:begin], k_kv, past, r) for r in range(heavy.sets)]
         for i in range(begin, min(begin + W, len(x))):
-            rows.append(by_hand.heavy(heavy, x, i, queries[i], sets) if i in queries else null)
+            rows.append(by_hand.query(heavy, x, i, queries[i], sets) if i in queries else null)
     return light_by_hand(layer, x, mask) + torch.stack(rows)
 
 

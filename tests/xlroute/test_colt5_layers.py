@@ -12,6 +12,7 @@ from torch.func import functional_call
 from xlroute import (
     ConditionalRoutedAttention,
     ConditionalRoutedFeedForward,
+    ConditionalRoutedImageAttention,
     ConditionalRoutedTransformerBlock,
 )
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
@@ -38,6 +39,7 @@ def pair(
     layers = {
         "FeedForward": ConditionalRoutedFeedForward,
         "Attention": ConditionalRoutedAttention,
+        "ImageAttention": ConditionalRoutedImageAttention,
         "TransformerBlock": ConditionalRoutedTransformerBlock,
     }
     ours = {**ROUTER, "score_scale": None, **(router_options or {})}
@@ -92,7 +94,7 @@ def peer_weights(layer: nn.Module) -> dict[str, Tensor]:
             | below("light_ff", feedforward_weights(layer.light_ff))
             | below("heavy_ff", feedforward_weights(layer.heavy_ff))
         )
-    assert isinstance(layer, ConditionalRoutedAttention)
+    assert isinstance(layer, ConditionalRoutedAttention | ConditionalRoutedImageAttention)
     heavy = layer.heavy_attn
     assert heavy.q_router is not None
     weights = {
@@ -103,7 +105,10 @@ def peer_weights(layer: nn.Module) -> dict[str, Tensor]:
     weights = {name: weight for name, weight in weights.items() if weight is not None}
     weights |= below("heavy_attn", attention_weights(heavy))
     if layer.light_attn is not None:
-        weights |= below("light_attn", dict(layer.light_attn.named_parameters()))
+        light = dict(layer.light_attn.named_parameters())
+        if isinstance(layer, ConditionalRoutedImageAttention):
+            light["norm.gamma"] = light.pop("norm.weight")
+        weights |= below("light_attn", light)
     return weights
 
 
@@ -149,6 +154,7 @@ CASES = [
     ("Attention", {**ATTENTION, "rotary_emb": True}, {"n_iters": None}, 3, 4),
     ("TransformerBlock", BLOCK, {}, 3, 24),
 ]
+IMAGE = {**ATTENTION, "light_window_size": 4}
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
@@ -172,6 +178,36 @@ def test_outputs_and_gradients_are_equal(
     for mine, reference, tensor in zip(given, wanted, inputs, strict=True):
         zero = torch.zeros_like(tensor)
         assert_equal(zero if mine is None else mine, zero if reference is None else reference)
+
+
+@pytest.mark.parametrize("channel_first", [False, True], ids=["last", "first"])
+def test_images_of_one_window_are_equal(channel_first: bool) -> None:
+    """Of more than one, the peer routes in each window by itself."""
+    layer, theirs = pair("ImageAttention", **{**IMAGE, "channel_first": channel_first})
+    x = torch.randn(3, *((DIM, 4, 4) if channel_first else (4, 4, DIM)), requires_grad=True)
+    out, expected = layer(x), run_peer(layer, theirs, x)
+    assert_equal(out, expected)
+    inputs, cotangent = (x, *layer.parameters()), torch.randn_like(out)
+    wanted = torch.autograd.grad(expected, inputs, cotangent)
+    for mine, reference in zip(torch.autograd.grad(out, inputs, cotangent), wanted, strict=True):
+        assert_equal(mine, reference)
+
+
+def test_its_images_end_at_their_windows() -> None:
+    layer, theirs = pair("ImageAttention", **IMAGE)
+    x = torch.randn(1, 8, 8, DIM)
+    other = x.clone()
+    other[:, :4, :4] = torch.randn(1, 4, 4, DIM)
+    for run, sees in ((theirs, False), (layer, True)):
+        moved = (run(other) - run(x))[:, 4:, 4:].abs().max()
+        assert bool(moved > 1e-4) == sees
+    with pytest.raises(Exception, match="can't divide axis"):
+        theirs(torch.randn(1, 6, 8, DIM))
+    assert layer(torch.randn(1, 6, 8, DIM)).isfinite().all()
+    # A window of 16 places and 16 routed ones leave it nothing to route.
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        theirs(x, num_heavy_tokens_q=16)
+    assert layer(x, num_heavy_tokens_q=16).isfinite().all()
 
 
 def test_its_gates_saturate_and_then_it_chooses_any_rows() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from xlroute import (
     ConditionalRoutedAttention,
     ConditionalRoutedFeedForward,
+    ConditionalRoutedImageAttention,
     ConditionalRoutedTransformerBlock,
 )
 
@@ -41,11 +42,23 @@ def block() -> nn.Module:
     return ConditionalRoutedTransformerBlock(16, **numbers, **HEADS)
 
 
+class Image(ConditionalRoutedImageAttention):
+    """Takes tokens as all the others do."""
+
+    def forward(self, x: Tensor, *, mask: Tensor, **options: Any) -> Any:
+        out = super().forward(x.unflatten(1, (5, 5)), mask=mask.unflatten(1, (5, 5)), **options)
+        return (out[0].flatten(1, 2), out[1]) if isinstance(out, tuple) else out.flatten(1, 2)
+
+
+def image() -> nn.Module:
+    return Image(16, num_heavy_tokens_q=5, num_heavy_tokens_kv=0.4, **{**HEADS, "light_window_size": 3})
+
+
 def tokens(b: int = 3) -> tuple[Tensor, Tensor]:
     return torch.randn(b, 25, 16), torch.rand(b, 25) < 0.7
 
 
-LAYERS = [feedforward, attention, block]
+LAYERS = [feedforward, attention, block, image]
 Build = Callable[[], nn.Module]
 
 
@@ -78,7 +91,7 @@ def test_gradient_reaches_every_parameter(build: Build) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("build", [feedforward, attention])
+@pytest.mark.parametrize("build", [feedforward, attention, image])
 def test_half_precision_routes_as_float64_does(build: Build, dtype: torch.dtype) -> None:
     layer = build().to(dtype)
     x, mask = tokens()
@@ -89,7 +102,7 @@ def test_half_precision_routes_as_float64_does(build: Build, dtype: torch.dtype)
     assert (out - expected).norm() < 8 * torch.finfo(dtype).eps * expected.norm()
 
 
-@pytest.mark.parametrize("build", [feedforward, attention])
+@pytest.mark.parametrize("build", [feedforward, attention, image])
 def test_autocast(build: Build) -> None:
     layer = build()
     x, mask = tokens()
@@ -100,12 +113,16 @@ def test_autocast(build: Build) -> None:
     assert (out - expected).norm() < 0.1 * expected.norm()
 
 
-def test_a_block_compiles_to_one_graph() -> None:
-    layer = block()
+@pytest.mark.parametrize("build", [block, image])
+def test_it_compiles_to_one_graph(build: Build) -> None:
+    layer = build()
     x, mask = tokens()
     x.requires_grad_()
     inputs = (x, *layer.parameters())
-    out, expected = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, mask), layer(x, mask)
+    out, expected = (
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(x, mask=mask),
+        layer(x, mask=mask),
+    )
     torch.testing.assert_close(out, expected)
     cotangent = torch.randn_like(out)
     given = torch.autograd.grad(out, inputs, cotangent)
