@@ -14,6 +14,7 @@ from xlroute.state import TransformerXLState
 from xlroute.topk import TopkReturn, topk
 from xlroute.transformer_block import BlockStats, ConditionalRoutedTransformerBlock
 from xlroute.transformer_xl import RoutedTransformerXL, Routing
+from xlroute.vit import ConditionalRoutedViT
 
 __all__ = [
     "AttentionStats",
@@ -26,6 +27,7 @@ __all__ = [
     "ConditionalRoutedFeedForward",
     "ConditionalRoutedImageAttention",
     "ConditionalRoutedTransformerBlock",
+    "ConditionalRoutedViT",
     "CoordinateDescentRouter",
     "RoutedTransformerXL",
     "RouterOutput",

@@ -32,6 +32,29 @@ def rotary_at(positions: Tensor, dim_head: int, *, dtype: torch.dtype, base: flo
     return torch.stack((angles.cos(), angles.sin())).to(torch.promote_types(dtype, torch.float32))
 
 
+def sincos_2d(
+    rows: int, columns: int, dim: int, *, device: torch.device, dtype: torch.dtype, base: float = 10_000.0
+) -> Tensor:
+    """Sines and cosines of the places of a map (Beyer et al., arXiv 2205.01580).
+
+    Args:
+        rows: of the map.
+        columns: of the map.
+        dim: d, a multiple of 4.
+        device: where the result goes.
+        dtype: of the result.
+        base: the longest wavelength is 2π times this many places.
+
+    Returns:
+        [rows, columns, d]: sine and cosine of the column, then of the row, d / 4 frequencies each.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    frequencies = base ** -torch.linspace(0, 1, dim // 4, device=device, dtype=wide)
+    y, x = (torch.arange(side, device=device)[:, None] * frequencies for side in (rows, columns))
+    y, x = y[:, None].expand(-1, columns, -1), x[None].expand(rows, -1, -1)
+    return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), dim=-1).to(dtype)
+
+
 def rotate(t: Tensor, table: Tensor) -> Tensor:
     """Rotate pairs of channels of t [..., n, e] by the angles of n positions, table [2, ..., n, e / 2].
 

@@ -17,6 +17,7 @@ from xlroute import (
 )
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
 from xlroute.feedforward import FeedForward
+from xlroute.vit import ConditionalRoutedViT
 
 peer: Any = pytest.importorskip("colt5_attention.transformer_block")
 
@@ -45,13 +46,18 @@ def pair(
     ours = {**ROUTER, "score_scale": None, **(router_options or {})}
     layer = layers[name](DIM, router_kwargs=ours, **options)
     theirs = getattr(peer, f"ConditionalRouted{name}")(DIM, router_kwargs=ROUTER, **options)
+    ready(layer)
+    return layer, theirs
+
+
+def ready(layer: nn.Module) -> None:
+    """Change a layer in the ways that let the peer's be equal to it."""
     for module in layer.modules():
         if isinstance(module, ConditionalRoutedCrossAttention):
             module.context_norm = module.norm  # the peer has one for both
-    for parameter_name, parameter in layer.named_parameters():
-        if "routing_token" in parameter_name:
+    for name, parameter in layer.named_parameters():
+        if "routing_token" in name:
             parameter.data *= 0.02  # so that few gates reach 1, and choosing by gates is choosing by scores
-    return layer, theirs
 
 
 def feedforward_weights(ff: FeedForward) -> dict[str, Tensor]:
@@ -188,6 +194,43 @@ def test_images_of_one_window_are_equal(channel_first: bool) -> None:
     out, expected = layer(x), run_peer(layer, theirs, x)
     assert_equal(out, expected)
     inputs, cotangent = (x, *layer.parameters()), torch.randn_like(out)
+    wanted = torch.autograd.grad(expected, inputs, cotangent)
+    for mine, reference in zip(torch.autograd.grad(out, inputs, cotangent), wanted, strict=True):
+        assert_equal(mine, reference)
+
+
+def test_a_vit_of_one_window_is_equal() -> None:
+    vit_module: Any = pytest.importorskip("colt5_attention.vit")
+    options = {
+        "image_size": 8,
+        "patch_size": 2,
+        "num_classes": 3,
+        "dim": DIM,
+        "depth": 2,
+        "attn_num_heavy_tokens_q": 6,
+        "attn_num_heavy_tokens_kv": 7,
+        "attn_heavy_dim_head": 8,
+        "attn_heavy_heads": 4,
+        "attn_light_dim_head": 8,
+        "attn_light_heads": 2,
+        "attn_light_window_size": 4,
+        "ff_num_heavy_tokens": 5,
+        "ff_heavy_mult": 4,
+        "ff_light_mult": 0.5,
+        "flash_attn": False,
+    }
+    router = {"n_iters": 20, "eps_init": 4.0, "eps_decay": 0.7}
+    vit = ConditionalRoutedViT(**options, router_kwargs={**router, "score_scale": None})
+    theirs = vit_module.ConditionalRoutedViT(**options, router_kwargs=router)
+    ready(vit)
+    weights = {name: weight for name, weight in vit.named_parameters() if not name.startswith("transformer")}
+    for i, layers in enumerate(vit.transformer.layers):
+        for j, layer in enumerate(layers):
+            weights |= {f"transformer.layers.{i}.{j}.{name}": w for name, w in peer_weights(layer).items()}
+    img = torch.randn(3, 3, 8, 8, requires_grad=True)
+    out, expected = vit(img), functional_call(theirs, weights, (img,))
+    assert_equal(out, expected)
+    inputs, cotangent = (img, *vit.parameters()), torch.randn_like(out)
     wanted = torch.autograd.grad(expected, inputs, cotangent)
     for mine, reference in zip(torch.autograd.grad(out, inputs, cotangent), wanted, strict=True):
         assert_equal(mine, reference)
