@@ -16,6 +16,8 @@ from xlroute import (
     ConditionalRoutedTransformerBlock,
 )
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 HEADS: dict[str, Any] = {
     "light_dim_head": 8,
     "light_heads": 2,
@@ -55,7 +57,7 @@ def image() -> nn.Module:
 
 
 def tokens(b: int = 3) -> tuple[Tensor, Tensor]:
-    return torch.randn(b, 25, 16), torch.rand(b, 25) < 0.7
+    return torch.randn(b, 25, 16, device=DEVICE), torch.rand(b, 25, device=DEVICE) < 0.7
 
 
 LAYERS = [feedforward, attention, block, image]
@@ -64,7 +66,7 @@ Build = Callable[[], nn.Module]
 
 @pytest.mark.parametrize("build", LAYERS)
 def test_a_stream_does_not_depend_on_its_neighbours(build: Build) -> None:
-    layer = build().double()
+    layer = build().to(DEVICE).double()
     x, mask = tokens()
     x = x.double()
     mask[1] = False
@@ -81,7 +83,7 @@ def test_a_stream_does_not_depend_on_its_neighbours(build: Build) -> None:
 
 @pytest.mark.parametrize("build", LAYERS)
 def test_gradient_reaches_every_parameter(build: Build) -> None:
-    layer = build()
+    layer = build().to(DEVICE)
     x, mask = tokens()
     out = layer(x, mask=mask)
     (out * torch.randn_like(out)).sum().backward()
@@ -93,7 +95,7 @@ def test_gradient_reaches_every_parameter(build: Build) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("build", [feedforward, attention, image])
 def test_half_precision_routes_as_float64_does(build: Build, dtype: torch.dtype) -> None:
-    layer = build().to(dtype)
+    layer = build().to(DEVICE, dtype)
     x, mask = tokens()
     x = x.to(dtype)
     out = layer(x, mask=mask)
@@ -104,10 +106,10 @@ def test_half_precision_routes_as_float64_does(build: Build, dtype: torch.dtype)
 
 @pytest.mark.parametrize("build", [feedforward, attention, image])
 def test_autocast(build: Build) -> None:
-    layer = build()
+    layer = build().to(DEVICE)
     x, mask = tokens()
     expected = layer(x, mask=mask)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out, stats = layer(x, mask=mask, return_stats=True)
     assert stats is not None
     assert (out - expected).norm() < 0.1 * expected.norm()
@@ -115,12 +117,13 @@ def test_autocast(build: Build) -> None:
 
 @pytest.mark.parametrize("build", [block, image])
 def test_it_compiles_to_one_graph(build: Build) -> None:
-    layer = build()
+    layer = build().to(DEVICE)
     x, mask = tokens()
     x.requires_grad_()
     inputs = (x, *layer.parameters())
+    backend = "aot_eager" if DEVICE == "cpu" else "inductor"
     out, expected = (
-        torch.compile(layer, fullgraph=True, backend="aot_eager")(x, mask=mask),
+        torch.compile(layer, fullgraph=True, backend=backend)(x, mask=mask),
         layer(x, mask=mask),
     )
     torch.testing.assert_close(out, expected)
@@ -128,3 +131,19 @@ def test_it_compiles_to_one_graph(build: Build) -> None:
     given = torch.autograd.grad(out, inputs, cotangent)
     for ours, reference in zip(given, torch.autograd.grad(expected, inputs, cotangent), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("build", LAYERS)
+def test_a_gpu_computes_what_a_cpu_does(build: Build) -> None:
+    layer = build().double()
+    x, mask = tokens()
+    x = x.cpu().double().requires_grad_()
+    cotangent = torch.randn(x.shape, dtype=torch.float64)
+    out = layer(x, mask=mask.cpu())
+    expected = (out, *torch.autograd.grad(out, (x, *layer.parameters()), cotangent))
+    layer, x = layer.to(DEVICE), x.detach().to(DEVICE).requires_grad_()
+    out = layer(x, mask=mask)
+    given = (out, *torch.autograd.grad(out, (x, *layer.parameters()), cotangent.to(DEVICE)))
+    for ours, theirs in zip(given, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs)
