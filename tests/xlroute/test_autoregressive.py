@@ -170,16 +170,6 @@ def test_the_first_window_reaches_far_beyond_the_light_one() -> None:
     assert not light[2 * W + 2 :].any()
 
 
-def test_gradient_reaches_every_parameter() -> None:
-    layer = build(num_routed_kv=2, router_kwargs={"eps": 2.0})
-    x = torch.randn(2, 30, 12)
-    out = layer(x)
-    (out * torch.randn_like(out)).sum().backward()
-    for name, parameter in layer.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().max() > 0, name
-
-
 def steps(
     layer: ConditionalRoutedAutoregressiveAttention, x: Tensor, pieces: list[int], mask: Tensor | None = None
 ) -> Tensor:
@@ -225,19 +215,6 @@ def test_a_step_leaves_its_cache_as_it_was_and_has_a_gradient() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(first, x, cotangent), torch.autograd.grad(whole, x, cotangent)
     )
-
-
-def test_streams_are_independent() -> None:
-    layer = build(num_routed_kv=2, router_straight_through=False).double()
-    x = torch.randn(4, 18, 12, dtype=torch.float64, requires_grad=True)
-    mask = torch.rand(4, 18) < 0.6
-    mask[1] = False
-    out = layer(x, mask=mask)
-    for i in range(4):
-        torch.testing.assert_close(layer(x[i : i + 1], mask=mask[i : i + 1])[0], out[i])
-        (gradient,) = torch.autograd.grad(out[i].sum(), x, retain_graph=True)
-        assert gradient.isfinite().all()
-        assert not gradient[[j for j in range(4) if j != i]].any()
 
 
 def test_no_tokens_and_no_streams() -> None:
@@ -335,31 +312,14 @@ def test_statistics() -> None:
     torch.testing.assert_close(everything.overlap[0, 0], torch.tensor([4 / 8, 8 / 12]))
 
 
-def test_half_precision_and_autocast() -> None:
-    layer = build(num_routed_kv=2, num_heavy_tokens_q=W, num_heavy_tokens_kv=50, rotary_emb=True)
-    x = torch.randn(2, 19, 12)
-    expected = layer(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(layer(x).float(), expected, rtol=0.05, atol=0.1)
-    for dtype in (torch.bfloat16, torch.float16):
-        half = build(num_routed_kv=2, num_heavy_tokens_q=W, num_heavy_tokens_kv=50, rotary_emb=True).to(dtype)
-        half.load_state_dict(layer.state_dict())
-        out = half(x.to(dtype))
-        assert out.dtype == dtype
-        torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.1)
-        stepped = steps(half, x.to(dtype), [5, 1, 13])
-        torch.testing.assert_close(stepped.float(), expected, rtol=0.05, atol=0.1)
-        chosen = build().to(dtype)(x.to(dtype))
-        assert chosen.isfinite().all()
-
-
-def test_it_compiles_to_one_graph() -> None:
-    layer = build(num_routed_kv=2, rotary_emb=True)
-    x = torch.randn(2, 10, 12)
-    mask = torch.rand(2, 10) < 0.7
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, mask=mask), layer(x, mask=mask))
-    torch.testing.assert_close(compiled(x), layer(x))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_steps_in_half_precision_route_as_the_whole_does(dtype: torch.dtype) -> None:
+    layer = build(num_routed_kv=2, rotary_emb=True).to(dtype)
+    x = torch.randn(2, 19, 12).to(dtype)
+    out = steps(layer, x, [5, 1, 13])
+    assert out.dtype == dtype
+    whole = layer(x)
+    assert (out - whole).float().norm() < 8 * torch.finfo(dtype).eps * whole.float().norm()
 
 
 def test_bad_arguments_are_refused() -> None:

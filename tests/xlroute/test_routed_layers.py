@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xlroute import (
     ConditionalRoutedAttention,
+    ConditionalRoutedAutoregressiveAttention,
     ConditionalRoutedFeedForward,
     ConditionalRoutedImageAttention,
     ConditionalRoutedTransformerBlock,
@@ -39,6 +40,12 @@ def attention() -> nn.Module:
     )
 
 
+def autoregressive() -> nn.Module:
+    return ConditionalRoutedAutoregressiveAttention(
+        16, num_heavy_tokens_q=3, num_heavy_tokens_kv=7, rotary_emb=True, **{**HEADS, "heavy_window_size": 5}
+    )
+
+
 def block() -> nn.Module:
     numbers = {"num_heavy_attn_tokens_q": 5, "num_heavy_attn_tokens_kv": 6, "num_heavy_ff_tokens": 0.3}
     return ConditionalRoutedTransformerBlock(16, **numbers, **HEADS)
@@ -60,7 +67,7 @@ def tokens(b: int = 3) -> tuple[Tensor, Tensor]:
     return torch.randn(b, 25, 16, device=DEVICE), torch.rand(b, 25, device=DEVICE) < 0.7
 
 
-LAYERS = [feedforward, attention, block, image]
+LAYERS = [feedforward, attention, autoregressive, block, image]
 Build = Callable[[], nn.Module]
 
 
@@ -93,7 +100,7 @@ def test_gradient_reaches_every_parameter(build: Build) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("build", [feedforward, attention, image])
+@pytest.mark.parametrize("build", [feedforward, attention, autoregressive, image])
 def test_half_precision_routes_as_float64_does(build: Build, dtype: torch.dtype) -> None:
     layer = build().to(DEVICE, dtype)
     x, mask = tokens()
@@ -104,7 +111,7 @@ def test_half_precision_routes_as_float64_does(build: Build, dtype: torch.dtype)
     assert (out - expected).norm() < 8 * torch.finfo(dtype).eps * expected.norm()
 
 
-@pytest.mark.parametrize("build", [feedforward, attention, image])
+@pytest.mark.parametrize("build", [feedforward, attention, autoregressive, image])
 def test_autocast(build: Build) -> None:
     layer = build().to(DEVICE)
     x, mask = tokens()
@@ -115,7 +122,7 @@ def test_autocast(build: Build) -> None:
     assert (out - expected).norm() < 0.1 * expected.norm()
 
 
-@pytest.mark.parametrize("build", [block, image])
+@pytest.mark.parametrize("build", [autoregressive, block, image])
 def test_it_compiles_to_one_graph(build: Build) -> None:
     layer = build().to(DEVICE)
     x, mask = tokens()
