@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ class ReadTokens(NamedTuple):
 
     keys: Tensor  # [b, n, h e], rotated if the layer has positions
     values: Tensor  # [b, n, h e]
-    kv_scores: Tensor  # [b, n, r]
+    kv_scores: Tensor  # [b, n, r], -inf for tokens that do not count
     q_scores: Tensor  # [b, n]
     mask: Tensor | None  # bool [b, n]; None if every token counts
 
@@ -285,7 +285,10 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             positions = torch.arange(start, start + x.shape[1], device=x.device)[:, None]
             keys = rotate(by_head, rotary_at(positions, by_head.shape[-1], dtype=keys.dtype)).flatten(2)
         scores = heavy.q_router.scores(x, heavy.kv_router)
-        return ReadTokens(keys, heavy.to_v(rows), scores[:, 1:].transpose(1, 2), scores[:, 0], mask)
+        kv_scores = scores[:, 1:].transpose(1, 2)
+        if mask is not None:
+            kv_scores = kv_scores.masked_fill(~mask[..., None], -math.inf)
+        return ReadTokens(keys, heavy.to_v(rows), kv_scores, scores[:, 0], mask)
 
     def _attend_to_past(
         self,
@@ -363,18 +366,17 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         s = ended.kv_scores.transpose(1, 2)
         # The scores of windows that are solved at once take a quarter of the keys' room.
         at_once = max(ended.keys.shape[-1] // (4 * r), 1)
+        # Solved from the last window to the first, the masks of all are views of one row.
+        inside = torch.arange((last + at_once) * w, device=s.device) < last * w
         gates, indices, stats = [], [], []
         for low in range(first, last + 1, at_once):
-            high = min(low + at_once, last + 1)
-            past = (high - 1) * w
-            lengths = w * torch.arange(low, high, device=s.device)
-            allowed = torch.arange(past, device=s.device) < lengths[:, None]
-            if ended.mask is not None:
-                allowed = allowed & ended.mask[:, None, None, :past]
+            c = min(at_once, last + 1 - low)
+            past = (low + c - 1) * w
+            begin = last * w - past
             chosen_gates, chosen, chosen_stats = self.heavy_attn.kv_router.choose(
-                s[:, :, None, :past].expand(-1, -1, high - low, -1),
+                s[:, :, None, :past].expand(-1, -1, c, -1),
                 num_tokens=k,
-                mask=allowed,
+                mask=inside[begin : begin + past + (c - 1) * w].unfold(0, past, w),
                 random_route=random_route,
                 with_stats=with_stats,
             )
@@ -382,12 +384,14 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             gates.append(F.pad(chosen_gates, (0, lacking)))
             indices.append(F.pad(chosen, (0, lacking), value=-1))
             stats.append(chosen_stats)
+
+        def in_order(parts: Iterable[Tensor]) -> Tensor:
+            return torch.cat([part.flip(2) for part in parts], dim=2)
+
         return (
-            torch.cat(gates, dim=2).transpose(1, 2),
-            torch.cat(indices, dim=2).transpose(1, 2),
-            RoutingStats(*(torch.cat(part, dim=2) for part in zip(*stats, strict=True)))
-            if with_stats
-            else None,
+            in_order(gates).transpose(1, 2),
+            in_order(indices).transpose(1, 2),
+            RoutingStats(*map(in_order, zip(*stats, strict=True))) if with_stats else None,
         )
 
     def _gather(

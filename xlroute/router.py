@@ -245,7 +245,7 @@ class CoordinateDescentRouter(nn.Module):
         """Choose by given scores what a call of the router chooses by those of its rows, not in blocks.
 
         Args:
-            s: scores [..., m].
+            s: scores [..., m]; those of rows that may not be chosen may be -inf.
             num_tokens: k.
             mask: bool, broadcasts to [..., m].
             random_route: as in a call of the router.
@@ -260,7 +260,7 @@ class CoordinateDescentRouter(nn.Module):
         backend = pick_backend(self.use_triton, s.device)
         if self.n_iters is None and not (random_route or with_stats):
             return *self._top_gates(s, k, k, mask, backend), None
-        chosen_by = torch.rand_like(s) if random_route else None
+        chosen_by = torch.rand_like(s).masked_fill(s == -math.inf, -math.inf) if random_route else None
         gates, indices = self._select(s, self._budget(k, mask, m), k, mask, chosen_by, backend)
         stats = _stats(gates.detach(), indices) if with_stats else None
         picked = gates.gather(-1, indices.clamp(min=0))
