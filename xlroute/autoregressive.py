@@ -82,7 +82,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
     The queries of a window attend to the k rows that each of r routing tokens picks out of all earlier
     windows, and to a learned null key. Tokens are scored, and projected to keys and values, once each; a
     soft top-k is solved for every window, over what lies before it; only the chosen keys and values are
-    gathered. The first window has no past, and light attention alone.
+    gathered. A window that has no past, as the first, has light attention alone.
 
     The output at a position depends on the tokens up to it alone: whether a query is routed is decided by a
     threshold from the window before, `query_routing="threshold"`. With the k' = `num_heavy_tokens_q` places
@@ -97,6 +97,9 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
     reaches the query router through s_i and through a: like the gates of a soft top-k, these do not change if
     all scores grow alike. The level is exact even with `n_iters`, at the router's `eps`. If the window before
     has no valid token, no query is routed.
+
+    Padding in front of a stream, by whole windows of masked tokens, changes nothing, unless there are rotary
+    positions: queries have them, and the null key has none.
 
     Args:
         dim: d.
@@ -119,8 +122,8 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             input of both, as the paper writes it; otherwise the values alone.
         multiply_queries_by_score: multiply the queries by their gates, besides their outputs.
         use_triton: whether routing runs in Triton; None picks by device.
-        use_null_q_tokens: what the heavy branch gives tokens whose query was not routed, after the first
-            window, is learned; otherwise zero.
+        use_null_q_tokens: what the heavy branch gives tokens with a past whose query was not routed is
+            learned; otherwise zero.
         use_flash_attn: whether the heavy branch may use PyTorch's fused attention, flash kernels among it;
             False computes the plain formula, and holds all of its logits.
         rotary_emb: queries and keys of the heavy branch are rotated by their positions.
@@ -346,6 +349,10 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         skipped = max(w - start, 0)  # tokens of the first window
         places = queries.indices.sub(start + skipped).masked_fill(queries.indices < 0, -1)
         out = heavy.route_back(x[:, skipped:], out, queries._replace(indices=places))
+        if ended.mask is not None and routed.mask is not None:
+            past = routed.mask[:, 0, 0, 1:].any(-1).view(b, last - first + 1)
+            window = torch.arange(start + skipped, total, device=x.device) // w - first
+            out = out.masked_fill(~past[:, window, None], 0)
         out = F.pad(out, (0, 0, skipped, 0))
         if stats is None or shared is None:
             newest = _last_window(routed, last - first + 1) if opened.length else None

@@ -107,7 +107,8 @@ def layer_by_hand(
         past = None if mask is None else mask[:begin]
         sets = [by_hand.route(heavy.kv_router, x[:begin], k_kv, past, r) for r in range(heavy.sets)]
         for i in range(begin, min(begin + W, len(x))):
-            rows.append(by_hand.query(heavy, x, i, queries[i], sets) if i in queries else null)
+            row = by_hand.query(heavy, x, i, queries[i], sets) if i in queries else null
+            rows.append(row if sets[0] else torch.zeros_like(row))
     return light_by_hand(layer, x, mask) + torch.stack(rows)
 
 
@@ -217,6 +218,15 @@ def test_a_step_leaves_its_cache_as_it_was_and_has_a_gradient() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(first, x, cotangent), torch.autograd.grad(whole, x, cotangent)
     )
+
+
+@pytest.mark.parametrize("query_routing", ["threshold", "window"])
+def test_padding_in_front_changes_nothing(query_routing: str) -> None:
+    layer = build(light_window_size=W, query_routing=query_routing).double().eval()
+    x = torch.randn(2, 3 * W + 2, 12).double()
+    padded = torch.cat((torch.randn(2, 2 * W, 12).double(), x), dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 2 * W).expand(2, -1)
+    torch.testing.assert_close(layer(padded, mask=mask)[:, 2 * W :], layer(x))
 
 
 def test_no_tokens_and_no_streams() -> None:
