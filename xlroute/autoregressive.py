@@ -93,7 +93,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         routed:  s_i >= θ, the first k' of the window that reach it
         gate_i = min(1, exp((s_i + a) / ε))
 
-    So about k' tokens of a window are routed, more in windows that score higher, never more than k'. Gradient
+    So at most k' tokens of a window are routed, and fewer where it scores lower than the one before. Gradient
     reaches the query router through s_i and through a: like the gates of a soft top-k, these do not change if
     all scores grow alike. The level is exact even with `n_iters`, at the router's `eps`. If the window before
     has no valid token, no query is routed.
@@ -111,7 +111,8 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         light_dim_head: e of the light branch.
         light_heads: h of the light branch.
         light_window_size: window of the light branch, see `LocalAttention`.
-        heavy_window_size: w; None for that of the light branch.
+        heavy_window_size: w; None for that of the light branch. If it is larger, some tokens of a window lie
+            too far back for the light branch and not far enough for the heavy one.
         heavy_dim_head: e of the heavy branch.
         heavy_heads: h of the heavy branch, divisible by r.
         router_straight_through: gates of routed tokens are 1 in value and keep their gradient.
