@@ -1,8 +1,9 @@
-"""The table, the CSV and the picture of benchmarks/routing.py."""
+"""The tables and the CSV of benchmarks/routing.py and layers.py, and the picture of the first."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,6 @@ import matplotlib.pyplot as plt
 OURS, REFERENCE, PLAIN = "xlroute", "reference", "plain PyTorch"
 PEERS = ("colt5 0.7.2", "colt5 0.11.2")
 
-COLUMNS = ("work", "xlroute", "20% to 80%", "memory", REFERENCE, PLAIN, *PEERS, "floor", "x floor", "reach")
 NOTES = """\
 Milliseconds where no unit is given, medians; every result was checked before it was timed.
 memory: the most GPU memory held beyond what was held before the call, its result included.
@@ -96,10 +96,16 @@ def value(work: Work, measurement: Measurement) -> float | None:
     return None if measurement.timing is None else measurement.timing.median
 
 
-def table(works: list[Work], machine: Machine) -> str:
-    """The results as text, one line for each work."""
-    lines = [COLUMNS, *(_line(work, machine) for work in works if work.in_table)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+def table(
+    works: list[Work],
+    machine: Machine,
+    others: Sequence[str] = (REFERENCE, PLAIN, *PEERS),
+    notes: str = NOTES,
+) -> str:
+    """The results as text, one line for each work, with a column for each of the other subjects."""
+    columns = ("work", OURS, "20% to 80%", "memory", *others, "floor", "x floor", "reach")
+    lines = [columns, *(_line(work, machine, others) for work in works if work.in_table)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     aligned = [
         "  ".join(
             [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
@@ -107,7 +113,7 @@ def table(works: list[Work], machine: Machine) -> str:
         for line in lines
     ]
     facts = "; ".join(f"{name} {fact}" for name, fact in machine.facts.items())
-    return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:], "", facts, NOTES])
+    return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:], "", facts, notes])
 
 
 def failures(works: list[Work], points: list[Point]) -> list[str]:
@@ -163,7 +169,7 @@ def draw(path: Path, points: list[Point], bytes_a_row: int, machine: Machine) ->
     plt.close(figure)
 
 
-def _line(work: Work, machine: Machine) -> tuple[str, ...]:
+def _line(work: Work, machine: Machine, others: Sequence[str]) -> tuple[str, ...]:
     by_subject = {each.subject: each for each in work.measurements}
     ours = by_subject[OURS]
     number, floor = value(work, ours), machine.floor(work.floor_bytes)
@@ -176,7 +182,7 @@ def _line(work: Work, machine: Machine) -> tuple[str, ...]:
         _cell(work, ours),
         spread,
         memory,
-        *(_cell(work, by_subject.get(name)) for name in (REFERENCE, PLAIN, *PEERS)),
+        *(_cell(work, by_subject.get(name)) for name in others),
         "-" if floor is None else _number(floor),
         "-" if floor is None or number is None else _number(number / floor),
         work.reach,

@@ -6,7 +6,7 @@ from xlroute.kernels.gather import gather_gated_rows, gather_pinned_rows, gather
 from xlroute.kernels.keys_values import gated_keys_values
 from xlroute.kernels.scoring import row_scores
 from xlroute.kernels.selection import top_indices
-from xlroute.kernels.water_level import soft_topk, soft_topk_with_indices, top_gates
+from xlroute.kernels.water_level import soft_topk, soft_topk_with_indices, top_gates, water_levels
 
 __all__ = [
     "Backend",
@@ -21,4 +21,5 @@ __all__ = [
     "soft_topk_with_indices",
     "top_gates",
     "top_indices",
+    "water_levels",
 ]

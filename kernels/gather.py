@@ -110,8 +110,9 @@ def scatter_rows(
     backend: Backend | None = None,
     *,
     gates: Tensor | None = None,
+    add: bool = False,
 ) -> Tensor:
-    """A copy of ``base`` with rows of each stream replaced; those with an index of -1 are dropped.
+    """A copy of ``base`` with rows of each stream replaced, or added to; those at -1 are dropped.
 
     Differentiable in ``base``, ``rows`` and ``gates``.
 
@@ -122,6 +123,7 @@ def scatter_rows(
             for -1.
         backend: "torch", "triton", or None to pick by device.
         gates: [b, k], factors on the rows. The products are rounded once, to the dtype of ``base``.
+        add: the rows are added to those of ``base`` instead of replacing them; rounded once too.
 
     Returns:
         [b, n, d].
@@ -153,7 +155,7 @@ def scatter_rows(
         if gates.device != base.device:
             raise ValueError(f"gates must be on the device of base, {base.device}, got {gates.device}")
     backend = resolve_backend(backend, base)
-    result: Tensor = _scatter(base, rows, gates, indices, backend)
+    result: Tensor = _scatter(base, rows, gates, indices, add, backend)
     return result
 
 
@@ -202,14 +204,10 @@ def _gather(
     return rows, chosen.masked_fill_(nowhere, 0.0)
 
 
-def _gated(rows: Tensor, gates: Tensor) -> Tensor:
-    """Rows [..., d] times gates [...], rounded once to the dtype of the rows."""
-    return (rows.to(_wide(rows, gates)) * gates[..., None]).to(rows.dtype)
-
-
-def _wide(rows: Tensor, gates: Tensor) -> torch.dtype:
-    """The dtype in which rows and gates are multiplied."""
-    return torch.promote_types(compute_dtype(rows.dtype), gates.dtype)
+def _wide(rows: Tensor, gates: Tensor | None) -> torch.dtype:
+    """The dtype in which rows are multiplied by gates, and added."""
+    wide = compute_dtype(rows.dtype)
+    return wide if gates is None else torch.promote_types(wide, gates.dtype)
 
 
 @torch.library.custom_op("xlroute::gather_rows_backward", mutates_args=())
@@ -235,16 +233,24 @@ def _gather_backward(grad: Tensor, indices: Tensor, m: int, backend: str) -> Ten
 
 @torch.library.custom_op("xlroute::scatter_rows", mutates_args=())
 def _scatter(
-    base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Tensor, backend: str
+    base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Tensor, add: bool, backend: str
 ) -> Tensor:
-    """``base`` [b, n, d] with ``rows`` [b, k, d] times ``gates`` [b, k], or zeros, at the indices [b, k]."""
+    """``base`` [b, n, d] with ``rows`` [b, k, d] times ``gates`` [b, k], or zeros, at the indices [b, k].
+
+    Or with that added there.
+    """
     b, n, d = base.shape
     if backend == "triton" and base.numel() > 0:
         from xlroute.kernels import gather_triton
 
-        return gather_triton.scatter(base, rows, gates, indices)
-    if rows is not None and gates is not None:
-        rows = _gated(rows, gates)
+        return gather_triton.scatter(base, rows, gates, indices, add)
+    if rows is not None and (gates is not None or add):
+        rows = rows.to(_wide(rows, gates))
+        if gates is not None:
+            rows = rows * gates[..., None]
+        if add:
+            rows = rows + _gather(base, None, indices, False, "torch")[0]
+        rows = rows.to(base.dtype)
     # Rows without a place go to one past the end, which is cut off again.
     result = base.new_empty((b, n + 1, d))
     result[:, :n] = base
@@ -282,7 +288,9 @@ def _(grad: Tensor, indices: Tensor, m: int, backend: str) -> Tensor:
 
 
 @_scatter.register_fake
-def _(base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Tensor, backend: str) -> Tensor:
+def _(
+    base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Tensor, add: bool, backend: str
+) -> Tensor:
     return base.new_empty(base.shape)
 
 
@@ -324,7 +332,7 @@ def _gather_backward_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
 
 
 def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, rows, gates, indices, ctx.backend = inputs
+    _, rows, gates, indices, ctx.add, ctx.backend = inputs
     # Without gates, no gradient depends on the rows.
     ctx.save_for_backward(None if gates is None else rows, gates, indices)
 
@@ -332,13 +340,15 @@ def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _scatter_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, gates, indices = ctx.saved_tensors
     needs_base, needs_rows, needs_gates, *_ = ctx.needs_input_grad
-    d_base = _scatter(grad, None, None, indices, ctx.backend) if needs_base else None
+    d_base = None
+    if needs_base:
+        d_base = grad if ctx.add else _scatter(grad, None, None, indices, False, ctx.backend)
     d_rows = d_gates = None
     if gates is not None and (needs_rows or needs_gates):
         d_rows, d_gates = _scatter_backward(grad, rows, gates, indices, ctx.backend)
     elif needs_rows:
         d_rows, _ = _gather(grad, None, indices, False, ctx.backend)
-    return d_base, d_rows, d_gates, None, None
+    return d_base, d_rows, d_gates, None, None, None
 
 
 def _scatter_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -134,6 +134,7 @@ def scatter_rows_kernel(
     D: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     GATED: tl.constexpr,
+    ADD: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
@@ -141,7 +142,7 @@ def scatter_rows_kernel(
 ) -> None:
     """BN rows of the result [b, n, D]: the rows [b, k, D] whose index names them, else those of the base.
 
-    The rows are multiplied by their gates [b, k].
+    The rows are multiplied by their gates [b, k], and with ADD put on top of those of the base.
     """
     i_b = tl.program_id(0).to(tl.int64) // tiles
     o_n = (tl.program_id(0).to(tl.int64) % tiles) * BN + tl.arange(0, BN)
@@ -153,7 +154,7 @@ def scatter_rows_kernel(
         b_from = tl.maximum(b_from, tl.max(b_here, axis=1))
     m_n = o_n < n
     m_rows = m_n & (b_from >= 0)
-    m_base = m_n & (b_from < 0)
+    m_base = m_n if ADD else m_n & (b_from < 0)
     if GATED:
         b_gate = tl.load(p_gates + i_b * k + b_from, mask=m_rows, other=0.0).to(ACC)  # [BN]
     for i_d in tl.range(0, D, BD):
@@ -164,8 +165,13 @@ def scatter_rows_kernel(
         if HAS_ROWS:
             p_r = p_rows + ((i_b * k + b_from) * D)[:, None] + o_d[None, :]
             b_rows = tl.load(p_r, mask=m_rows[:, None] & m_d, other=0.0)
-            if GATED:
-                b_rows = (b_rows.to(ACC) * b_gate[:, None]).to(b_out.dtype)
+            if GATED or ADD:
+                b_sum = b_rows.to(ACC)
+                if GATED:
+                    b_sum = b_sum * b_gate[:, None]
+                if ADD:
+                    b_sum += b_out.to(ACC)
+                b_rows = b_sum.to(b_out.dtype)
             b_out = tl.where(m_rows[:, None], b_rows, b_out)
         p_to = p_result + (i_b * n + o_n)[:, None] * D + o_d[None, :]
         tl.store(p_to, b_out, mask=m_n[:, None] & m_d)
@@ -269,8 +275,10 @@ def gather_backward(grad: Tensor, indices: Tensor, m: int) -> Tensor:
     return result
 
 
-def scatter(base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Tensor) -> Tensor:
-    """Base [b, n, d] with rows [b, k, d] times gates [b, k], or zeros, at the indices [b, k].
+def scatter(
+    base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Tensor, add: bool = False
+) -> Tensor:
+    """Base [b, n, d] with rows [b, k, d] times gates [b, k], or zeros, at the indices [b, k], or added there.
 
     The base is not empty.
     """
@@ -293,6 +301,7 @@ def scatter(base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Te
             D=d,
             HAS_ROWS=rows is not None,
             GATED=gates is not None,
+            ADD=add,
             BN=SCATTER_ROWS,
             BK=INDICES // 2,
             BD=scatter_width(d),

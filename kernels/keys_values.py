@@ -162,7 +162,8 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     keys, values, gates, null_key, null_value, ctx.gate_keys, ctx.backend = inputs
     ctx.null_dtypes = (None if null_key is None else null_key.dtype, null_value.dtype)
-    ctx.save_for_backward(keys, values, gates)
+    # No gradient depends on keys that are not gated.
+    ctx.save_for_backward(keys if ctx.gate_keys else None, values, gates)
 
 
 def _autograd(ctx: Any, d_keys: Tensor, d_values: Tensor) -> tuple[Tensor | None, ...]:
@@ -170,6 +171,7 @@ def _autograd(ctx: Any, d_keys: Tensor, d_values: Tensor) -> tuple[Tensor | None
     needs = ctx.needs_input_grad
     gradients: tuple[Tensor | None, ...] = (None, None, None)
     if any(needs[:3]):
+        keys = values if keys is None else keys  # of the same shape and dtype, and not read
         gradients = _backward(d_keys, d_values, keys, values, gates, ctx.gate_keys, ctx.backend)
     nulls = (
         laid[:, :, :1].sum(0).to(dtype) if needed else None

@@ -139,6 +139,50 @@ def top_gates(
     return gates, indices
 
 
+def water_levels(
+    s: Tensor,
+    *,
+    k: float | Tensor,
+    eps: float = 0.1,
+    mask: Tensor | None = None,
+    backend: Backend | None = None,
+    largest: int | None = None,
+) -> Tensor:
+    """The level a of each row in `soft_topk`, by which scores of other entries can be gated alike.
+
+    The gates of the row are min(1, exp((s + a) / eps)). Differentiable in ``s``: da = -Σ λ_i ds_i / S, over
+    the entries below saturation, whose gates λ sum to S.
+
+    Args:
+        s: scores, [..., n].
+        k: the budget of a row, a number or a tensor that broadcasts to [...], without gradient.
+        eps: the temperature.
+        mask: bool, broadcasts to [..., n].
+        backend: "torch", "triton", or None to pick by device, as in `soft_topk`.
+        largest: a bound on a tensor ``k``, as in `soft_topk_with_indices`.
+
+    Returns:
+        [...], float64 for float64 scores and float32 for all others; inf where the budget reaches all valid
+        entries, -inf where it is not positive.
+
+    Raises:
+        TypeError, ValueError: as `soft_topk` does.
+    """
+    budgets, number, largest, backend = _checked(s, k, 0, eps, mask, backend, largest)
+    with torch.no_grad():
+        _, (shift, level, _), _ = _forward(s, budgets, number, mask, float(eps), largest, 0, backend)
+    with torch.autocast(s.device.type, enabled=False):
+        scores = _masked_scores(s, mask)
+        z = _offset(scores, shift, eps) + level.to(scores.dtype)[..., None]
+        # The last entry that the budget reaches may be all that is left, at exactly 0 once it is rounded.
+        z = z.masked_fill(~(z <= 0), -math.inf)
+        # Rows without an entry below saturation have no gradient, and logsumexp would make it NaN.
+        z = z.masked_fill((z == -math.inf).all(-1, keepdim=True), 0.0)
+        rest = z.logsumexp(-1)
+        a: Tensor = (level * eps - shift).to(scores.dtype) - eps * (rest - rest.detach())
+        return a
+
+
 def _checked(
     s: Tensor,
     k: float | Tensor,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xlroute.attend import attend
 from xlroute.cross_attention import ConditionalRoutedCrossAttention, RoutedKeysValues
+from xlroute.feedforward import FeedForward
 from xlroute.position import AGE_BUCKETS, rotary_table, rotate
 from xlroute.router import RouterOutput
 
@@ -126,19 +127,6 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
     def gated(self, x: Tensor, keys_values: RoutedKeysValues, bias: Tensor) -> Tensor:
         """The gated output [b, n, d] for x [b, n, d]."""
         return self.memory_gate.tanh() * self.attend(self.queries(x), keys_values, bias)
-
-
-class FeedForward(nn.Sequential):
-    """Norm, expansion by `mult`, GELU, projection back: [b, n, d] -> [b, n, d]."""
-
-    def __init__(self, dim: int, *, mult: int, dropout: float) -> None:
-        super().__init__(
-            nn.RMSNorm(dim),
-            nn.Linear(dim, mult * dim, bias=False),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(mult * dim, dim, bias=False),
-        )
 
 
 class Block(nn.Module):

@@ -18,7 +18,17 @@ from xlroute.attend import AttentionBackend, attend
 from xlroute.backend import pick_backend
 from xlroute.kernels import gated_keys_values, scatter_rows
 from xlroute.memory import MemoryLayer
-from xlroute.router import CoordinateDescentRouter, RouterOutput
+from xlroute.position import rotary_at, rotate
+from xlroute.router import (
+    CoordinateDescentRouter,
+    RouterOutput,
+    RoutingStats,
+    check_num_tokens,
+    overlap,
+    route,
+    router_options,
+    rows_to_route,
+)
 from xlroute.side_stream import run_beside
 
 COSINE_SCALE = 20.0  # the logit of a key that equals its query, before training: e^20 outweighs all others
@@ -33,6 +43,14 @@ class RoutedKeysValues(NamedTuple):
     mask: Tensor | None  # bool [b, h, 1, 1 + k]; None if every row counts
 
 
+class AttentionStats(NamedTuple):
+    """How the routings of a routed attention went."""
+
+    queries: RoutingStats | None  # [b]; None if all queries attend, with no router
+    keys_values: RoutingStats  # [b, r]
+    overlap: Tensor  # float32 [b, r - 1], the share of each set's rows that the set before it holds too
+
+
 class ConditionalRoutedCrossAttention(nn.Module):
     """Attention of n queries to the k rows that a router picks out of m (CoLT5, arXiv 2303.09752).
 
@@ -45,15 +63,18 @@ class ConditionalRoutedCrossAttention(nn.Module):
 
     Args:
         dim: width d of queries and context rows.
-        num_tokens_q: queries that attend; None for all, without a router for them.
-        num_tokens_kv: k, rows chosen for each routing token.
+        num_tokens_q: queries that attend; None for all, without a router for them. A float in (0, 1] is a
+            share of each stream's valid queries.
+        num_tokens_kv: k, rows chosen for each routing token; a float in (0, 1] is a share of each stream's
+            valid rows.
         num_sets_kv: another name of `kv_routing_tokens`.
         dim_head: e.
         heads: h, divisible by the number of routing tokens.
         router_straight_through: gates of chosen rows are 1 in value and keep their gradient.
         router_kwargs: further arguments of `CoordinateDescentRouter`.
         kv_routing_tokens: r.
-        multiply_keys_by_score: multiply the keys by the gates too.
+        multiply_keys_by_score: multiply the keys by the gates too, which is to say the input of keys and
+            values, their projections being linear: what the paper writes down.
         use_triton: whether routing runs in Triton; None picks by device.
         use_null_q_tokens: the output of queries that do not attend is learned; otherwise zero.
         use_flash_attn: None, PyTorch's fused attention; True, the flash-attn package; False, the plain
@@ -65,18 +86,21 @@ class ConditionalRoutedCrossAttention(nn.Module):
             factor (arXiv 2010.04245), which Memorizing Transformers (arXiv 2203.08913) found stable for rows
             that older weights wrote. The null key is then a learned logit.
         dropout: probability with which an attention weight is dropped in training.
+        multiply_queries_by_score: multiply the queries that attend by their gates too.
+        rotary_emb: queries and keys are rotated by their positions, which count the tokens of x and the rows
+            of the context from the first: for a context that is x itself.
 
     Raises:
         ValueError: if h is not divisible by r, or `num_sets_kv` and `kv_routing_tokens` contradict each
-        other.
+        other, or for arguments out of range.
     """
 
     def __init__(
         self,
         dim: int,
         *,
-        num_tokens_q: int | None,
-        num_tokens_kv: int,
+        num_tokens_q: int | float | None,
+        num_tokens_kv: int | float,
         num_sets_kv: int = 1,
         dim_head: int = 64,
         heads: int = 8,
@@ -91,6 +115,8 @@ class ConditionalRoutedCrossAttention(nn.Module):
         share_qk: bool = False,
         qk_norm: bool = False,
         dropout: float = 0.0,
+        multiply_queries_by_score: bool = False,
+        rotary_emb: bool = False,
     ) -> None:
         super().__init__()
         if num_sets_kv != 1 and kv_routing_tokens not in (1, num_sets_kv):
@@ -104,31 +130,29 @@ class ConditionalRoutedCrossAttention(nn.Module):
         sets = max(num_sets_kv, kv_routing_tokens)
         if heads % sets != 0:
             raise ValueError(f"heads: expected a multiple of the {sets} routing tokens, got {heads}")
-        if num_tokens_kv < 1:
-            raise ValueError(f"num_tokens_kv: expected at least 1, got {num_tokens_kv}")
-        if num_tokens_q is not None and num_tokens_q < 1:
-            raise ValueError(f"num_tokens_q: expected None or at least 1, got {num_tokens_q}")
+        check_num_tokens("num_tokens_kv", num_tokens_kv)
+        if num_tokens_q is not None:
+            check_num_tokens("num_tokens_q", num_tokens_q)
+        if rotary_emb and dim_head % 2 != 0:
+            raise ValueError(f"dim_head: expected an even number with rotary_emb=True, got {dim_head}")
         self.num_tokens_q = num_tokens_q
         self.num_tokens_kv = num_tokens_kv
         self.sets = sets
         self.heads = heads
         self.multiply_keys_by_score = multiply_keys_by_score
+        self.multiply_queries_by_score = multiply_queries_by_score
+        self.rotary_emb = rotary_emb
         self.dropout = dropout
         self.backend: AttentionBackend = "sdpa"
         if use_flash_attn is not None:
             self.backend = "flash" if use_flash_attn else "math"
 
-        for name in ("num_routing_tokens", "learned_routing_tokens"):
-            if name in router_kwargs:
-                raise ValueError(f"router_kwargs: expected no {name}, which this layer decides itself")
-        router_options = {
-            "straight_through": router_straight_through,
-            "use_triton": use_triton,
-            **router_kwargs,
-        }
-        self.q_router = CoordinateDescentRouter(dim, **router_options) if num_tokens_q is not None else None
+        options = router_options(
+            router_kwargs, straight_through=router_straight_through, use_triton=use_triton
+        )
+        self.q_router = CoordinateDescentRouter(dim, **options) if num_tokens_q is not None else None
         self.kv_router = CoordinateDescentRouter(
-            dim, num_routing_tokens=sets, **{"route_block_size": route_block_size, **router_options}
+            dim, num_routing_tokens=sets, **{"route_block_size": route_block_size, **options}
         )
         inner = heads * dim_head
         self.norm = nn.RMSNorm(dim)
@@ -155,11 +179,12 @@ class ConditionalRoutedCrossAttention(nn.Module):
         x: Tensor,
         context: Tensor | MemoryLayer,
         *,
-        num_tokens_q: int | None = None,
-        num_tokens_kv: int | None = None,
+        num_tokens_q: int | float | None = None,
+        num_tokens_kv: int | float | None = None,
         mask: Tensor | None = None,
         context_mask: Tensor | None = None,
-    ) -> Tensor:
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, AttentionStats]:
         """Attend to the routed rows of the context.
 
         Args:
@@ -170,9 +195,10 @@ class ConditionalRoutedCrossAttention(nn.Module):
             mask: bool [b, n], the queries that may be routed; the others count as not chosen. Without effect
                 where every query attends (`num_tokens_q=None`).
             context_mask: bool [b, m], the rows that may be chosen; a memory layer brings its own.
+            return_stats: return how the routing went too.
 
         Returns:
-            [b, n, d].
+            [b, n, d]; with `return_stats`, that and `AttentionStats`.
 
         Raises:
             ValueError, TypeError: for shapes and options that do not fit together.
@@ -197,34 +223,53 @@ class ConditionalRoutedCrossAttention(nn.Module):
             raise ValueError(
                 f"num_tokens_q: expected None in a module built with num_tokens_q=None, got {num_tokens_q}"
             )
-        if num_tokens_q is not None and num_tokens_q >= x.shape[1] and mask is None:
-            num_tokens_q = None
+        if num_tokens_q is not None and mask is None and not return_stats:
+            num_tokens_q = None if rows_to_route(num_tokens_q, x.shape[1]) == x.shape[1] else num_tokens_q
 
-        def choose_queries(x: Tensor) -> tuple[RouterOutput | None, Tensor]:
+        def choose_queries(x: Tensor) -> tuple[RouterOutput | None, RoutingStats | None, Tensor]:
             if num_tokens_q is None:
-                return None, self.queries(x)
+                return None, None, self.queries(x)
             assert self.q_router is not None
-            chosen = self.q_router(x, num_tokens=num_tokens_q, mask=mask)
-            return chosen, self.queries(chosen.tokens)
+            chosen, stats = route(
+                self.q_router, x, with_stats=return_stats, num_tokens=num_tokens_q, mask=mask
+            )
+            return chosen, stats, self.queries(chosen.tokens, chosen)
 
         # The queries do not wait for the memories, of which there are many.
         chosen_queries = run_beside(choose_queries, x)
-        routed = self.route(context, num_tokens_kv=num_tokens_kv, context_mask=context_mask)
+        routed, stats = self._route(context, num_tokens_kv, context_mask, return_stats)
         keys_values = self.keys_values(routed)
-        chosen, q = chosen_queries()
+        chosen, query_stats, q = chosen_queries()
         out = self.attend(q, keys_values)
-        return out if chosen is None else self._route_back(x, out, chosen)
+        if chosen is not None:
+            out = self.route_back(x, out, chosen)
+        return out if stats is None else (out, AttentionStats(query_stats, stats, overlap(routed.indices)))
 
     def route(
         self,
         context: Tensor | MemoryLayer,
         *,
-        num_tokens_kv: int | None = None,
+        num_tokens_kv: int | float | None = None,
         context_mask: Tensor | None = None,
     ) -> RouterOutput:
         """Choose the rows to attend to; all of the output keeps the dimension r."""
-        k = self.num_tokens_kv if num_tokens_kv is None else num_tokens_kv
-        return self.kv_router(context, num_tokens=k, mask=context_mask, keep_one_route_dim=True)  # type: ignore[no-any-return]
+        return self._route(context, num_tokens_kv, context_mask, with_stats=False)[0]
+
+    def _route(
+        self,
+        context: Tensor | MemoryLayer,
+        num_tokens_kv: int | float | None,
+        context_mask: Tensor | None,
+        with_stats: bool,
+    ) -> tuple[RouterOutput, RoutingStats | None]:
+        return route(
+            self.kv_router,
+            context,
+            with_stats=with_stats,
+            num_tokens=self.num_tokens_kv if num_tokens_kv is None else num_tokens_kv,
+            mask=context_mask,
+            keep_one_route_dim=True,
+        )
 
     def keys_values(self, routed: RouterOutput, value_rows: Tensor | None = None) -> RoutedKeysValues:
         """Keys and values of routed rows for the heads of their set, behind the null key and value.
@@ -244,14 +289,27 @@ class ConditionalRoutedCrossAttention(nn.Module):
         if self.null_key is None:
             # Autocast computes a norm in float32.
             keys = F.normalize(keys, dim=-1).to(values.dtype)
-        mask = routed.mask
+        if self.rotary_emb:
+            positions = routed.indices.to(keys.device)[..., None]  # the same for all heads
+            keys = rotate(keys, rotary_at(positions, keys.shape[-1], dtype=keys.dtype))
+        return self.lay_out(keys, values, routed.scores, routed.mask)
+
+    def lay_out(self, keys: Tensor, values: Tensor, gates: Tensor, mask: Tensor | None) -> RoutedKeysValues:
+        """Keys and values [b, r, k, h/r, e] of routed rows, gated, by head behind the null key and value.
+
+        Args:
+            keys: [b, r, k, h/r, e].
+            values: [b, r, k, h/r, e].
+            gates: [b, r, k].
+            mask: bool [b, r, k], False where there is no row; None if there is one everywhere.
+        """
         if mask is not None:
             mask = F.pad(mask.to(keys.device), (1, 0), value=True)
             mask = mask.repeat_interleave(self.heads // self.sets, dim=1)[:, :, None]
         keys, values = gated_keys_values(
             keys,
             values,
-            routed.scores.to(keys.device),
+            gates.to(keys.device),
             self.null_key,
             self.null_value,
             gate_keys=self.multiply_keys_by_score,
@@ -259,12 +317,17 @@ class ConditionalRoutedCrossAttention(nn.Module):
         )
         return RoutedKeysValues(keys, values, mask)
 
-    def queries(self, x: Tensor) -> Tensor:
-        """Queries [b, h, n, e] of x [b, n, d]."""
+    def queries(self, x: Tensor, routed: RouterOutput | None = None) -> Tensor:
+        """Queries [b, h, n, e] of x [b, n, d], which are all tokens, or the routed ones."""
         q = rearrange(self.to_q(self.norm(x)), "b n (h e) -> b h n e", h=self.heads)
         if self.log_scale is not None:
             # Attention divides the logits by the root of the head's width.
             q = F.normalize(q, dim=-1) * (self.log_scale.exp() * q.shape[-1] ** 0.5).to(q.dtype)
+        if self.multiply_queries_by_score and routed is not None:
+            q = (q * routed.scores[:, None, :, None]).to(q.dtype)
+        if self.rotary_emb:
+            positions = torch.arange(x.shape[1], device=x.device) if routed is None else routed.indices
+            q = rotate(q, rotary_at(positions, q.shape[-1], dtype=q.dtype).unsqueeze(-3))
         return q  # type: ignore[no-any-return]
 
     def attend(self, q: Tensor, routed: RoutedKeysValues, bias: Tensor | None = None) -> Tensor:
@@ -296,7 +359,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         weight = rearrange(projection.weight, "(r o) d -> r d o", r=self.sets)
         return rearrange(rows @ weight, "b r k (h e) -> b r k h e", h=self.heads // self.sets)
 
-    def _route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
+    def route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
         """Put the gated outputs of routed queries in their places; others get the learned output, or zero."""
         base = x.new_zeros(()) if self.null_q_token is None else self.null_q_token
         return scatter_rows(

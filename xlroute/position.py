@@ -11,25 +11,52 @@ AGE_BUCKETS = 48
 def rotary_table(
     length: int, dim_head: int, *, device: torch.device, dtype: torch.dtype, base: float = 10_000.0
 ) -> Tensor:
+    """The rotary embedding of the positions 0 .. length - 1, [2, length, e / 2]; see `rotary_at`."""
+    return rotary_at(torch.arange(length, device=device), dim_head, dtype=dtype, base=base)
+
+
+def rotary_at(positions: Tensor, dim_head: int, *, dtype: torch.dtype, base: float = 10_000.0) -> Tensor:
     """Angles of the rotary embedding (Su et al., arXiv 2104.09864), as unit vectors.
 
     Args:
-        length: number of positions.
+        positions: int64 [...].
         dim_head: e, even.
-        device: where the table goes.
         dtype: of what will be rotated; half precision gets a table in float32.
         base: the longest wavelength is 2π times about this many positions.
 
     Returns:
-        [2, length, e / 2]: cosine and sine of each position and frequency.
+        [2, ..., e / 2]: cosine and sine of each position and frequency.
     """
-    frequencies = base ** (-torch.arange(0, dim_head, 2, device=device, dtype=torch.float64) / dim_head)
-    angles = torch.arange(length, device=device, dtype=torch.float64)[:, None] * frequencies
+    exponents = torch.arange(0, dim_head, 2, device=positions.device, dtype=torch.float64) / dim_head
+    angles = positions[..., None].to(torch.float64) * base**-exponents
     return torch.stack((angles.cos(), angles.sin())).to(torch.promote_types(dtype, torch.float32))
 
 
+def sincos_2d(
+    rows: int, columns: int, dim: int, *, device: torch.device, dtype: torch.dtype, base: float = 10_000.0
+) -> Tensor:
+    """Sines and cosines of the places of a map (Beyer et al., arXiv 2205.01580).
+
+    Args:
+        rows: of the map.
+        columns: of the map.
+        dim: d, a multiple of 4.
+        device: where the result goes.
+        dtype: of the result.
+        base: the longest wavelength is 2π times this many places.
+
+    Returns:
+        [rows, columns, d]: sine and cosine of the column, then of the row, d / 4 frequencies each.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    frequencies = base ** -torch.linspace(0, 1, dim // 4, device=device, dtype=wide)
+    y, x = (torch.arange(side, device=device)[:, None] * frequencies for side in (rows, columns))
+    y, x = y[:, None].expand(-1, columns, -1), x[None].expand(rows, -1, -1)
+    return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), dim=-1).to(dtype)
+
+
 def rotate(t: Tensor, table: Tensor) -> Tensor:
-    """Rotate pairs of channels of t [..., n, e] by the angles of n positions, table [2, n, e / 2].
+    """Rotate pairs of channels of t [..., n, e] by the angles of n positions, table [2, ..., n, e / 2].
 
     Half precision is rotated in float32 and comes back as it was.
     """

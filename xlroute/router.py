@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +158,7 @@ class CoordinateDescentRouter(nn.Module):
         self,
         x: Tensor | MemoryLayer,
         *,
-        num_tokens: int,
+        num_tokens: int | float,
         mask: Tensor | None = None,
         random_route: bool = False,
         routing_tokens: Tensor | None = None,
@@ -167,7 +168,9 @@ class CoordinateDescentRouter(nn.Module):
 
         Args:
             x: rows [b, m, d], or the layer of a memory, of which only the chosen rows are gathered.
-            num_tokens: k; all rows are chosen, and none twice, where there are fewer.
+            num_tokens: k; all rows are chosen, and none twice, where there are fewer. A float in (0, 1] is a
+                share of the rows: of those that a stream may choose from, rounded, and at least one. Then k
+                is the largest choice, and shorter ones are padded.
             mask: bool [b, m], the rows that may be chosen; a memory layer brings its own. The others must be
                 finite too.
             random_route: choose rows at random, with gates of 1 and no gradient: the negative control.
@@ -175,7 +178,7 @@ class CoordinateDescentRouter(nn.Module):
             keep_one_route_dim: keep the dimension r although there is one routing token.
 
         Returns:
-            RouterOutput, with k = min(num_tokens, m).
+            RouterOutput, with k = min(num_tokens, m), or the share of m.
 
         Raises:
             ValueError, TypeError: for shapes and options that do not fit together.
@@ -194,7 +197,7 @@ class CoordinateDescentRouter(nn.Module):
         self,
         x: Tensor | MemoryLayer,
         *,
-        num_tokens: int,
+        num_tokens: int | float,
         mask: Tensor | None = None,
         random_route: bool = False,
         routing_tokens: Tensor | None = None,
@@ -213,11 +216,65 @@ class CoordinateDescentRouter(nn.Module):
         assert stats is not None
         return out, stats
 
+    def scores(self, x: Tensor, *others: CoordinateDescentRouter) -> Tensor:
+        """Scores of rows by the router's own tokens, and by those of others built alike, in one pass.
+
+        For callers that choose out of the same rows several times, by `choose`.
+
+        Args:
+            x: rows [b, m, d].
+            others: further routers with the same options, but for the number of tokens.
+
+        Returns:
+            [b, r, m], r the tokens of all of them, float32 unless the rows are float64.
+        """
+        b, _, d = _rows_shape(x)
+        _require(d == self.dim, "x", f"rows of width {self.dim}", tuple(x.shape))
+        tokens = [router._tokens(None, b) for router in (self, *others)]
+        return self._scores(x, torch.cat(tokens, dim=-2), pick_backend(self.use_triton, x.device))
+
+    def choose(
+        self,
+        s: Tensor,
+        *,
+        num_tokens: int,
+        mask: Tensor | None = None,
+        random_route: bool = False,
+        with_stats: bool = False,
+    ) -> tuple[Tensor, Tensor, RoutingStats | None]:
+        """Choose by given scores what a call of the router chooses by those of its rows, not in blocks.
+
+        Args:
+            s: scores [..., m]; those of rows that may not be chosen may be -inf.
+            num_tokens: k.
+            mask: bool, broadcasts to [..., m].
+            random_route: as in a call of the router.
+            with_stats: tell how saturated the gates are.
+
+        Returns:
+            Gates and indices [..., k] with k = min(num_tokens, m), 0 and -1 where there is no row; the
+            statistics [...], or None.
+        """
+        m = s.shape[-1]
+        k = min(num_tokens, m)
+        backend = pick_backend(self.use_triton, s.device)
+        if self.n_iters is None and not (random_route or with_stats):
+            return *self._top_gates(s, k, k, mask, backend), None
+        chosen_by = torch.rand_like(s).masked_fill(s == -math.inf, -math.inf) if random_route else None
+        gates, indices = self._select(s, self._budget(k, mask, m), k, mask, chosen_by, backend)
+        stats = _stats(gates.detach(), indices) if with_stats else None
+        picked = gates.gather(-1, indices.clamp(min=0))
+        if random_route:
+            picked = torch.ones_like(picked)
+        elif self.straight_through:
+            picked = picked - picked.detach() + 1
+        return picked.masked_fill(indices < 0, 0), indices, stats
+
     def _route(
         self,
         x: Tensor | MemoryLayer,
         *,
-        num_tokens: int,
+        num_tokens: int | float,
         mask: Tensor | None,
         random_route: bool,
         routing_tokens: Tensor | None,
@@ -226,7 +283,7 @@ class CoordinateDescentRouter(nn.Module):
     ) -> tuple[RouterOutput, RoutingStats | None]:
         b, m, d = _rows_shape(x)
         _require(d == self.dim, "x", f"rows of width {self.dim}", tuple(x.shape))
-        _require(num_tokens >= 1, "num_tokens", "at least 1", num_tokens)
+        k = rows_to_route(num_tokens, m)
         if isinstance(x, MemoryLayer):
             if mask is not None:
                 raise ValueError("mask: expected None with the layer of a memory, which brings its own")
@@ -238,22 +295,19 @@ class CoordinateDescentRouter(nn.Module):
 
         s = self._scores(x, tokens, backend)  # [b, r, m]
         route_mask = None if mask is None else mask[:, None].expand(s.shape)
+        wanted: Tensor | int = k
+        if route_mask is not None and isinstance(num_tokens, float):
+            wanted = _share(num_tokens, route_mask.sum(-1))  # [b, r]
         stats = None
         if self.n_iters is None and not (self._in_blocks(m) or random_route or with_stats):
-            picked, indices = top_gates(
-                s,
-                k=self._budget(num_tokens, route_mask, m),
-                num=min(num_tokens, m),
-                eps=self.eps,
-                mask=route_mask,
-                backend=backend,
-                largest=self._largest_budget(num_tokens),
-                straight_through=self.straight_through,
-            )
+            picked, indices = self._top_gates(s, wanted, k, route_mask, backend)
+            if isinstance(wanted, Tensor):
+                indices = _first(indices, wanted)
+                picked = picked.masked_fill(indices < 0, 0)
             rows = x.take(indices) if isinstance(x, MemoryLayer) else gather_rows(x, indices, backend)
         else:
             chosen_by = torch.rand_like(s) if random_route else None
-            gates, indices = self._solve(s, route_mask, num_tokens, chosen_by, backend)
+            gates, indices = self._solve(s, route_mask, k, wanted, chosen_by, backend)
             rows, picked = self._gather(x, gates, indices, backend)
             stats = _stats(gates.detach(), indices) if with_stats else None
             if random_route:
@@ -299,16 +353,34 @@ class CoordinateDescentRouter(nn.Module):
             return x.scores(tokens.to(x.device), normalize=normalize, scale=scale, backend=backend)
         return row_scores(x, tokens, normalize=normalize, scale=scale, backend=backend)
 
-    def _budget(self, num_tokens: int, mask: Tensor | None, m: int) -> Tensor | float:
-        """What the gates of a row sum to: fetch_k_ratio x num_tokens, at most the number of valid rows."""
-        budget = num_tokens * self.fetch_k_ratio
+    def _top_gates(
+        self, s: Tensor, wanted: Tensor | int, k: int, mask: Tensor | None, backend: Backend | None
+    ) -> tuple[Tensor, Tensor]:
+        """Gates and indices [..., k] of the best of scores [..., m], by the exact soft top-k."""
+        return top_gates(
+            s,
+            k=self._budget(wanted, mask, s.shape[-1]),
+            num=k,
+            eps=self.eps,
+            mask=mask,
+            backend=backend,
+            largest=self._largest_budget(k),
+            straight_through=self.straight_through,
+        )
+
+    def _budget(self, wanted: Tensor | int, mask: Tensor | None, m: int) -> Tensor | float:
+        """What the gates of a row sum to: fetch_k_ratio x the rows wanted, at most the valid rows."""
+        budget = wanted * self.fetch_k_ratio
+        if isinstance(budget, Tensor):
+            assert mask is not None
+            return torch.minimum(budget, mask.sum(-1))
         if mask is None:
             return min(budget, float(m))
         return mask.sum(-1).clamp(max=budget)
 
-    def _largest_budget(self, num_tokens: int) -> int:
+    def _largest_budget(self, k: int) -> int:
         """No budget is larger than this, unless it reaches all valid rows."""
-        return math.ceil(num_tokens * self.fetch_k_ratio)
+        return math.ceil(k * self.fetch_k_ratio)
 
     def _in_blocks(self, m: int) -> bool:
         return self.route_block_size is not None and self.route_block_size < m
@@ -335,15 +407,20 @@ class CoordinateDescentRouter(nn.Module):
         self,
         s: Tensor,
         mask: Tensor | None,
-        num_tokens: int,
+        k: int,
+        wanted: Tensor | int,
         chosen_by: Tensor | None,
         backend: Backend | None,
     ) -> tuple[Tensor, Tensor]:
-        """Gates of all rows [b, r, m]; indices [b, r, k] of the best, or of the best of ``chosen_by``."""
+        """Gates of all rows [b, r, m]; indices [b, r, k] of the best, or of the best of ``chosen_by``.
+
+        Those beyond the number that is wanted, at most k, are -1.
+        """
         m = s.shape[-1]
         if self._in_blocks(m):
-            return self._route_blocks(s, mask, num_tokens, chosen_by, backend)
-        return self._select(s, self._budget(num_tokens, mask, m), num_tokens, mask, chosen_by, backend)
+            return self._route_blocks(s, mask, k, wanted, chosen_by, backend)
+        gates, indices = self._select(s, self._budget(wanted, mask, m), k, mask, chosen_by, backend)
+        return gates, _first(indices, wanted) if isinstance(wanted, Tensor) else indices
 
     def _select(
         self,
@@ -381,7 +458,8 @@ class CoordinateDescentRouter(nn.Module):
         self,
         s: Tensor,
         mask: Tensor | None,
-        num_tokens: int,
+        k: int,
+        wanted: Tensor | int,
         chosen_by: Tensor | None,
         backend: Backend | None,
     ) -> tuple[Tensor, Tensor]:
@@ -398,9 +476,9 @@ class CoordinateDescentRouter(nn.Module):
         mask_blocks = cut(torch.ones_like(s, dtype=torch.bool) if mask is None else mask)
         by_blocks = None if chosen_by is None else cut(chosen_by)
         valid = mask_blocks.sum(-1)
-        quotas = block_quotas(valid, num_tokens)
+        quotas = block_quotas(valid, wanted)
         budgets = (quotas * self.fetch_k_ratio).clamp(max=valid)
-        gates, offered = self._select(s_blocks, budgets, num_tokens, mask_blocks, by_blocks, backend)
+        gates, offered = self._select(s_blocks, budgets, k, mask_blocks, by_blocks, backend)
 
         # Each block offers its best rows; those beyond its quota are struck out.
         best = s_blocks.detach() if by_blocks is None else by_blocks
@@ -409,8 +487,74 @@ class CoordinateDescentRouter(nn.Module):
         candidates = torch.where(kept, offered + offset, -1).flatten(-2)
         scores = best.flatten(-2).gather(-1, candidates.clamp(min=0))
         scores = scores.masked_fill(candidates < 0, -math.inf)
-        order = torch.argsort(scores, dim=-1, descending=True, stable=True)[..., : min(num_tokens, m)]
+        order = torch.argsort(scores, dim=-1, descending=True, stable=True)[..., :k]
         return gates.flatten(-2)[..., :m], candidates.gather(-1, order)
+
+
+def route(
+    router: CoordinateDescentRouter, x: Tensor | MemoryLayer, *, with_stats: bool, **options: Any
+) -> tuple[RouterOutput, RoutingStats | None]:
+    """A call of the router, and how saturated the gates are if that is asked for."""
+    if with_stats:
+        return router.route_with_stats(x, **options)
+    return router(x, **options), None
+
+
+def overlap(indices: Tensor) -> Tensor:
+    """The share of the rows of each set of rows, after the first, that the set before it holds too.
+
+    Args:
+        indices: int64 [..., s, k], distinct in a set; -1 for no row.
+
+    Returns:
+        float32 [..., s - 1], 0 for a set without rows.
+    """
+    both = torch.cat((indices[..., :-1, :], indices[..., 1:, :]), dim=-1).sort(dim=-1).values
+    shared = ((both[..., 1:] == both[..., :-1]) & (both[..., 1:] >= 0)).sum(-1)
+    return shared / (indices[..., 1:, :] >= 0).sum(-1).clamp(min=1)
+
+
+def router_options(router_kwargs: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """The arguments of a layer's router: the layer's own options, and over them those that its user gave.
+
+    Raises:
+        ValueError: for options that the layer decides itself.
+    """
+    for name in ("num_routing_tokens", "learned_routing_tokens"):
+        if name in router_kwargs:
+            raise ValueError(f"router_kwargs: expected no {name}, which this layer decides itself")
+    return {**options, **router_kwargs}
+
+
+def check_num_tokens(name: str, num_tokens: int | float) -> None:
+    """Refuse a number of rows to route below 1, or a share of them (a float) outside (0, 1].
+
+    Raises:
+        ValueError: for those.
+    """
+    if isinstance(num_tokens, float):
+        _require(0 < num_tokens <= 1, name, "an int, or a share in (0, 1]", num_tokens)
+    else:
+        _require(num_tokens >= 1, name, "at least 1", num_tokens)
+
+
+def rows_to_route(num_tokens: int | float, m: int) -> int:
+    """How many of m rows are routed: `num_tokens` of them, or that share of them if it is a float."""
+    check_num_tokens("num_tokens", num_tokens)
+    if isinstance(num_tokens, float):
+        return min(max(int(num_tokens * m + 0.5), 1), m)
+    return min(num_tokens, m)
+
+
+def _share(share: float, rows: Tensor) -> Tensor:
+    """As many of the rows (int64) as `rows_to_route` says, for each stream."""
+    return (share * rows.to(torch.float64) + 0.5).to(torch.int64).clamp(min=1)
+
+
+def _first(indices: Tensor, wanted: Tensor) -> Tensor:
+    """Indices [b, r, k] of which the first ``wanted`` [b, r] are kept, and the others -1."""
+    places = torch.arange(indices.shape[-1], device=indices.device)
+    return indices.masked_fill(places >= wanted[..., None], -1)
 
 
 def _stats(gates: Tensor, indices: Tensor) -> RoutingStats:
@@ -424,19 +568,19 @@ def _stats(gates: Tensor, indices: Tensor) -> RoutingStats:
     )
 
 
-def block_quotas(valid: Tensor, total: int) -> Tensor:
+def block_quotas(valid: Tensor, total: Tensor | int) -> Tensor:
     """Share out `total` rows over blocks in proportion to their valid rows, by largest remainder.
 
     Args:
         valid: int64 [..., blocks], valid rows of each block.
-        total: rows to share out.
+        total: rows to share out; int64 [...] if they differ.
 
     Returns:
         int64 [..., blocks], at most `valid` each, summing to min(total, the valid rows); where remainders
         are equal, the earlier block comes first.
     """
     everything = valid.sum(-1, keepdim=True)
-    share = everything.clamp(max=total)
+    share = everything.clamp(max=total[..., None] if isinstance(total, Tensor) else total)
     divisor = everything.clamp(min=1)
     quotas = share * valid // divisor
     remainders = share * valid % divisor

@@ -1,11 +1,10 @@
 """benchmarks/routing.py at a tiny size on the CPU: what it writes, and that nothing unchecked is printed."""
 
 import csv
-import importlib
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,22 +34,6 @@ ROWS = (
 STEPS = ("descent", "soft_topk", "scores", "routed_attention", "stored_attention", "gradient_error")
 
 Load = Callable[[str], ModuleType]
-
-
-@pytest.fixture(scope="module")
-def load() -> Iterator[Load]:
-    """Imports a module of the benchmarks as the scripts do, timing each call but twice."""
-    names = {path.stem for path in BENCHMARKS.glob("*.py")}
-    before, threads = set(sys.modules), torch.get_num_threads()
-    torch.set_num_threads(1)  # where cores are shared, threads that wait for each other are slow
-    sys.path.insert(0, str(BENCHMARKS))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("timing"), "REPEATS", (2, 2))
-        yield importlib.import_module
-    sys.path.remove(str(BENCHMARKS))
-    torch.set_num_threads(threads)
-    for name in names & (set(sys.modules) - before):
-        del sys.modules[name]
 
 
 def lines_of(text: str) -> dict[str, str]:

@@ -30,11 +30,11 @@ def cases(dtype: str, d: int) -> list[Case]:
         ),
         (kernels.gather_rows_bwd_kernel, types, {"D": d, "BK": kernels.INDICES, "BD": width, "ACC": acc}, 4),
         (kernels.scatter_rows_bwd_kernel, types, {"D": d, "BK": rows, "BD": width, "ACC": acc}, 4),
-        (kernels.scatter_rows_kernel, types, scatter | {"HAS_ROWS": True, "GATED": True}, 4),
+        (kernels.scatter_rows_kernel, types, scatter | {"HAS_ROWS": True, "GATED": True, "ADD": True}, 4),
         (
             kernels.scatter_rows_kernel,
             types,
-            scatter | {"HAS_ROWS": False, "GATED": False, "p_rows": None, "p_gates": None},
+            scatter | {"HAS_ROWS": False, "GATED": False, "ADD": False, "p_rows": None, "p_gates": None},
             4,
         ),
     ]

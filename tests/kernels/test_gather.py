@@ -52,8 +52,9 @@ def test_gates_are_gathered_beside_their_rows(shape: tuple[int, ...]) -> None:
     assert torch.equal(straight.isnan(), indices >= 0)
 
 
+@pytest.mark.parametrize("add", [False, True], ids=["replaced", "added"])
 @pytest.mark.parametrize("k", [0, 1, 4])
-def test_scatter_equals_a_loop(k: int) -> None:
+def test_scatter_equals_a_loop(k: int, add: bool) -> None:
     base = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(3, k, 4, dtype=torch.float64, requires_grad=True)
     indices = torch.stack([torch.randperm(6)[:k] for _ in range(3)])
@@ -62,8 +63,8 @@ def test_scatter_equals_a_loop(k: int) -> None:
     for stream in range(3):
         for place, index in enumerate(indices[stream].tolist()):
             if index >= 0:
-                expected[stream, index] = rows[stream, place]
-    given = scatter_rows(base, rows, indices)
+                expected[stream, index] = rows[stream, place] + (base[stream, index] if add else 0)
+    given = scatter_rows(base, rows, indices, add=add)
     cotangent = torch.randn_like(expected)
     assert torch.equal(given, expected)
     wanted = torch.autograd.grad(expected, (base, rows), cotangent, allow_unused=True)
@@ -79,6 +80,10 @@ def test_scatter_multiplies_rows_by_their_gates() -> None:
     given = scatter_rows(base, rows, indices, gates=gates)
     torch.testing.assert_close(given, scatter_rows(base, products, indices), rtol=1e-2, atol=0)
     assert torch.equal(given[0, 1:5], base[0, 1:5])
+    # Added, the sums are rounded once: better than the sum of rounded products.
+    exact = scatter_rows(base.double(), rows.double(), indices, gates=gates.double(), add=True)
+    added = scatter_rows(base, rows, indices, gates=gates.double(), add=True)
+    assert torch.equal(added, exact.bfloat16())
 
 
 def test_scatter_over_one_vector() -> None:
@@ -101,9 +106,11 @@ def test_gradcheck() -> None:
     places = torch.tensor([[3, -1], [0, 4]])
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert check(lambda x, rows: scatter_rows(x, rows, places), (x, rows))
-        assert check(
-            lambda x, rows, gates: scatter_rows(x, rows, places, gates=gates[:, :2]), (x, rows, gates)
-        )
+        for add in (False, True):
+            assert check(
+                lambda x, rows, gates, add=add: scatter_rows(x, rows, places, gates=gates[:, :2], add=add),
+                (x, rows, gates),
+            )
 
 
 def test_minus_one_hides_even_nan() -> None:

@@ -206,24 +206,30 @@ def test_scatter(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     expected, given = both(scatter_rows, (base, rows), places)
     for a, b_ in zip(given, expected, strict=True):
         assert torch.equal(a, b_)
+    added = scatter_rows(base, rows, places, "triton", add=True)
+    eps = torch.finfo(dtype).eps if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.0  # cut off, as below
+    torch.testing.assert_close(
+        added, scatter_rows(base, rows, places, add=True, backend="torch"), rtol=eps, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("add", [False, True], ids=["replaced", "added"])
 @pytest.mark.parametrize("shape", [(2, 50, 33, 7), (1, 1, 1, 1), (3, 9, 300, 9)], ids=str)
-def test_scatter_of_gated_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_scatter_of_gated_rows(shape: tuple[int, ...], add: bool, dtype: torch.dtype) -> None:
     b, n, d, k = shape
     base, rows, places = randn(b, n, d, dtype=dtype), randn(b, k, d, dtype=dtype), distinct(b, n, k)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     gates = torch.rand(b, k, device=DEVICE, dtype=wide)
 
     def scatter(base: Tensor, rows: Tensor, gates: Tensor, places: Tensor, backend: Any) -> Tensor:
-        return scatter_rows(base, rows, places, backend, gates=gates)
+        return scatter_rows(base, rows, places, backend, gates=gates, add=add)
 
     expected, given = both(scatter, (base, rows, gates), places)
-    # The interpreter cuts off where it should round to bfloat16.
-    rtol = torch.finfo(dtype).eps if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.0
+    # The interpreter cuts off where it should round to bfloat16, and a GPU may fuse the product and the sum.
+    rtol = torch.finfo(dtype).eps if add or (dtype == torch.bfloat16 and DEVICE == "cpu") else 0.0
     for a, b_ in zip(given[:3], expected[:3], strict=True):
-        torch.testing.assert_close(a, b_, rtol=rtol, atol=0.0)
+        torch.testing.assert_close(a, b_, rtol=rtol, atol=4 * rtol if add else 0.0)
     torch.testing.assert_close(given[3], expected[3])  # a sum over d, in another order
 
 
@@ -266,11 +272,11 @@ def test_opcheck(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         ops.gather_rows.default, (x.detach()[:, ::2, 1:], None, indices % 3, False, "triton")
     )
     torch.library.opcheck(ops.gather_rows_backward.default, (rows, places, 6, "triton"))
-    torch.library.opcheck(ops.scatter_rows.default, (x, rows, factors, places, "triton"))
+    torch.library.opcheck(ops.scatter_rows.default, (x, rows, factors, places, True, "triton"))
     grad = x.detach().requires_grad_()
     torch.library.opcheck(ops.scatter_rows_backward.default, (grad, rows, factors, places, "triton"))
     torch.library.opcheck(
-        ops.scatter_rows.default, (x[:1].detach().expand(2, 6, 5), None, None, places, "triton")
+        ops.scatter_rows.default, (x[:1].detach().expand(2, 6, 5), None, None, places, False, "triton")
     )
 
 

@@ -61,6 +61,22 @@ def test_gradcheck() -> None:
         )
 
 
+@pytest.mark.parametrize("gate_keys", [False, True])
+def test_keys_are_kept_for_the_backward_only_if_they_are_gated(gate_keys: bool) -> None:
+    given = inputs(2, 2, 5, 3, 4)
+    kept: list[int] = []
+
+    def note(t: Tensor) -> Tensor:
+        kept.append(t.data_ptr())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        gated_keys_values(*(t.requires_grad_() for t in given), gate_keys=gate_keys)
+    keys, values, *_ = given
+    assert values.data_ptr() in kept
+    assert (keys.data_ptr() in kept) == gate_keys
+
+
 def test_a_null_key_of_zeros() -> None:
     keys, values, gates, null_key, null_value = inputs(2, 2, 3, 2, 4)
     given = gated_keys_values(keys, values, gates, None, null_value, backend="torch")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xlroute.kernels import coordinate_descent, soft_topk
+from xlroute.kernels import coordinate_descent, soft_topk, water_levels
 
 
 def bisected(s: Tensor, k: Tensor, eps: float, mask: Tensor) -> Tensor:
@@ -217,3 +217,37 @@ def test_rows_do_not_depend_on_their_batch() -> None:
     together = soft_topk(s, k=k)
     alone = torch.stack([soft_topk(row, k=budget) for row, budget in zip(s, k, strict=True)])
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 3, 4.25, 8])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 22.0])
+def test_the_level_gives_the_gates(k: float, spread: float) -> None:
+    s = (torch.randn(3, 20, dtype=torch.float64) * spread).requires_grad_()
+    mask = torch.rand(3, 20) < 0.6
+    level = water_levels(s, k=k, eps=0.3, mask=mask)
+    gates = ((s + level[:, None]) / 0.3).clamp(max=0).exp().masked_fill(~mask, 0)
+    expected = soft_topk(s, k=k, eps=0.3, mask=mask)
+    torch.testing.assert_close(gates, expected)
+    cotangent = torch.randn_like(gates)
+    torch.testing.assert_close(
+        torch.autograd.grad(gates, s, cotangent), torch.autograd.grad(expected, s, cotangent)
+    )
+
+
+def test_the_level_has_the_gradient_of_a_difference() -> None:
+    s = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(4, 9) < 0.8
+    mask[:, :4] = True
+    assert torch.autograd.gradcheck(lambda s: water_levels(s, k=2.5, eps=0.4, mask=mask), (s,))
+
+
+def test_levels_of_rows_that_choose_all_or_nothing() -> None:
+    s = torch.randn(4, 6, requires_grad=True)
+    mask = torch.tensor([[True] * 6, [True] * 3 + [False] * 3, [False] * 6, [True] * 6])
+    level = water_levels(s, k=torch.tensor([2.0, 3.0, 2.0, 0.0]), mask=mask)
+    assert level[0].isfinite()
+    assert level[1:].tolist() == [math.inf, math.inf, -math.inf]
+    (gradient,) = torch.autograd.grad(level, s, torch.randn(4))
+    assert gradient[0].any()
+    assert not gradient[1:].any()
+    assert water_levels(s[:0], k=2).shape == (0,)

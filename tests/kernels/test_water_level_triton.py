@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xlroute.kernels import soft_topk, top_gates, top_indices
+from xlroute.kernels import soft_topk, top_gates, top_indices, water_levels
 from xlroute.kernels.water_level import soft_topk_with_indices
 
 kernels = pytest.importorskip("xlroute.kernels.water_level_triton", exc_type=ImportError)
@@ -424,3 +424,20 @@ def test_extra_memory_is_small() -> None:
     before = torch.cuda.memory_allocated()
     gates, _ = soft_topk_with_indices(s, k=1152.0, num=1024)
     assert torch.cuda.max_memory_allocated() - before - gates.nbytes < 4 << 20
+
+
+@lengths
+def test_levels_of_prefixes(n: int) -> None:
+    """Rows that are one, and differ in the mask alone."""
+    s = torch.randn(2, 1, n, device=DEVICE, requires_grad=True)
+    ends = torch.tensor([n // 3, n // 2, n], device=DEVICE)
+    mask = torch.arange(n, device=DEVICE) < ends[:, None]
+    given, plain = (
+        water_levels(s.expand(-1, 3, -1), k=ends * 0.1, eps=0.1, mask=mask, backend=backend, largest=n)
+        for backend in ("triton", "torch")
+    )
+    torch.testing.assert_close(given, plain)
+    cotangent = torch.randn_like(plain)
+    torch.testing.assert_close(
+        torch.autograd.grad(given, s, cotangent), torch.autograd.grad(plain, s, cotangent)
+    )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,56 @@ def test_fewer_rows_than_asked_for_are_all_chosen() -> None:
     out = CoordinateDescentRouter(8)(torch.randn(2, 3, 8), num_tokens=10)
     assert sorted(out.indices[0].tolist()) == [0, 1, 2]
     assert torch.equal(out.scores, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("n_iters", [None, 20])
+@pytest.mark.parametrize("block", [None, 16])
+@pytest.mark.parametrize("share", [0.3, 0.01, 1.0])
+def test_a_share_of_the_rows_is_a_share_of_those_of_each_stream(
+    share: float, block: int | None, n_iters: int | None
+) -> None:
+    lengths = [50, 0, 23, 1]
+    x, mask = torch.randn(4, 50, 8), torch.arange(50) < torch.tensor(lengths)[:, None]
+    router = CoordinateDescentRouter(
+        8, num_routing_tokens=2, straight_through=False, route_block_size=block, n_iters=n_iters
+    )
+    out = router(x, num_tokens=share, mask=mask)
+    for b, length in enumerate(lengths):
+        k = max(round(share * length), min(length, 1))
+        assert ((out.indices[b] >= 0).sum(-1) == k).all()
+        assert not out.scores[b, :, k:].any()
+        assert not out.tokens[b, :, k:].any()
+        if length:
+            alone = router(x[b : b + 1, :length], num_tokens=share)
+            assert torch.equal(alone.indices[0], out.indices[b, :, :k])
+            torch.testing.assert_close(alone.scores[0], out.scores[b, :, :k])
+    assert torch.equal(router(x[:1], num_tokens=share).indices, router(x[:1], num_tokens=k_of(share)).indices)
+
+
+def k_of(share: float) -> int:
+    return max(round(share * 50), 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"straight_through": False}, {"n_iters": 20}], ids=str)
+def test_choosing_by_given_scores_is_what_a_call_does(options: dict[str, Any]) -> None:
+    router, other = (CoordinateDescentRouter(8, num_routing_tokens=r, **options) for r in (2, 1))
+    x, mask = torch.randn(3, 30, 8), torch.rand(3, 30) < 0.2
+    s = router.scores(x, other)
+    assert s.shape == (3, 3, 30)
+    torch.testing.assert_close(s[:, 2:], other.scores(x))
+    expected, stats = router.route_with_stats(x, num_tokens=5, mask=mask)
+    gates, indices, none = router.choose(s[:, :2], num_tokens=5, mask=mask[:, None])
+    assert none is None
+    assert torch.equal(indices, expected.indices)
+    torch.testing.assert_close(gates, expected.scores)
+    again, _, given = router.choose(s[:, :2], num_tokens=5, mask=mask[:, None], with_stats=True)
+    torch.testing.assert_close(again, gates)
+    torch.testing.assert_close(given, stats)
+    (ours,) = torch.autograd.grad((gates * torch.arange(5)).sum(), router.routing_token)
+    (theirs,) = torch.autograd.grad((expected.scores * torch.arange(5)).sum(), router.routing_token)
+    torch.testing.assert_close(ours, theirs)
+    gates, indices, _ = router.choose(s[:, :2], num_tokens=50, mask=mask[:, None], random_route=True)
+    assert torch.equal(gates, (indices >= 0).to(gates.dtype))
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -310,6 +361,8 @@ def test_bad_calls_are_refused() -> None:
         router(torch.randn(2, 20, 7), num_tokens=3)
     with pytest.raises(ValueError, match="num_tokens: expected at least 1, got 0"):
         router(x, num_tokens=0)
+    with pytest.raises(ValueError, match=r"num_tokens: expected an int, or a share in \(0, 1\], got 1.5"):
+        router(x, num_tokens=1.5)
     with pytest.raises(ValueError, match=r"mask: expected bool \(2, 20\), got torch.float32 \(2, 20\)"):
         router(x, num_tokens=3, mask=torch.ones(2, 20))
     with pytest.raises(ValueError, match="routing_tokens: expected None"):

@@ -1,0 +1,168 @@
+"""Self-attention with a light branch for all tokens and a heavy one for the few that a router picks.
+
+Shapes: b streams, n tokens, d dim, h heads, e dim_head, r routing tokens, k tokens routed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from xlroute.cross_attention import AttentionStats, ConditionalRoutedCrossAttention
+from xlroute.local_attention import LocalAttention
+from xlroute.router import check_num_tokens
+
+
+class ConditionalRoutedAttention(nn.Module):
+    """Local attention for all tokens, plus attention of routed queries to routed keys and values.
+
+    out_i = light(x)_i + gate_i heavy(x)_i for routed queries, and light(x)_i plus a learned vector for the
+    others (CoLT5, arXiv 2303.09752). The light branch sees `light_window_size` / 2 tokens to either side. The
+    heavy branch is `ConditionalRoutedCrossAttention` of the sequence to itself: `num_heavy_tokens_q` queries
+    attend to the `num_heavy_tokens_kv` tokens that each of r routing tokens picks out of all, and to a
+    learned null key. Only routed tokens are projected.
+
+    The routed tokens are the best of the whole sequence, so a token's output depends on later ones: this is
+    no layer for causal models.
+
+    Args:
+        dim: width d of the tokens.
+        num_heavy_tokens_q: queries that take the heavy branch; a float in (0, 1] is a share of each stream's
+            valid tokens.
+        num_heavy_tokens_kv: k, tokens that each routing token picks as keys and values; or a share.
+        num_routed_kv: r; the heavy heads are shared out evenly over the r sets.
+        has_light_attn: whether there is a light branch.
+        light_dim_head: e of the light branch.
+        light_heads: h of the light branch.
+        light_window_size: how many others a token sees in the light branch, half of them to either side.
+        heavy_dim_head: e of the heavy branch.
+        heavy_heads: h of the heavy branch, divisible by r.
+        router_straight_through: gates of routed tokens are 1 in value and keep their gradient.
+        router_kwargs: further arguments of both `CoordinateDescentRouter`s, whose defaults keep gates from
+            saturating. Those of colt5-attention are `n_iters=20, eps=0.03, eps_init=4.0, eps_decay=0.7,
+            score_scale=None`.
+        multiply_keys_by_score: multiply keys and values by the gates of their tokens, which is to say the
+            input of both, as the paper writes it; otherwise the values alone.
+        multiply_queries_by_score: multiply the queries by their gates, besides their outputs.
+        use_triton: whether routing runs in Triton; None picks by device.
+        use_null_q_tokens: what the heavy branch gives tokens whose query was not routed is learned; otherwise
+            zero.
+        use_flash_attn: whether the heavy branch may use PyTorch's fused attention, flash kernels among it;
+            False computes the plain formula, and holds all of its logits.
+        rotary_emb: queries and keys of the heavy branch are rotated by their positions in the sequence.
+
+    Raises:
+        ValueError: for arguments out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heavy_tokens_q: int | float,
+        num_heavy_tokens_kv: int | float,
+        num_routed_kv: int = 1,
+        has_light_attn: bool = True,
+        light_dim_head: int = 64,
+        light_heads: int = 8,
+        light_window_size: int = 128,
+        heavy_dim_head: int = 64,
+        heavy_heads: int = 8,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] = {},
+        multiply_keys_by_score: bool = False,
+        multiply_queries_by_score: bool = False,
+        use_triton: bool | None = None,
+        use_null_q_tokens: bool = True,
+        use_flash_attn: bool = True,
+        rotary_emb: bool = False,
+    ) -> None:
+        super().__init__()
+        self.light_attn: LocalAttention | None = None
+        if has_light_attn:
+            if light_window_size < 2:
+                raise ValueError(f"light_window_size: expected at least 2, got {light_window_size}")
+            self.light_attn = LocalAttention(
+                dim, window_size=light_window_size // 2, dim_head=light_dim_head, heads=light_heads
+            )
+        self.heavy_attn = heavy_attention(
+            dim,
+            num_heavy_tokens_q=num_heavy_tokens_q,
+            num_heavy_tokens_kv=num_heavy_tokens_kv,
+            num_routed_kv=num_routed_kv,
+            dim_head=heavy_dim_head,
+            heads=heavy_heads,
+            router_straight_through=router_straight_through,
+            router_kwargs=router_kwargs,
+            multiply_keys_by_score=multiply_keys_by_score,
+            multiply_queries_by_score=multiply_queries_by_score,
+            use_triton=use_triton,
+            use_null_q_tokens=use_null_q_tokens,
+            use_flash_attn=use_flash_attn,
+            rotary_emb=rotary_emb,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        num_heavy_tokens_q: int | float | None = None,
+        num_heavy_tokens_kv: int | float | None = None,
+        mask: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, AttentionStats]:
+        """Attend within whole sequences.
+
+        Args:
+            x: tokens [b, n, d].
+            num_heavy_tokens_q: overrides that of the module.
+            num_heavy_tokens_kv: overrides that of the module.
+            mask: bool [b, n]; the other tokens are not routed, and seen by none.
+            return_stats: return how the routings of the heavy branch went too.
+
+        Returns:
+            [b, n, d]; with `return_stats`, that and `AttentionStats`.
+
+        Raises:
+            ValueError: for shapes and options that do not fit together.
+        """
+        heavy = self.heavy_attn(
+            x,
+            x,
+            num_tokens_q=num_heavy_tokens_q,
+            num_tokens_kv=num_heavy_tokens_kv,
+            mask=mask,
+            context_mask=mask,
+            return_stats=return_stats,
+        )
+        out, *stats = heavy if return_stats else (heavy,)
+        if self.light_attn is not None:
+            out = self.light_attn(x, mask) + out
+        return (out, *stats) if return_stats else out
+
+
+def heavy_attention(
+    dim: int,
+    *,
+    num_heavy_tokens_q: int | float,
+    num_heavy_tokens_kv: int | float,
+    num_routed_kv: int,
+    use_flash_attn: bool,
+    **options: Any,
+) -> ConditionalRoutedCrossAttention:
+    """The heavy branch of an attention layer, with the layer's names for its numbers."""
+    check_num_tokens("num_heavy_tokens_q", num_heavy_tokens_q)
+    check_num_tokens("num_heavy_tokens_kv", num_heavy_tokens_kv)
+    if num_routed_kv < 1:
+        raise ValueError(f"num_routed_kv: expected at least 1, got {num_routed_kv}")
+    return ConditionalRoutedCrossAttention(
+        dim,
+        num_tokens_q=num_heavy_tokens_q,
+        num_tokens_kv=num_heavy_tokens_kv,
+        kv_routing_tokens=num_routed_kv,
+        # None lets PyTorch choose among its kernels; that layer's True stands for the flash-attn package.
+        use_flash_attn=None if use_flash_attn else False,
+        **options,
+    )

@@ -1,0 +1,124 @@
+"""Feedforward layers: plain, and with a heavy branch for the few tokens that a router picks.
+
+Shapes: b streams, n tokens, d dim, k tokens routed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from xlroute.backend import pick_backend
+from xlroute.kernels import scatter_rows
+from xlroute.router import (
+    CoordinateDescentRouter,
+    RoutingStats,
+    check_num_tokens,
+    route,
+    router_options,
+    rows_to_route,
+)
+
+
+class FeedForward(nn.Sequential):
+    """Norm, expansion by `mult`, GELU, projection back: [b, n, d] -> [b, n, d]."""
+
+    def __init__(self, dim: int, *, mult: float, dropout: float = 0.0, bias: bool = False) -> None:
+        hidden = int(dim * mult)
+        if hidden < 1:
+            raise ValueError(f"mult: expected at least 1 / dim, so that a hidden unit is left, got {mult}")
+        super().__init__(
+            nn.RMSNorm(dim),
+            nn.Linear(dim, hidden, bias=bias),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, dim, bias=bias),
+        )
+
+
+class ConditionalRoutedFeedForward(nn.Module):
+    """A light feedforward for all tokens, and a heavy one for the few that a router picks.
+
+    out_i = light(x_i) + gate_i heavy(x_i), the second term for routed tokens alone (CoLT5, arXiv 2303.09752).
+    Only they are projected by the heavy branch. Gradient reaches the router through the gates.
+
+    The routed tokens are the best of the whole sequence, so a token's output depends on later ones: this is
+    no layer for causal models.
+
+    Args:
+        dim: width d of the tokens.
+        num_heavy_tokens: k, tokens that take the heavy branch; a float in (0, 1] is a share of each stream's
+            valid tokens.
+        light_ff_mult: hidden width of the light branch over d; the paper has 1/2.
+        heavy_ff_mult: hidden width of the heavy branch over d; the paper has 4.
+        router_straight_through: gates of routed tokens are 1 in value and keep their gradient.
+        router_kwargs: further arguments of `CoordinateDescentRouter`, whose defaults keep gates from
+            saturating. Those of colt5-attention are `n_iters=20, eps=0.03, eps_init=4.0, eps_decay=0.7,
+            score_scale=None`.
+        use_triton: whether routing runs in Triton; None picks by device.
+
+    Raises:
+        ValueError: for arguments out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heavy_tokens: int | float,
+        light_ff_mult: float = 0.5,
+        heavy_ff_mult: float = 4,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] = {},
+        use_triton: bool | None = None,
+    ) -> None:
+        super().__init__()
+        check_num_tokens("num_heavy_tokens", num_heavy_tokens)
+        self.num_heavy_tokens = num_heavy_tokens
+        self.router = CoordinateDescentRouter(
+            dim,
+            **router_options(router_kwargs, straight_through=router_straight_through, use_triton=use_triton),
+        )
+        self.light_ff = FeedForward(dim, mult=light_ff_mult, bias=True)
+        self.heavy_ff = FeedForward(dim, mult=heavy_ff_mult, bias=True)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        num_heavy_tokens: int | float | None = None,
+        *,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, RoutingStats]:
+        """Feed all tokens forward, the routed ones through both branches.
+
+        Args:
+            x: tokens [b, n, d].
+            mask: bool [b, n], the tokens that may be routed; the others take the light branch alone.
+            num_heavy_tokens: overrides that of the module.
+            return_stats: return how saturated the routing was too.
+
+        Returns:
+            [b, n, d]; with `return_stats`, that and a `RoutingStats`.
+
+        Raises:
+            ValueError: for shapes and options that do not fit together.
+        """
+        if x.ndim != 3:
+            raise ValueError(f"x: expected tokens [b, n, d], got {tuple(x.shape)}")
+        num_tokens = self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens
+        light = self.light_ff(x)
+        if rows_to_route(num_tokens, x.shape[1]) == x.shape[1] and mask is None and not return_stats:
+            return light + self.heavy_ff(x)  # type: ignore[no-any-return]
+        routed, stats = route(self.router, x, with_stats=return_stats, num_tokens=num_tokens, mask=mask)
+        out = scatter_rows(
+            light,
+            self.heavy_ff(routed.tokens),
+            routed.indices,
+            pick_backend(self.router.use_triton, x.device),
+            gates=routed.scores,
+            add=True,
+        )
+        return out if stats is None else (out, stats)
