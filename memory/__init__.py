@@ -1,5 +1,6 @@
 """The memory store: everything that a model has read, by layer and stream."""
 
+from xlroute.memory.disk import DiskUsage
 from xlroute.memory.errors import (
     CommitNotFoundError,
     CorruptionError,
@@ -15,9 +16,10 @@ from xlroute.memory.errors import (
     StoreWriteError,
 )
 from xlroute.memory.index import IndexKind, MemoryIndex
-from xlroute.memory.info import CommitInfo, DiskUsage, MemoryInfo
+from xlroute.memory.info import CommitInfo, MemoryInfo
 from xlroute.memory.layer import MemoryLayer
 from xlroute.memory.repair import RepairReport, StreamLoss
+from xlroute.memory.s3 import S3Path
 from xlroute.memory.store import MemoryStore
 from xlroute.memory.verify import Damage, VerifyReport
 
@@ -38,6 +40,7 @@ __all__ = [
     "NoPathError",
     "ReadOnlyError",
     "RepairReport",
+    "S3Path",
     "StoreClosedError",
     "StoreExistsError",
     "StoreLockedError",

@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -25,12 +26,13 @@ from numpy.typing import NDArray
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError
 from xlroute.memory.layout import COMMITS, KINDS, METADATA, Layout, read_room
 from xlroute.memory.log import Extent
+from xlroute.memory.place import StorePath, list_names
 from xlroute.memory.sealed import encode, replace_file, sync, write_all
 
 Bytes = NDArray[np.uint8]
 # A map holds a file descriptor, of which a process has 1,024 by default.
 _MAX_MAPS = 128
-_BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 4 * 2**20
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -87,32 +89,28 @@ class _Chunk(NamedTuple):
     memory: mmap.mmap  # of the rows
 
 
-class ChunkFiles:
-    """The chunk files of a store.
+class Chunks(ABC):
+    """The chunk files of a store, wherever it is.
 
     Args:
         root: Folder of the store.
         layout: Its layout.
         record: The commit record that a reader relies on: once it is gone, so may be its rows. None while the
             store is open for writing: what is held here stays.
-        new: Whether the store is still being made, so that no commit needs its metadata yet.
     """
 
-    def __init__(self, root: Path, layout: Layout, record: Path | None, *, new: bool = False) -> None:
+    def __init__(self, root: StorePath, layout: Layout, record: StorePath | None) -> None:
         self.root = root
         self.layout = layout
         self.record = record
-        self._new = new
         self._room: dict[tuple[int, int], int] = {}
-        self._maps: OrderedDict[tuple[int, int, int], _Chunk] = OrderedDict()
-        self._unsynced: set[Path] = set()
         self._present: dict[int, set[int]] = {}
         self._holders: WeakSet[Holder] = WeakSet()
 
     # Reading
 
     def read(self, layer: int, stream: int, rows: NDArray[np.int64], writers: NDArray[np.int64]) -> Bytes:
-        """Copies single rows through memory maps and checks them.
+        """Copies single rows and checks them.
 
         Args:
             layer: Layer.
@@ -133,29 +131,12 @@ class ChunkFiles:
         chunks, local = np.divmod(rows, self.layout.chunk_rows)
         order = np.argsort(chunks, kind="stable")
         bounds = np.flatnonzero(np.diff(chunks[order], prepend=-1, append=-1))
-        for first, last in itertools.pairwise(bounds.tolist()):
-            chosen = order[first:last]
-            files = self._map(layer, stream, int(chunks[chosen[0]]))
-            data[chosen] = files.rows[local[chosen]]
-            stored[chosen] = files.checksums[local[chosen]]
+        parts = [order[first:last] for first, last in itertools.pairwise(bounds.tolist())]
+        self._copy(layer, stream, [(int(chunks[part[0]]), part) for part in parts], local, data, stored)
         wrong = _wrong_rows(layer, stream, data, stored, rows, writers)
         if wrong.size:
             raise self._wrong_row(layer, stream, int(wrong[0]))
         return data
-
-    def prefetch(self, layer: int, stream: int, rows: NDArray[np.int64]) -> None:
-        """Asks the operating system to fetch rows [k] that will be read soon; it does so meanwhile.
-
-        Raises:
-            CorruptionError: The file that a row is in is damaged or missing.
-            CommitNotFoundError: The rows are gone because the commit was dropped.
-        """
-        size = self.layout.row_bytes
-        chunks, local = np.divmod(rows, self.layout.chunk_rows)
-        for chunk, row in zip(chunks.tolist(), local.tolist(), strict=True):
-            start = row * size // mmap.PAGESIZE * mmap.PAGESIZE
-            memory = self._map(layer, stream, chunk).memory
-            memory.madvise(mmap.MADV_WILLNEED, start, (row + 1) * size - start)
 
     def blocks(self, layer: int, stream: int, extents: Iterable[Extent]) -> Iterator[Bytes]:
         """Reads whole extents in order, in blocks of a few MiB [k, row_bytes], and checks every row.
@@ -172,6 +153,81 @@ class ChunkFiles:
                         raise self._wrong_row(layer, stream, int(wrong[0]))
                     yield data
 
+    @abstractmethod
+    def prefetch(self, layer: int, stream: int, rows: NDArray[np.int64]) -> None:
+        """Begins to fetch rows [k] that will be read soon, where that is of use.
+
+        Raises:
+            CorruptionError: The file that a row is in is damaged or missing.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+
+    @abstractmethod
+    def check_present(self, layer: int, stream: int, extents: Iterable[Extent]) -> None:
+        """Checks that all files of the extents are there and whole, before anyone makes room for the rows.
+
+        Raises:
+            CorruptionError: A file is missing or truncated.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+
+    @abstractmethod
+    def write(
+        self, layer: int, stream: int, start: int, data: Bytes, writer: int, *, fresh_from: int
+    ) -> None:
+        """Writes rows and their checksums, at row `start` of the log.
+
+        Args:
+            layer: Layer.
+            stream: Stream.
+            start: First row.
+            data: Bytes of the rows, [k, row_bytes].
+            writer: Number of the writer.
+            fresh_from: First row that no commit refers to. A short file from there on is what a killed writer
+                left; before, it is damage.
+
+        Raises:
+            OSError: The operating system refused; nothing that a commit refers to has changed.
+            CorruptionError: The file to write to, or the metadata of the array, is damaged.
+        """
+
+    @abstractmethod
+    def _copy(
+        self,
+        layer: int,
+        stream: int,
+        parts: Sequence[tuple[int, NDArray[np.int64]]],
+        local: NDArray[np.int64],
+        data: Bytes,
+        stored: NDArray[np.uint32],
+    ) -> None:
+        """Copies single rows and what is stored as their checksums.
+
+        Args:
+            layer: Layer.
+            stream: Stream.
+            parts: For each chunk, its number and where its rows are in the other arguments.
+            local: Numbers of the rows in their chunks, [k].
+            data: Where the bytes of the rows go, [k, row_bytes].
+            stored: Where the checksums go, [k].
+        """
+
+    @abstractmethod
+    def _blocks_of(
+        self, layer: int, stream: int, chunk: int, start: int, stop: int
+    ) -> Iterator[tuple[Bytes, NDArray[np.uint32]]]:
+        """Rows `start` to `stop` of a chunk and what is stored as their checksums, a few MiB at a time."""
+
+    @abstractmethod
+    def _delete(self, stream: int, chunk: int) -> None:
+        """Deletes the files of a chunk in all layers."""
+
+    def _checksums(self, layer: int, stream: int, start: int, data: Bytes, writer: int) -> NDArray[np.uint32]:
+        """The checksums of the rows from `start` on [k, row_bytes] as they are written, [k]."""
+        rows = np.arange(start, start + data.shape[0])
+        bits = address_bits(layer, stream, rows, np.full(data.shape[0], writer))
+        return (row_checksums(data) ^ bits).astype("<u4")
+
     def scan(self, layer: int, stream: int, piece: Extent) -> Iterator[tuple[Bytes, NDArray[np.int64]]]:
         """Reads an extent that lies in one chunk, in blocks of a few MiB, whatever state its rows are in.
 
@@ -182,40 +238,17 @@ class ChunkFiles:
             CorruptionError: A file is missing or truncated.
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
-        step = max(1, _BLOCK_BYTES // self.layout.row_bytes)
         chunk = piece.start // self.layout.chunk_rows
         first = chunk * self.layout.chunk_rows
-        with self._opened(layer, stream, chunk) as (rows_file, checksum_file):
-            for low in range(piece.start, piece.stop, step):
-                count = min(step, piece.stop - low)
-                data = np.empty((count, self.layout.row_bytes), np.uint8)
-                stored = np.empty(count, np.uint32)
-                os.preadv(rows_file, [data.data], (low - first) * self.layout.row_bytes)
-                os.preadv(checksum_file, [stored.data], (low - first) * 4)
-                rows = np.arange(low, low + count)
-                yield data, _wrong_rows(layer, stream, data, stored, rows, np.full(count, piece.writer))
+        low = piece.start
+        for data, stored in self._blocks_of(layer, stream, chunk, piece.start - first, piece.stop - first):
+            rows = np.arange(low, low + data.shape[0])
+            yield data, _wrong_rows(layer, stream, data, stored, rows, np.full(rows.size, piece.writer))
+            low += data.shape[0]
 
-    def check_present(self, layer: int, stream: int, extents: Iterable[Extent]) -> None:
-        """Checks that all files of the extents are there and whole, before anyone makes room for the rows.
-
-        Raises:
-            CorruptionError: A file is missing or truncated.
-            CommitNotFoundError: The rows are gone because the commit was dropped.
-        """
-        for extent in extents:
-            for chunk, _, _ in self.pieces(extent.start, extent.stop):
-                for kind in KINDS:
-                    path = self.path(layer, stream, chunk, kind)
-                    try:
-                        size = path.stat().st_size
-                    except (FileNotFoundError, NotADirectoryError) as error:
-                        raise self._damaged(f"{path}: expected a chunk file, got no such file") from error
-                    self._check_size(path, size, kind)
-
-    def path(self, layer: int, stream: int, chunk: int, kind: str) -> Path:
+    @abstractmethod
+    def path(self, layer: int, stream: int, chunk: int, kind: str) -> StorePath:
         """The file of a chunk's rows or of their checksums."""
-        layout = self.layout
-        return self.root / layout.array_name(layer, stream, kind) / layout.chunk_name(chunk, kind)
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Splits rows `start` to `stop` at the ends of chunks: (chunk, start, stop)."""
@@ -226,43 +259,10 @@ class ChunkFiles:
             yield chunk, start, end
             start = end
 
-    @contextmanager
-    def _opened(self, layer: int, stream: int, chunk: int) -> Iterator[tuple[int, int]]:
-        """File descriptors of a chunk's rows and checksums, both of the right size."""
-        with ExitStack() as stack:
-            files = []
-            for kind in KINDS:
-                path = self.path(layer, stream, chunk, kind)
-                try:
-                    file = os.open(path, os.O_RDONLY)
-                except FileNotFoundError as error:
-                    raise self._damaged(f"{path}: expected a chunk file, got no such file") from error
-                stack.callback(os.close, file)
-                self._check_size(path, os.fstat(file).st_size, kind)
-                files.append(file)
-            yield files[0], files[1]
+    def _missing(self, path: StorePath) -> CorruptionError | CommitNotFoundError:
+        return self._damaged(f"{path}: expected a chunk file, got no such file")
 
-    def _map(self, layer: int, stream: int, chunk: int) -> _Chunk:
-        """A chunk as memory; the maps used last are kept."""
-        key = layer, stream, chunk
-        if key in self._maps:
-            self._maps.move_to_end(key)
-            return self._maps[key]
-        with self._opened(layer, stream, chunk) as files:
-            maps = [
-                mmap.mmap(file, self.layout.chunk_bytes(kind), access=mmap.ACCESS_READ)
-                for file, kind in zip(files, KINDS, strict=True)
-            ]
-        for memory in maps:
-            # Rows are chosen by content: reading ahead would read what nobody asked for.
-            memory.madvise(mmap.MADV_RANDOM)
-        rows = np.frombuffer(maps[0], np.uint8).reshape(self.layout.chunk_rows, self.layout.row_bytes)
-        self._maps[key] = _Chunk(rows, np.frombuffer(maps[1], np.dtype("<u4")), maps[0])
-        if len(self._maps) > _MAX_MAPS:
-            self._maps.popitem(last=False)
-        return self._maps[key]
-
-    def _check_size(self, path: Path, size: int, kind: str) -> None:
+    def _check_size(self, path: StorePath, size: int, kind: str) -> None:
         expected = self.layout.chunk_bytes(kind)
         if size != expected:
             raise self._damaged(f"{path}: expected a chunk file of {expected} bytes, got {size}")
@@ -294,68 +294,6 @@ class ChunkFiles:
                 f"({message})"
             )
         return CorruptionError(message)
-
-    # Writing
-
-    def write(
-        self, layer: int, stream: int, start: int, data: Bytes, writer: int, *, fresh_from: int
-    ) -> None:
-        """Writes rows and their checksums in place, at row `start` of the log.
-
-        Args:
-            layer: Layer.
-            stream: Stream.
-            start: First row.
-            data: Bytes of the rows, [k, row_bytes].
-            writer: Number of the writer.
-            fresh_from: First row that no commit refers to. A short file from there on is what a killed writer
-                left; before, it is damage.
-
-        Raises:
-            OSError: The operating system refused; nothing that a commit refers to has changed.
-            CorruptionError: The file to write to, or the metadata of the array, is damaged.
-        """
-        rows = np.arange(start, start + data.shape[0])
-        writers = np.full(data.shape[0], writer)
-        checksums = (row_checksums(data) ^ address_bits(layer, stream, rows, writers)).astype("<u4")
-        self._make_room(layer, stream, start + data.shape[0])
-        for chunk, low, high in self.pieces(start, start + data.shape[0]):
-            first = chunk * self.layout.chunk_rows
-            for kind, part, size in (
-                ("rows", data[low - start : high - start], self.layout.row_bytes),
-                ("crc32c", checksums[low - start : high - start], 4),
-            ):
-                path = self.path(layer, stream, chunk, kind)
-                fresh = first >= fresh_from
-                try:
-                    file = os.open(path, os.O_RDWR | (os.O_CREAT if fresh else 0), 0o666)
-                except FileNotFoundError as error:
-                    raise self._damaged(f"{path}: expected a chunk file, got no such file") from error
-                if stream in self._present:
-                    self._present[stream].add(chunk)
-                try:
-                    self._unsynced.update((path, path.parent))
-                    length = os.fstat(file).st_size
-                    if fresh and length != self.layout.chunk_bytes(kind):
-                        os.ftruncate(file, self.layout.chunk_bytes(kind))
-                    else:
-                        self._check_size(path, length, kind)
-                    write_all(file, np.ascontiguousarray(part).data.cast("B"), (low - first) * size)
-                finally:
-                    os.close(file)
-
-    def _make_room(self, layer: int, stream: int, rows: int) -> None:
-        """Grows the arrays, in their metadata alone, to hold `rows` rows."""
-        if self._room.get((layer, stream), -1) >= rows:
-            return
-        for kind in KINDS:
-            if read_room(self.root, self.layout, layer, stream, kind) < rows:
-                path = self.root / self.layout.array_name(layer, stream, kind) / METADATA
-                document = self.layout.array_document(kind, self.layout.room_for(rows))
-                # Every durable commit needs the file that this one takes the place of: a power cut must leave
-                # the old one or the new one, whole.
-                replace_file(path, encode(document), scratch=self.root / COMMITS, durable=not self._new)
-        self._check_room(layer, stream, rows)
 
     def hold(self, holder: Holder) -> None:
         """Keeps the files of the holder's extents for as long as the holder lives."""
@@ -400,10 +338,167 @@ class ChunkFiles:
         Raises:
             FileNotFoundError: The folder of the array is missing.
         """
-        names = {*os.listdir(self.root / self.layout.array_name(layer, stream, kind))}
+        names = {*list_names(self.root / self.layout.array_name(layer, stream, kind))}
         parts = (name.split(".") for name in names)
         chunks = (int(part[1]) for part in parts if len(part) > 1 and part[1].isdecimal())
         return {chunk for chunk in chunks if self.layout.chunk_name(chunk, kind) in names}
+
+
+class ChunkFiles(Chunks):
+    """The chunk files of a store in a folder, written in place.
+
+    Args:
+        root: As for `Chunks`.
+        layout: As for `Chunks`.
+        record: As for `Chunks`.
+        new: Whether the store is still being made, so that no commit needs its metadata yet.
+    """
+
+    root: Path
+
+    def __init__(self, root: Path, layout: Layout, record: StorePath | None, *, new: bool = False) -> None:
+        super().__init__(root, layout, record)
+        self._new = new
+        self._maps: OrderedDict[tuple[int, int, int], _Chunk] = OrderedDict()
+        self._unsynced: set[Path] = set()
+
+    # Reading
+
+    def path(self, layer: int, stream: int, chunk: int, kind: str) -> Path:
+        """See `Chunks`."""
+        return self.root / self.layout.array_name(layer, stream, kind) / self.layout.chunk_name(chunk, kind)
+
+    def prefetch(self, layer: int, stream: int, rows: NDArray[np.int64]) -> None:
+        """Asks the operating system to fetch rows; it does so meanwhile."""
+        size = self.layout.row_bytes
+        chunks, local = np.divmod(rows, self.layout.chunk_rows)
+        for chunk, row in zip(chunks.tolist(), local.tolist(), strict=True):
+            start = row * size // mmap.PAGESIZE * mmap.PAGESIZE
+            memory = self._map(layer, stream, chunk).memory
+            memory.madvise(mmap.MADV_WILLNEED, start, (row + 1) * size - start)
+
+    def check_present(self, layer: int, stream: int, extents: Iterable[Extent]) -> None:
+        """See `Chunks`."""
+        for extent in extents:
+            for chunk, _, _ in self.pieces(extent.start, extent.stop):
+                for kind in KINDS:
+                    path = self.path(layer, stream, chunk, kind)
+                    try:
+                        size = path.stat().st_size
+                    except (FileNotFoundError, NotADirectoryError) as error:
+                        raise self._missing(path) from error
+                    self._check_size(path, size, kind)
+
+    def _copy(
+        self,
+        layer: int,
+        stream: int,
+        parts: Sequence[tuple[int, NDArray[np.int64]]],
+        local: NDArray[np.int64],
+        data: Bytes,
+        stored: NDArray[np.uint32],
+    ) -> None:
+        """See `Chunks`; through memory maps."""
+        for chunk, part in parts:
+            files = self._map(layer, stream, chunk)
+            data[part] = files.rows[local[part]]
+            stored[part] = files.checksums[local[part]]
+
+    def _blocks_of(
+        self, layer: int, stream: int, chunk: int, start: int, stop: int
+    ) -> Iterator[tuple[Bytes, NDArray[np.uint32]]]:
+        """See `Chunks`."""
+        step = max(1, BLOCK_BYTES // self.layout.row_bytes)
+        with self._opened(layer, stream, chunk) as (rows_file, checksum_file):
+            for low in range(start, stop, step):
+                count = min(step, stop - low)
+                data = np.empty((count, self.layout.row_bytes), np.uint8)
+                stored = np.empty(count, np.uint32)
+                os.preadv(rows_file, [data.data], low * self.layout.row_bytes)
+                os.preadv(checksum_file, [stored.data], low * 4)
+                yield data, stored
+
+    @contextmanager
+    def _opened(self, layer: int, stream: int, chunk: int) -> Iterator[tuple[int, int]]:
+        """File descriptors of a chunk's rows and checksums, both of the right size."""
+        with ExitStack() as stack:
+            files = []
+            for kind in KINDS:
+                path = self.path(layer, stream, chunk, kind)
+                try:
+                    file = os.open(path, os.O_RDONLY)
+                except FileNotFoundError as error:
+                    raise self._missing(path) from error
+                stack.callback(os.close, file)
+                self._check_size(path, os.fstat(file).st_size, kind)
+                files.append(file)
+            yield files[0], files[1]
+
+    def _map(self, layer: int, stream: int, chunk: int) -> _Chunk:
+        """A chunk as memory; the maps used last are kept."""
+        key = layer, stream, chunk
+        if key in self._maps:
+            self._maps.move_to_end(key)
+            return self._maps[key]
+        with self._opened(layer, stream, chunk) as files:
+            maps = [
+                mmap.mmap(file, self.layout.chunk_bytes(kind), access=mmap.ACCESS_READ)
+                for file, kind in zip(files, KINDS, strict=True)
+            ]
+        for memory in maps:
+            # Rows are chosen by content: reading ahead would read what nobody asked for.
+            memory.madvise(mmap.MADV_RANDOM)
+        rows = np.frombuffer(maps[0], np.uint8).reshape(self.layout.chunk_rows, self.layout.row_bytes)
+        self._maps[key] = _Chunk(rows, np.frombuffer(maps[1], np.dtype("<u4")), maps[0])
+        if len(self._maps) > _MAX_MAPS:
+            self._maps.popitem(last=False)
+        return self._maps[key]
+
+    # Writing
+
+    def write(
+        self, layer: int, stream: int, start: int, data: Bytes, writer: int, *, fresh_from: int
+    ) -> None:
+        """See `Chunks`; in place."""
+        checksums = self._checksums(layer, stream, start, data, writer)
+        self._make_room(layer, stream, start + data.shape[0])
+        for chunk, low, high in self.pieces(start, start + data.shape[0]):
+            first = chunk * self.layout.chunk_rows
+            for kind, part, size in (
+                ("rows", data[low - start : high - start], self.layout.row_bytes),
+                ("crc32c", checksums[low - start : high - start], 4),
+            ):
+                path = self.path(layer, stream, chunk, kind)
+                fresh = first >= fresh_from
+                try:
+                    file = os.open(path, os.O_RDWR | (os.O_CREAT if fresh else 0), 0o666)
+                except FileNotFoundError as error:
+                    raise self._missing(path) from error
+                if stream in self._present:
+                    self._present[stream].add(chunk)
+                try:
+                    self._unsynced.update((path, path.parent))
+                    length = os.fstat(file).st_size
+                    if fresh and length != self.layout.chunk_bytes(kind):
+                        os.ftruncate(file, self.layout.chunk_bytes(kind))
+                    else:
+                        self._check_size(path, length, kind)
+                    write_all(file, np.ascontiguousarray(part).data.cast("B"), (low - first) * size)
+                finally:
+                    os.close(file)
+
+    def _make_room(self, layer: int, stream: int, rows: int) -> None:
+        """Grows the arrays, in their metadata alone, to hold `rows` rows."""
+        if self._room.get((layer, stream), -1) >= rows:
+            return
+        for kind in KINDS:
+            if read_room(self.root, self.layout, layer, stream, kind) < rows:
+                path = self.root / self.layout.array_name(layer, stream, kind) / METADATA
+                document = self.layout.array_document(kind, self.layout.room_for(rows))
+                # Every durable commit needs the file that this one takes the place of: a power cut must leave
+                # the old one or the new one, whole.
+                replace_file(path, encode(document), scratch=self.root / COMMITS, durable=not self._new)
+        self._check_room(layer, stream, rows)
 
     def _delete(self, stream: int, chunk: int) -> None:
         for layer in range(self.layout.layers):

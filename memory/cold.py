@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xlroute.memory.buffer import RowSpan
-from xlroute.memory.chunks import Bytes, ChunkFiles
+from xlroute.memory.chunks import Bytes, Chunks
 from xlroute.memory.layout import DTYPES
 from xlroute.memory.log import Extent, StreamLog
 from xlroute.memory.scores import KeptScores, Scoring, StoredScores
@@ -34,7 +34,7 @@ class ColdRows:
 
     def __init__(
         self,
-        files: ChunkFiles,
+        files: Chunks,
         layer: int,
         stream: int,
         log: StreamLog,

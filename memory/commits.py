@@ -17,12 +17,13 @@ from typing import Any
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError
 from xlroute.memory.layout import COMMITS, FORMAT, Layout
 from xlroute.memory.log import Extent, StreamLog
+from xlroute.memory.place import StorePath, list_names
 from xlroute.memory.sealed import checksum, encode, read_document, replace_file, sync
 
 _ID = re.compile(r"\d{12}-[0-9a-f]{8}")
 _PIN = re.compile(rf"({_ID.pattern})\.[0-9a-f]{{8}}")
 _STAMP = re.compile(r"[0-9a-f]{32}")
-_PINS = "pins"
+PINS = "pins"
 _SEAL = "crc32c"
 # No stream and no store gets this far; a number beyond it is damage.
 MAX_ROW = 1 << 48
@@ -95,13 +96,18 @@ class Commit:
             ]
         return document
 
+    def sealed(self) -> dict[str, Any]:
+        """The record as it is written."""
+        document = self.document()
+        return {**document, _SEAL: checksum(document)}
+
     @property
     def id(self) -> str:
         """The name of the record."""
         return f"{self.generation:012d}-{checksum(self.document())}"
 
 
-def record_path(root: Path, commit_id: str) -> Path:
+def record_path(root: StorePath, commit_id: str) -> StorePath:
     """Where the record of a commit is.
 
     Raises:
@@ -112,7 +118,7 @@ def record_path(root: Path, commit_id: str) -> Path:
     return root / COMMITS / f"{commit_id}.json"
 
 
-def list_commits(root: Path) -> list[str]:
+def list_commits(root: StorePath) -> list[str]:
     """Ids of all records, oldest first.
 
     Raises:
@@ -120,7 +126,7 @@ def list_commits(root: Path) -> list[str]:
     """
     folder = root / COMMITS
     try:
-        names = [name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json")]
+        names = [name.removesuffix(".json") for name in list_names(folder) if name.endswith(".json")]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptionError(f"{folder}: expected the folder of the commits, got none") from error
     return sorted(name for name in names if _ID.fullmatch(name))
@@ -132,11 +138,9 @@ def write_commit(root: Path, commit: Commit) -> None:
     Raises:
         OSError: The operating system refused.
     """
-    document = commit.document()
-    data = encode({**document, _SEAL: checksum(document)})
-    path = record_path(root, commit.id)
+    path = root / COMMITS / f"{commit.id}.json"
     try:
-        replace_file(path, data, scratch=root / COMMITS, durable=commit.durable)
+        replace_file(path, encode(commit.sealed()), scratch=root / COMMITS, durable=commit.durable)
     except BaseException:
         # It may have got its name before this; the caller is told that there is no such commit.
         with suppress(OSError):
@@ -144,7 +148,7 @@ def write_commit(root: Path, commit: Commit) -> None:
         raise
 
 
-def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
+def read_commit(root: StorePath, commit_id: str, layout: Layout) -> Commit:
     """Reads a record.
 
     Raises:
@@ -158,6 +162,15 @@ def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
         raise CommitNotFoundError(
             f"commit: expected one of {', '.join(list_commits(root)) or 'none'}, got {commit_id}"
         ) from error
+    return parse_commit(document, commit_id, layout, path)
+
+
+def parse_commit(document: dict[str, Any], commit_id: str, layout: Layout, path: StorePath) -> Commit:
+    """What a record says, of the document that was read at `path`.
+
+    Raises:
+        CorruptionError: It is damaged.
+    """
     given = document.pop(_SEAL, None)
     actual = checksum(document)
     if given != actual or actual != commit_id[-8:]:
@@ -231,14 +244,19 @@ def _of_types(value: Any, *types: type) -> Any:
     return value
 
 
-def list_pins(root: Path) -> dict[str, str]:
+def list_pins(root: StorePath) -> dict[str, str]:
     """All pins: the id of the commit, by pin id."""
     try:
-        names = os.listdir(root / COMMITS / _PINS)
+        names = list_names(root / COMMITS / PINS)
     except FileNotFoundError:
         return {}
     matches = (_PIN.fullmatch(name) for name in names)
     return {match[0]: match[1] for match in matches if match}
+
+
+def new_pin(commit: Commit) -> str:
+    """The id of another pin of a commit, which is the name of its file."""
+    return f"{commit.id}.{secrets.token_hex(4)}"
 
 
 def add_pin(root: Path, commit: Commit) -> str:
@@ -250,9 +268,9 @@ def add_pin(root: Path, commit: Commit) -> str:
     Raises:
         OSError: The operating system refused.
     """
-    folder = root / COMMITS / _PINS
+    folder = root / COMMITS / PINS
     folder.mkdir(exist_ok=True)
-    pin = f"{commit.id}.{secrets.token_hex(4)}"
+    pin = new_pin(commit)
     # The name is all there is to it, so the file is whole as soon as it is there.
     os.close(os.open(folder / pin, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     if commit.durable:
@@ -261,7 +279,7 @@ def add_pin(root: Path, commit: Commit) -> str:
     return pin
 
 
-def remove_pin(root: Path, pin: str) -> None:
+def remove_pin(root: StorePath, pin: str) -> None:
     """Removes a pin.
 
     Raises:
@@ -271,6 +289,6 @@ def remove_pin(root: Path, pin: str) -> None:
     if not isinstance(pin, str) or not _PIN.fullmatch(pin):
         raise ValueError(f"pin: expected an id that pin() returned, got {pin!r}")
     try:
-        (root / COMMITS / _PINS / pin).unlink()
+        (root / COMMITS / PINS / pin).unlink()
     except FileNotFoundError as error:
         raise CommitNotFoundError(f"pin: expected one that is in the store, got {pin}") from error

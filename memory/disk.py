@@ -1,9 +1,9 @@
-"""A store on disk: who may write to it, what it holds, and how a commit comes about.
+"""A store with a path: who may write to it, what it holds, and how a commit comes about.
 
-Rows go straight to the chunk files, beyond everything that any commit has ever referred to, so that they
-change nothing until the commit record that refers to them gets its name. A commit is that one rename: before
-it the store is as the commit before left it, and after it everything that the record refers to is there. Only
-then are old records dropped, and after them the chunk files that nothing refers to any more.
+In a folder, rows go straight to the chunk files, beyond everything that any commit has ever referred to, so
+that they change nothing until the commit record that refers to them gets its name. A commit is that one
+rename: before it the store is as the commit before left it, and after it everything that the record refers to
+is there. Only then are old records dropped, and after them the chunk files that nothing refers to any more.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import Timeout
 from torch import Tensor
 
 from xlroute.memory.buffer import Rows
-from xlroute.memory.chunks import ChunkFiles
+from xlroute.memory.chunks import Bytes, ChunkFiles, Chunks
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.commits import (
     MAX_GENERATION,
@@ -45,21 +47,43 @@ from xlroute.memory.errors import (
     StoreLockedError,
     StoreWriteError,
 )
-from xlroute.memory.layout import COMMITS, DTYPES, Layout, read_layout, write_layout
+from xlroute.memory.layout import COMMITS, DTYPES, FORMAT, KINDS, Layout, read_layout, write_layout
 from xlroute.memory.lock import WriterLock, pin_lock
 from xlroute.memory.log import Extent, StreamLog
+from xlroute.memory.place import StorePath
 from xlroute.memory.rows_bytes import as_bytes
-from xlroute.memory.score_files import CommittedStreamScores, ScoreFiles, write_scores
+from xlroute.memory.score_files import CommittedStreamScores, ScoreChunks, ScoreFiles, write_scores
 from xlroute.memory.scores import KeptScores, StoredScores
 from xlroute.memory.sealed import TEMPORARY, sync
 
+CHUNK_BYTES = 64 * 2**20  # of a file of rows, unless a user says otherwise
 _COPY_BYTES = 4 * 2**20
+_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's own blocks are
 # A writer may drop the last commit that a reader has just listed, and commit another, so often in a row.
 _OPEN_ATTEMPTS = 10
 
 
+@dataclass(frozen=True)
+class DiskUsage:
+    """What a store takes up on disk, with everything that is in its folder.
+
+    Attributes:
+        format: Version of the format.
+        chunk_rows: Rows in a chunk file.
+        chunk_files: Files of rows and files of checksums together.
+        apparent_bytes: The lengths of all files. Chunk files have their full length from the start.
+        allocated_bytes: What the file system has set aside for them.
+    """
+
+    format: int
+    chunk_rows: int
+    chunk_files: int
+    apparent_bytes: int
+    allocated_bytes: int
+
+
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: StorePath) -> Iterator[None]:
     """Turns the operating system's refusal into StoreWriteError."""
     try:
         yield
@@ -69,7 +93,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise StoreLockedError(f"{path}: expected the lock of the pins, got none in time: {error}") from error
     except OSError as error:
         text = f"{path}: expected to write, got {error.strerror or error}; the last commit stands"
-        raise StoreWriteError(error.errno, text) from error
+        raise StoreWriteError(*([text] if error.errno is None else [error.errno, text])) from error
 
 
 def _make_parents(path: Path) -> None:
@@ -91,7 +115,7 @@ def _new_folder(path: Path, layout: Layout) -> Iterator[Path]:
         raise StoreExistsError(f"{path}: expected nothing or an empty folder, got something that exists")
     building = path.parent / f".{path.name}.{secrets.token_hex(4)}.creating"
     try:
-        with _writing(path):
+        with writing(path):
             _make_parents(path)
             building.mkdir()
             write_layout(building, layout)
@@ -112,6 +136,35 @@ def create_store(path: Path, layout: Layout, fingerprint: str | None) -> None:
     logs = (StreamLog(),) * layout.streams
     with _new_folder(path, layout) as root:
         write_commit(root, Commit(1, None, fingerprint, False, logs))
+
+
+def copied_logs(rows: Sequence[Sequence[Rows]], appended: Sequence[int]) -> tuple[StreamLog, ...]:
+    """The logs of a new store that holds the given rows."""
+    writer = secrets.randbits(32)
+    held = [len(stream) for stream in rows[0]]
+    return tuple(
+        StreamLog((Extent(0, count, writer),) if count else (), before, count)
+        for count, before in zip(held, appended, strict=True)
+    )
+
+
+def copy_rows(
+    files: Chunks, rows: Sequence[Sequence[Rows]], logs: Sequence[StreamLog]
+) -> Iterator[tuple[int, int]]:
+    """Writes the rows of a new store, a few MiB of one layer and stream at a time.
+
+    Yields:
+        A stream, and how many of its rows are written in the layer that is being copied.
+    """
+    step = max(1, _COPY_BYTES // files.layout.row_bytes)
+    for layer, streams in enumerate(rows):
+        for stream, source in enumerate(streams):
+            for start in range(0, len(source), step):
+                index = torch.arange(start, min(start + step, len(source)))
+                data = as_bytes(source.gather(index).cpu())
+                [extent] = logs[stream].extents
+                files.write(layer, stream, start, data, extent.writer, fresh_from=0)
+                yield stream, start + data.shape[0]
 
 
 def copy_store(
@@ -142,21 +195,11 @@ def copy_store(
         StoreWriteError: The operating system refused to write.
         CorruptionError: A row to copy is damaged.
     """
-    writer = secrets.randbits(32)
-    step = max(1, _COPY_BYTES // layout.row_bytes)
-    held = [len(stream) for stream in rows[0]]
-    logs = tuple(
-        StreamLog((Extent(0, count, writer),) if count else (), before, count)
-        for count, before in zip(held, appended, strict=True)
-    )
+    logs = copied_logs(rows, appended)
     with _new_folder(path, layout) as root:
         files = ChunkFiles(root, layout, None, new=True)
-        for layer, streams in enumerate(rows):
-            for stream, source in enumerate(streams):
-                for start in range(0, len(source), step):
-                    index = torch.arange(start, min(start + step, len(source)))
-                    data = as_bytes(source.gather(index).cpu())
-                    files.write(layer, stream, start, data, writer, fresh_from=0)
+        for _ in copy_rows(files, rows, logs):
+            pass
         score_files = ScoreFiles(root, layout, None)
         scores = tuple(
             write_scores(score_files, layer, logs, streams, None) for layer, streams in enumerate(kept)
@@ -169,7 +212,7 @@ def copy_store(
         write_commit(root, commit)
     if durable:
         try:
-            with _writing(path):
+            with writing(path):
                 sync(path.parent)
         except BaseException:
             # It has its name already; the caller is told that there is no such copy.
@@ -178,8 +221,8 @@ def copy_store(
     return commit.id
 
 
-class Disk:
-    """An open store on disk, at one commit.
+class Disk(ABC):
+    """An open store with a path, at one commit.
 
     Args:
         root: Folder of the store.
@@ -203,25 +246,28 @@ class Disk:
         StoreWriteError: The operating system refused to write.
     """
 
-    def __init__(self, root: Path, *, commit: str | None, writable: bool, fingerprint: str | None) -> None:
+    files: Chunks
+    _score_files: ScoreChunks[Any]
+
+    def __init__(
+        self, root: StorePath, *, commit: str | None, writable: bool, fingerprint: str | None
+    ) -> None:
         self.root = root
         self.layout = read_layout(root)
         self._process = os.getpid()
-        self._lock: WriterLock | None = None
+        self._writing = writable
         if not writable:
             commit_id, opened = self._read(commit)
             self._check_fingerprint(opened, fingerprint)
-            record = record_path(root, commit_id)
-            self.files = ChunkFiles(root, self.layout, record)
-            self._score_files = ScoreFiles(root, self.layout, record)
+            self._open_files(record_path(root, commit_id))
         else:
-            with _writing(root):
-                self._lock = WriterLock(root)
+            with writing(root):
+                self._lock()
             try:
-                with _writing(root):
+                with writing(root):
                     opened = self._open_for_writing(commit, fingerprint)
             except BaseException:
-                self._lock.release()
+                self._unlock()
                 raise
         self.fingerprint = opened.fingerprint
         self.logs = opened.logs
@@ -230,10 +276,7 @@ class Disk:
     def _open_for_writing(self, commit: str | None, fingerprint: str | None) -> Commit:
         commit_id, opened = self._read(commit)
         self._check_fingerprint(opened, fingerprint)
-        for left in (self.root / COMMITS).glob(f"{TEMPORARY}*"):
-            left.unlink()
-        self.files = ChunkFiles(self.root, self.layout, None)
-        self._score_files = ScoreFiles(self.root, self.layout, None)
+        self._open_files(None)
         self._set_scored(opened.logs, opened.scores)
         self._writer = secrets.randbits(32)
         self._last = commit_id
@@ -250,7 +293,7 @@ class Disk:
         if any(known.durable for known in known):
             # Its writer may have been killed before this; the records of earlier durable commits go because
             # of it.
-            sync(self.root / COMMITS)
+            self._sync_records()
         self._ends = [
             max(log.end for log in logs) for logs in zip(*(known.logs for known in known), strict=True)
         ]
@@ -281,11 +324,14 @@ class Disk:
     def _read_checked(self, commit_id: str) -> Commit:
         """Reads a commit whose rows are there, as far as one can tell from the files of the first layer."""
         opened = read_commit(self.root, commit_id, self.layout)
-        files = ChunkFiles(self.root, self.layout, record_path(self.root, commit_id))
-        # Before anyone makes room for as many rows as the record says.
-        for stream, log in enumerate(opened.logs):
-            files.check_present(0, stream, log.extents)
+        self._check_present(opened, record_path(self.root, commit_id))
         return opened
+
+    def _check_present(self, commit: Commit, record: StorePath) -> None:
+        files = self._chunks(record)
+        # Before anyone makes room for as many rows as the record says.
+        for stream, log in enumerate(commit.logs):
+            files.check_present(0, stream, log.extents)
 
     def _check_fingerprint(self, opened: Commit, fingerprint: str | None) -> None:
         if fingerprint is not None and fingerprint != opened.fingerprint:
@@ -331,11 +377,8 @@ class Disk:
                 f"{self.root}: expected stream {stream} to have at most {MAX_ROW} rows, got {log.end} "
                 f"in its log and {log.appended} appended"
             )
-        with _writing(self.root):
-            for layer, part in enumerate(rows):
-                data = as_bytes(part)
-                fresh = self._ends[stream]
-                self.files.write(layer, stream, log.end, data, self._writer, fresh_from=fresh)
+        with writing(self.root):
+            self._write(stream, log.end, [as_bytes(part) for part in rows])
         return log.extended(rows.shape[1], self._writer, appended=appended)
 
     def commit(
@@ -358,27 +401,24 @@ class Disk:
             raise CorruptionError(
                 f"{self.root / COMMITS}: expected generations below {MAX_GENERATION}, got {self._generation}"
             )
-        with _writing(self.root):
+        with writing(self.root):
             scores = tuple(
                 write_scores(self._score_files, layer, logs, streams, self._scored_of(layer, logs))
                 for layer, streams in enumerate(kept)
             )
             self._set_scored(logs, scores)
-            if durable:
-                if not self._synced:
-                    self.files.mark_unsynced([log.extents for log in logs])
-                self.files.sync()
-                self._score_files.sync()
+            self._finish_writing(logs, durable)
             self._generation += 1
             scores = scores if any(scores) else ()
             commit = Commit(self._generation, self._last, fingerprint, durable, tuple(logs), scores)
             self._commits[commit.id] = commit
             try:
-                write_commit(self.root, commit)
+                self._publish(commit)
             except BaseException:
                 # A record that could not be taken back is one like any other: its rows stay.
-                if not record_path(self.root, commit.id).exists():
-                    del self._commits[commit.id]
+                with suppress(OSError):
+                    if not record_path(self.root, commit.id).exists():
+                        del self._commits[commit.id]
                 raise
         self._synced = self._synced or durable
         self._last = commit.id
@@ -414,19 +454,17 @@ class Disk:
         )
         return replace(scored, spans=tuple(spans))
 
-    def _drop_old(self) -> None:
+    def _expired(self, pinned: Iterable[str]) -> list[str]:
+        """The commits that are to be dropped, oldest first, if these are pinned."""
         names = sorted(self._commits)
-        with pin_lock(self.root):
-            keep = {*names[-self.layout.keep_commits :], *list_pins(self.root).values()}
-            # Until the next durable one: a power cut may take everything after it.
-            durable = [
-                name for name, commit in self._commits.items() if commit is not None and commit.durable
-            ]
-            keep.update(durable[-1:])
-            for name in names:
-                if name not in keep:
-                    record_path(self.root, name).unlink(missing_ok=True)
-                    del self._commits[name]
+        keep = {*names[-self.layout.keep_commits :], *pinned}
+        # Until the next durable one: a power cut may take everything after it.
+        durable = [name for name, commit in self._commits.items() if commit is not None and commit.durable]
+        keep.update(durable[-1:])
+        return [name for name in names if name not in keep]
+
+    def _drop_old(self) -> None:
+        self._drop_records()
         known = [commit for commit in self._commits.values() if commit is not None]
         if len(known) < len(self._commits):
             # Nobody knows which rows a damaged record refers to; it may be restored.
@@ -463,12 +501,12 @@ class Disk:
 
     def pin(self, commit: str) -> str:
         """Keeps a commit readable; returns the id of the pin."""
-        with _writing(self.root), pin_lock(self.root):
-            return add_pin(self.root, read_commit(self.root, commit, self.layout))
+        with writing(self.root):
+            return self._add_pin(commit)
 
     def unpin(self, pin: str) -> None:
         """Removes a pin."""
-        with _writing(self.root):
+        with writing(self.root):
             remove_pin(self.root, pin)
 
     def check_process(self) -> None:
@@ -481,8 +519,120 @@ class Disk:
 
     def close(self) -> None:
         """Lets the next writer in, unless this is another process than the one that opened the store."""
-        if self._lock is not None:
+        if self._writing:
             # The next writer does not know who still reads here.
             self.files.record = record_path(self.root, self._last)
-            self._lock.release()
-            self._lock = None
+            self._writing = False
+            self._unlock()
+
+    @abstractmethod
+    def usage(self) -> DiskUsage:
+        """What the store takes up. A writer may add and remove files meanwhile."""
+
+    @abstractmethod
+    def _chunks(self, record: StorePath | None) -> Chunks:
+        """The chunk files for whoever relies on a record; None for the writer."""
+
+    @abstractmethod
+    def _open_files(self, record: StorePath | None) -> None:
+        """Sets `files` and `_score_files`, as `_chunks`."""
+
+    @abstractmethod
+    def _lock(self) -> None:
+        """Makes this the writer."""
+
+    @abstractmethod
+    def _unlock(self) -> None:
+        """Lets the next writer in."""
+
+    @abstractmethod
+    def _sync_records(self) -> None:
+        """Waits until the names of the records are on the medium."""
+
+    @abstractmethod
+    def _write(self, stream: int, start: int, rows: Sequence[Bytes]) -> None:
+        """Writes rows of all layers, [l] of [k, row_bytes], at row `start` of a stream's log."""
+
+    @abstractmethod
+    def _finish_writing(self, logs: Sequence[StreamLog], durable: bool) -> None:
+        """Brings what was written to where a record may refer to it."""
+
+    @abstractmethod
+    def _publish(self, commit: Commit) -> None:
+        """Makes the commit: all of it, or an error."""
+
+    @abstractmethod
+    def _drop_records(self) -> None:
+        """Deletes the records of old commits, and takes them from `_commits`."""
+
+    @abstractmethod
+    def _add_pin(self, commit: str) -> str:
+        """Pins a commit."""
+
+
+class FolderDisk(Disk):
+    """A store in a folder: see `Disk`."""
+
+    root: Path
+    files: ChunkFiles
+    _score_files: ScoreFiles
+
+    def usage(self) -> DiskUsage:
+        """See `Disk`."""
+        layout = self.layout
+        chunk_files = sum(
+            len(self.files.listed(layer, stream, kind))
+            for layer in range(layout.layers)
+            for stream in range(layout.streams)
+            for kind in KINDS
+        )
+        apparent = allocated = 0
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    status = os.lstat(os.path.join(folder, name))
+                    apparent += status.st_size
+                    allocated += status.st_blocks * _BLOCK_BYTES
+        return DiskUsage(FORMAT, layout.chunk_rows, chunk_files, apparent, allocated)
+
+    def _chunks(self, record: StorePath | None) -> ChunkFiles:
+        return ChunkFiles(self.root, self.layout, record)
+
+    def _open_files(self, record: StorePath | None) -> None:
+        for left in () if record is not None else (self.root / COMMITS).glob(f"{TEMPORARY}*"):
+            left.unlink()
+        self.files = self._chunks(record)
+        self._score_files = ScoreFiles(self.root, self.layout, record)
+
+    def _lock(self) -> None:
+        self._held = WriterLock(self.root)
+
+    def _unlock(self) -> None:
+        self._held.release()
+
+    def _sync_records(self) -> None:
+        sync(self.root / COMMITS)
+
+    def _write(self, stream: int, start: int, rows: Sequence[Bytes]) -> None:
+        for layer, data in enumerate(rows):
+            self.files.write(layer, stream, start, data, self._writer, fresh_from=self._ends[stream])
+
+    def _finish_writing(self, logs: Sequence[StreamLog], durable: bool) -> None:
+        if durable:
+            if not self._synced:
+                self.files.mark_unsynced([log.extents for log in logs])
+            self.files.sync()
+            self._score_files.sync()
+
+    def _publish(self, commit: Commit) -> None:
+        write_commit(self.root, commit)
+
+    def _drop_records(self) -> None:
+        with pin_lock(self.root):
+            for name in self._expired(list_pins(self.root).values()):
+                record_path(self.root, name).unlink(missing_ok=True)
+                del self._commits[name]
+
+    def _add_pin(self, commit: str) -> str:
+        with pin_lock(self.root):
+            return add_pin(self.root, read_commit(self.root, commit, self.layout))

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 
 from xlroute.memory.commits import read_commit, record_path
-from xlroute.memory.disk import Disk
+from xlroute.memory.disk import Disk, DiskUsage
 from xlroute.memory.errors import CommitNotFoundError
-from xlroute.memory.layout import FORMAT, KINDS
-
-_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's own blocks are
+from xlroute.memory.place import StorePath
 
 
 @dataclass(frozen=True)
@@ -42,30 +38,11 @@ class CommitInfo:
 
 
 @dataclass(frozen=True)
-class DiskUsage:
-    """What a store takes up on disk, with everything that is in its folder.
-
-    Attributes:
-        format: Version of the format.
-        chunk_rows: Rows in a chunk file.
-        chunk_files: Files of rows and files of checksums together.
-        apparent_bytes: The lengths of all files. Chunk files have their full length from the start.
-        allocated_bytes: What the file system has set aside for them.
-    """
-
-    format: int
-    chunk_rows: int
-    chunk_files: int
-    apparent_bytes: int
-    allocated_bytes: int
-
-
-@dataclass(frozen=True)
 class MemoryInfo:
     """What `MemoryStore.info` tells.
 
     Attributes:
-        path: The folder of the store, or None for a store in memory.
+        path: Where the store is, or None for a store in memory.
         layers: Memory layers, l.
         streams: Streams, b.
         dim: Width of a row, d.
@@ -79,7 +56,7 @@ class MemoryInfo:
         commits: The commits that can be opened, oldest first.
     """
 
-    path: Path | None
+    path: StorePath | None
     layers: int
     streams: int
     dim: int
@@ -91,25 +68,6 @@ class MemoryInfo:
     memory_bytes: int
     disk: DiskUsage | None
     commits: tuple[CommitInfo, ...]
-
-
-def disk_usage(disk: Disk) -> DiskUsage:
-    """Adds up what is in the folder of a store. A writer may add and remove files meanwhile."""
-    layout = disk.layout
-    chunk_files = sum(
-        len(disk.files.listed(layer, stream, kind))
-        for layer in range(layout.layers)
-        for stream in range(layout.streams)
-        for kind in KINDS
-    )
-    apparent = allocated = 0
-    for folder, _, names in os.walk(disk.root):
-        for name in names:
-            with suppress(FileNotFoundError):
-                status = os.lstat(os.path.join(folder, name))
-                apparent += status.st_size
-                allocated += status.st_blocks * _BLOCK_BYTES
-    return DiskUsage(FORMAT, layout.chunk_rows, chunk_files, apparent, allocated)
 
 
 def describe_commits(disk: Disk) -> tuple[CommitInfo, ...]:

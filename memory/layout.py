@@ -8,7 +8,7 @@ record. bfloat16, which zarr does not know, is stored as uint16; the attribute `
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from xlroute.memory.errors import CorruptionError, FormatError, StoreNotFoundError
+from xlroute.memory.place import StorePath, list_names
 from xlroute.memory.sealed import checksum, encode, read_document
 
 FORMAT = 1
@@ -147,26 +148,25 @@ def plain_group_document() -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
-def write_plain_group(folder: Path) -> None:
-    """Makes a folder a group of zarr."""
-    (folder / METADATA).write_bytes(encode(plain_group_document()))
+def empty_folders(layout: Layout) -> Iterator[tuple[str, bytes]]:
+    """The folders of an empty store beside its own: their names, and the metadata that each holds."""
+    yield COMMITS, encode(plain_group_document())
+    for kind in KINDS:
+        data = encode(layout.array_document(kind, layout.room_for(0)))
+        for layer in range(layout.layers):
+            for stream in range(layout.streams):
+                yield layout.array_name(layer, stream, kind), data
 
 
 def write_layout(root: Path, layout: Layout) -> None:
     """Writes the metadata of an empty store into the empty folder `root`."""
     (root / METADATA).write_bytes(encode(layout.group_document()))
-    (root / COMMITS).mkdir()
-    write_plain_group(root / COMMITS)
-    for kind in KINDS:
-        data = encode(layout.array_document(kind, layout.room_for(0)))
-        for layer in range(layout.layers):
-            for stream in range(layout.streams):
-                folder = root / layout.array_name(layer, stream, kind)
-                folder.mkdir()
-                (folder / METADATA).write_bytes(data)
+    for name, data in empty_folders(layout):
+        (root / name).mkdir()
+        (root / name / METADATA).write_bytes(data)
 
 
-def read_layout(root: Path) -> Layout:
+def read_layout(root: StorePath) -> Layout:
     """Reads the layout of the store in the folder `root`.
 
     Raises:
@@ -185,12 +185,12 @@ def read_layout(root: Path) -> Layout:
     return layout
 
 
-def count_arrays(root: Path) -> int:
+def count_arrays(root: StorePath) -> int:
     """The number of arrays in the folder `root`, whatever state they are in."""
-    return sum(name.startswith("layer-") for name in os.listdir(root))
+    return sum(name.startswith("layer-") for name in list_names(root))
 
 
-def read_group(root: Path) -> Layout:
+def read_group(root: StorePath) -> Layout:
     """Reads what the metadata of the group says of the layout, whatever state the arrays are in.
 
     Raises:
@@ -230,7 +230,7 @@ def read_group(root: Path) -> Layout:
         ) from error
 
 
-def read_room(root: Path, layout: Layout, layer: int, stream: int, kind: str) -> int:
+def read_room(root: StorePath, layout: Layout, layer: int, stream: int, kind: str) -> int:
     """Reads how many rows an array has room for.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
@@ -12,23 +11,29 @@ import torch
 from torch import Tensor
 
 from xlroute.memory.buffer import Rows, RowSpan
+from xlroute.memory.claim import unlock
 from xlroute.memory.cold import ColdRows
-from xlroute.memory.disk import Disk, copy_store, create_store
+from xlroute.memory.disk import Disk
 from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
-from xlroute.memory.info import MemoryInfo, describe_commits, disk_usage
+from xlroute.memory.info import MemoryInfo, describe_commits
 from xlroute.memory.layer import MemoryLayer, positions_of
 from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Layout, check_positive
 from xlroute.memory.log import StreamLog
+from xlroute.memory.place import StorePath, store_path
 from xlroute.memory.repair import RepairReport, repair_store
+from xlroute.memory.s3 import S3Path
 from xlroute.memory.scores import KeptScores
+from xlroute.memory.storage import chunk_bytes_at, copy_to, create_at, open_disk
 from xlroute.memory.tiers import TieredRows, Tiers, rows_in_memory, rows_on_disk
 from xlroute.memory.verify import Progress, VerifyReport, verify_store
 
 Mode = Literal["r", "r+"]
+# A folder; or a store in an object store, as a url that begins with s3://.
+Location = str | os.PathLike[str] | S3Path
 
 
 class MemoryStore:
-    """Past hidden states of b streams in l layers, in memory or on disk.
+    """Past hidden states of b streams in l layers, in memory, on disk or in an object store.
 
     Rows are appended, and leave when their stream is reset or when it exceeds the capacity, oldest first. On
     disk, what was appended is there for others, and for the next process, once it is committed; nothing else
@@ -39,7 +44,8 @@ class MemoryStore:
     Use `create`, `open` or `fork` to get one.
 
     Attributes:
-        path: The folder of the store, or None for a store in memory.
+        path: Where the store is: its folder, or, for a store in an object store, a path whose string is the
+            url; None for a store in memory.
         mode: "r" for a store that was opened for reading alone, else "r+".
         device: Where rows live that are in memory.
         version: A number that every append and every reset raises, so that whoever keeps it can tell that
@@ -54,7 +60,7 @@ class MemoryStore:
         fingerprint: str | None,
         logs: Sequence[StreamLog],
         rows: Sequence[Sequence[Rows]],
-        path: Path | None = None,
+        path: StorePath | None = None,
         mode: Mode = "r+",
         disk: Disk | None = None,
         tiers: Tiers | None = None,
@@ -74,7 +80,7 @@ class MemoryStore:
     @classmethod
     def create(
         cls,
-        path: str | os.PathLike[str] | None = None,
+        path: Location | None = None,
         *,
         layers: int,
         streams: int,
@@ -83,7 +89,7 @@ class MemoryStore:
         device: torch.device | str = "cpu",
         capacity: int | None = None,
         fingerprint: str | None = None,
-        chunk_bytes: int = 64 * 2**20,
+        chunk_bytes: int | None = None,
         keep_commits: int = 8,
         device_bytes: int | None = None,
         host_bytes: int | None = None,
@@ -102,7 +108,9 @@ class MemoryStore:
             device: Where rows live that are in memory.
             capacity: Rows that a stream holds at most; the oldest make room for new ones. None for no bound.
             fingerprint: Identifies the weights that write the rows.
-            chunk_bytes: Size of a file of rows, in bytes, rounded down to whole rows.
+            chunk_bytes: Size of a file of rows, in bytes, rounded down to whole rows. None for 64 MiB, and
+                for 4 MiB in an object store: there, every commit puts the last file of each layer and stream
+                anew, and the writer keeps them in memory.
             keep_commits: How many commits stay readable, besides the pinned ones and the last durable one.
             device_bytes: Memory that rows may take on the device, of all layers and streams together. The
                 newest rows are kept there; all are in the host's memory or, for a store on disk, there.
@@ -118,6 +126,9 @@ class MemoryStore:
         if dtype not in DTYPE_NAMES:
             raise ValueError(f"dtype: expected one of torch.{', torch.'.join(DTYPES)}, got {dtype}")
         check_positive("dim", dim)
+        root = None if path is None else store_path(path)
+        if chunk_bytes is None:
+            chunk_bytes = chunk_bytes_at(root)
         check_positive("chunk_bytes", chunk_bytes)
         _check_fingerprint(fingerprint)
         layout = Layout(
@@ -130,9 +141,9 @@ class MemoryStore:
             keep_commits=keep_commits,
         )
         device = _checked_device(device)
-        if path is not None:
-            create_store(Path(path).absolute(), layout, fingerprint)
-            return cls.open(path, mode="r+", device=device, device_bytes=device_bytes, host_bytes=host_bytes)
+        if root is not None:
+            create_at(root, layout, fingerprint)
+            return cls.open(root, mode="r+", device=device, device_bytes=device_bytes, host_bytes=host_bytes)
         if host_bytes is not None:
             raise ValueError(f"host_bytes: expected None for a store in memory, got {host_bytes}")
         tiers = _tiers(layout, device_bytes, host_bytes)
@@ -149,7 +160,7 @@ class MemoryStore:
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
+        path: Location,
         *,
         mode: Mode = "r",
         device: torch.device | str = "cpu",
@@ -188,8 +199,8 @@ class MemoryStore:
             raise ValueError(f"mode: expected 'r' or 'r+', got {mode!r}")
         _check_fingerprint(fingerprint)
         device = _checked_device(device)
-        root = Path(path).absolute()
-        disk = Disk(root, commit=commit, writable=mode == "r+", fingerprint=fingerprint)
+        root = store_path(path)
+        disk = open_disk(root, commit=commit, writable=mode == "r+", fingerprint=fingerprint)
         try:
             return cls._opened(root, disk, mode, device, _tiers(disk.layout, device_bytes, host_bytes))
         except BaseException:
@@ -198,7 +209,7 @@ class MemoryStore:
 
     @staticmethod
     def verify(
-        path: str | os.PathLike[str],
+        path: Location,
         *,
         commit: str | None = None,
         all_commits: bool = False,
@@ -222,10 +233,10 @@ class MemoryStore:
             CommitNotFoundError: There is no such commit, or a writer has dropped it meanwhile.
             OSError: The operating system refused to read a file, which is no sign of damage.
         """
-        return verify_store(Path(path).absolute(), commit=commit, all_commits=all_commits, progress=progress)
+        return verify_store(store_path(path), commit=commit, all_commits=all_commits, progress=progress)
 
     @staticmethod
-    def repair(path: str | os.PathLike[str], *, progress: Progress | None = None) -> RepairReport:
+    def repair(path: Location, *, progress: Progress | None = None) -> RepairReport:
         """Makes a damaged store one that can be read and written again, and says what was lost.
 
         Of the last commit whose record can be read, each stream keeps its longest run of rows that no layer
@@ -254,11 +265,41 @@ class MemoryStore:
             StoreLockedError: A writer holds the store.
             StoreWriteError: The operating system refused to read or write; the last commit stands.
         """
-        return repair_store(Path(path).absolute(), progress=progress)
+        root = store_path(path)
+        if isinstance(root, S3Path):
+            raise ValueError(
+                f"path: expected a folder, got {root}: download the store, repair it there and upload it"
+            )
+        return repair_store(root, progress=progress)
+
+    @staticmethod
+    def unlock(path: Location) -> str | None:
+        """Takes a store in an object store from its writer, so that another can open it.
+
+        A writer that was killed stays the writer: nothing there notices that it has ended. If it is at work
+        after all, its next commit is refused with StoreLockedError, and the store stays at the last commit.
+
+        Args:
+            path: The url of the store.
+
+        Returns:
+            Who was the writer; None if nobody was.
+
+        Raises:
+            ValueError: `path` is a folder, whose writer lets go of it however it ends.
+            StoreNotFoundError: There is nothing at the path.
+            FormatError: There is something else, or a store of a newer format.
+            CorruptionError: The metadata is damaged.
+            StoreWriteError: The object store refused, or cannot be reached.
+        """
+        root = store_path(path)
+        if not isinstance(root, S3Path):
+            raise ValueError(f"path: expected a url that begins with s3://, got the folder {root}")
+        return unlock(root)
 
     @classmethod
     def _opened(
-        cls, root: Path, disk: Disk, mode: Mode, device: torch.device, tiers: Tiers | None
+        cls, root: StorePath, disk: Disk, mode: Mode, device: torch.device, tiers: Tiers | None
     ) -> MemoryStore:
         """The store at the commit that `disk` is at."""
         layout = disk.layout
@@ -589,7 +630,7 @@ class MemoryStore:
             rows=tuple(log.held for log in self._logs),
             appended=tuple(log.appended for log in self._logs),
             memory_bytes=sum(rows.nbytes for streams in self._rows for rows in streams),
-            disk=None if self._disk is None else disk_usage(self._disk),
+            disk=None if self._disk is None else self._disk.usage(),
             commits=() if self._disk is None else describe_commits(self._disk),
         )
 
@@ -608,7 +649,7 @@ class MemoryStore:
             tiers=self._tiers,
         )
 
-    def copy_to(self, path: str | os.PathLike[str], durable: bool = False) -> str:
+    def copy_to(self, path: Location, durable: bool = False) -> str:
         """Copies the store to disk, all of it or nothing: rows, positions and fingerprint, in one commit.
 
         Args:
@@ -625,8 +666,8 @@ class MemoryStore:
         """
         self._check_open()
         appended = [log.appended for log in self._logs]
-        return copy_store(
-            Path(path).absolute(),
+        return copy_to(
+            store_path(path),
             self._layout,
             self._rows,
             appended,

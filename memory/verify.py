@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from xlroute.memory.chunks import ChunkFiles
+from xlroute.memory.chunks import Chunks
 from xlroute.memory.commits import Commit, list_commits, read_commit, record_path
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError, MemoryStoreError
 from xlroute.memory.layout import (
@@ -27,10 +27,10 @@ from xlroute.memory.layout import (
     read_group,
     read_room,
 )
-from xlroute.memory.lock import read_holder
 from xlroute.memory.log import Extent
-from xlroute.memory.score_files import ScoreFiles
+from xlroute.memory.place import StorePath
 from xlroute.memory.sealed import TEMPORARY, read_document
+from xlroute.memory.storage import open_chunks, open_scores, read_writer
 
 # What is called after every few MiB with the bytes done so far, and with all there are.
 Progress = Callable[[int, int], None]
@@ -57,7 +57,7 @@ class Damage:
         commits: The examined commits that hold any of these rows.
     """
 
-    path: Path
+    path: StorePath
     problem: str
     array: str | None = None
     stream: int | None = None
@@ -71,7 +71,7 @@ class VerifyReport:
     """What `MemoryStore.verify` has found.
 
     Attributes:
-        path: The folder of the store.
+        path: Where the store is.
         commits: Ids of the commits whose rows were examined, oldest first.
         rows: Number of rows that these commits hold, in all layers together; each counts once.
         damage: Everything that is damaged: metadata, then commit records, then rows by stream and layer.
@@ -81,12 +81,12 @@ class VerifyReport:
             What a writer at work has not committed yet is among the leftovers.
     """
 
-    path: Path
+    path: StorePath
     commits: tuple[str, ...]
     rows: int
     damage: tuple[Damage, ...]
     scores: tuple[Damage, ...]
-    leftovers: tuple[Path, ...]
+    leftovers: tuple[StorePath, ...]
     writer: str | None
 
     @property
@@ -96,7 +96,7 @@ class VerifyReport:
 
 
 def verify_store(
-    root: Path, *, commit: str | None, all_commits: bool, progress: Progress | None
+    root: StorePath, *, commit: str | None, all_commits: bool, progress: Progress | None
 ) -> VerifyReport:
     """Examines a store; see `MemoryStore.verify`."""
     if commit is not None and all_commits:
@@ -106,7 +106,7 @@ def verify_store(
         layout = read_group(root)
     except CorruptionError as error:
         group = _damage_of(error, root / METADATA)
-        return VerifyReport(root, (), 0, (group,), (), tuple(find_leftovers(root)), read_holder(root))
+        return VerifyReport(root, (), 0, (group,), (), tuple(find_leftovers(root)), read_writer(root))
     known, records = read_records(root, layout)
     if commit is None:
         chosen = known if all_commits else dict(list(known.items())[-1:])
@@ -125,7 +125,7 @@ def verify_store(
     if countable:
         meter = Meter(progress, count * layout.row_bytes)
         metadata += check_arrays(root, layout, extents)
-        files = ChunkFiles(root, layout, None)
+        files = open_chunks(root, layout)
         for stream, given in enumerate(extents):
             for layer in range(layout.layers):
                 rows += check_rows(files, layer, stream, given, meter.advance)
@@ -151,10 +151,10 @@ def verify_store(
         # A writer that drops a commit meanwhile drops its scores too.
         remaining = [held for name, held in examined.items() if record_path(root, name).exists()]
         scores = tuple(_check_scores(root, layout, remaining))
-    return VerifyReport(root, tuple(examined), count, damage, scores, tuple(leftovers), read_holder(root))
+    return VerifyReport(root, tuple(examined), count, damage, scores, tuple(leftovers), read_writer(root))
 
 
-def _check_scores(root: Path, layout: Layout, commits: Iterable[Commit]) -> Iterator[Damage]:
+def _check_scores(root: StorePath, layout: Layout, commits: Iterable[Commit]) -> Iterator[Damage]:
     """Reads all scores that the commits name, and yields what is damaged."""
     named = {
         (layer, scores.stamp, scores.columns, stream, log.part(*span))
@@ -163,7 +163,7 @@ def _check_scores(root: Path, layout: Layout, commits: Iterable[Commit]) -> Iter
         if scores is not None
         for stream, (log, span) in enumerate(zip(commit.logs, scores.spans, strict=True))
     }
-    files = ScoreFiles(root, layout, None)
+    files = open_scores(root, layout)
     for layer, stamp, columns, stream, held in sorted(named):
         chunks, extents = files.find(layer, stamp, columns, held)
         yield from check_rows(chunks, 0, stream, extents, lambda _: None)
@@ -189,7 +189,9 @@ class Meter:
             self._progress(self._done, self._total)
 
 
-def _damage_of(error: Exception, path: Path, array: str | None = None, stream: int | None = None) -> Damage:
+def _damage_of(
+    error: Exception, path: StorePath, array: str | None = None, stream: int | None = None
+) -> Damage:
     """The damage to a file that an error tells of; raises the error if it tells of none."""
     if not isinstance(error, OSError):
         return Damage(path, str(error).removeprefix(f"{path}: "), array, stream)
@@ -199,7 +201,7 @@ def _damage_of(error: Exception, path: Path, array: str | None = None, stream: i
     return Damage(path, f"expected a file that can be read, got {error.strerror}", array, stream)
 
 
-def read_records(root: Path, layout: Layout) -> tuple[dict[str, Commit], list[Damage]]:
+def read_records(root: StorePath, layout: Layout) -> tuple[dict[str, Commit], list[Damage]]:
     """Reads all commit records: those that can be read by id, oldest first, and the damage to others."""
     for _ in range(_READ_ATTEMPTS):
         known: dict[str, Commit] = {}
@@ -220,7 +222,7 @@ def read_records(root: Path, layout: Layout) -> tuple[dict[str, Commit], list[Da
     return {}, [Damage(root / COMMITS, "expected the record of a commit, got none")]
 
 
-def check_metadata(root: Path, layout: Layout) -> list[Damage]:
+def check_metadata(root: StorePath, layout: Layout) -> list[Damage]:
     """The damage to metadata beside that of the group and of the arrays."""
     damage = []
     found = count_arrays(root)
@@ -238,7 +240,7 @@ def check_metadata(root: Path, layout: Layout) -> list[Damage]:
     return damage
 
 
-def check_arrays(root: Path, layout: Layout, extents: Sequence[Sequence[Extent]]) -> list[Damage]:
+def check_arrays(root: StorePath, layout: Layout, extents: Sequence[Sequence[Extent]]) -> list[Damage]:
     """The damage to the metadata of the arrays, which are to have room for all extents of each stream.
 
     `extents` may be empty where no commit is known.
@@ -263,7 +265,7 @@ def check_arrays(root: Path, layout: Layout, extents: Sequence[Sequence[Extent]]
     return damage
 
 
-def check_ends(files: ChunkFiles, commit: Commit, examined: Sequence[Sequence[Extent]]) -> Iterator[Damage]:
+def check_ends(files: Chunks, commit: Commit, examined: Sequence[Sequence[Extent]]) -> Iterator[Damage]:
     """The damage to chunk files that the next rows go into beside older ones.
 
     Args:
@@ -298,11 +300,11 @@ def merged(commits: Iterable[Commit], stream: int) -> list[Extent]:
             found[-1] = last._replace(stop=max(last.stop, extent.stop))
         else:
             found.append(extent)
-    return sorted(found)
+    return sorted(found, key=str)
 
 
 def check_rows(
-    files: ChunkFiles, layer: int, stream: int, extents: Iterable[Extent], advance: Callable[[int], None]
+    files: Chunks, layer: int, stream: int, extents: Iterable[Extent], advance: Callable[[int], None]
 ) -> Iterator[Damage]:
     """Reads all rows of the extents in one layer, chunk by chunk, and yields what is damaged.
 
@@ -334,13 +336,13 @@ def check_rows(
 
 
 def _check_piece(
-    files: ChunkFiles, layer: int, stream: int, piece: Extent, there: bool, advance: Callable[[int], None]
-) -> Iterator[tuple[Path, str, Ranges]]:
+    files: Chunks, layer: int, stream: int, piece: Extent, there: bool, advance: Callable[[int], None]
+) -> Iterator[tuple[StorePath, str, Ranges]]:
     """The damage to rows of one chunk, or of missing chunks in a row: file, problem and rows."""
     chunk, last = (row // files.layout.chunk_rows for row in (piece.start, piece.stop - 1))
     whole = ((piece.start, piece.stop),)
     paths = [files.path(layer, stream, chunk, kind) for kind in KINDS]
-    problems: list[tuple[Path, str, Ranges]] = []
+    problems: list[tuple[StorePath, str, Ranges]] = []
     if not there:
         beyond = f" nor any up to chunk {last}" if last > chunk else ""
         problems.append((paths[0], f"expected a chunk file, got neither it nor {paths[1]}{beyond}", whole))
@@ -370,7 +372,7 @@ def _check_piece(
         yield paths[0], problem, _ranges(rows)
 
 
-def _file_problem(path: Path, expected: int) -> str | None:
+def _file_problem(path: StorePath, expected: int) -> str | None:
     """What is wrong with a chunk file as a whole, if anything is."""
     try:
         found = path.stat()
@@ -402,7 +404,9 @@ def _held_by(damage: Damage, commits: dict[str, Commit]) -> Damage:
     return replace(damage, commits=tuple(holders))
 
 
-def find_leftovers(root: Path, layout: Layout | None = None, commits: Sequence[Commit] = ()) -> list[Path]:
+def find_leftovers(
+    root: StorePath, layout: Layout | None = None, commits: Sequence[Commit] = ()
+) -> list[StorePath]:
     """What a crash has left in a store and beside it.
 
     Args:
@@ -411,15 +415,19 @@ def find_leftovers(root: Path, layout: Layout | None = None, commits: Sequence[C
         commits: All commits of the store; none where a record is damaged: nobody knows which chunk files it
             refers to.
     """
-    found = [path for path in (root / COMMITS).glob(f"{TEMPORARY}*") if path.is_file()]
-    creating = re.compile(rf"\.{re.escape(root.name)}\.[0-9a-f]{{8}}\.creating")
-    beside = root.parent.glob(f".{glob.escape(root.name)}.*.creating")
-    found += [
-        path for path in beside if creating.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
-    ]
+    found: list[StorePath] = []
+    if isinstance(root, Path):
+        found += [path for path in (root / COMMITS).glob(f"{TEMPORARY}*") if path.is_file()]
+        creating = re.compile(rf"\.{re.escape(root.name)}\.[0-9a-f]{{8}}\.creating")
+        beside = root.parent.glob(f".{glob.escape(root.name)}.*.creating")
+        found += [
+            path
+            for path in beside
+            if creating.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        ]
     if layout is None or not commits or layout.arrays > 2 * count_arrays(root):
-        return sorted(found)
-    files = ChunkFiles(root, layout, None)
+        return sorted(found, key=str)
+    files = open_chunks(root, layout)
     size = layout.chunk_rows
     for stream in range(layout.streams):
         extents = merged(commits, stream)
@@ -436,4 +444,4 @@ def find_leftovers(root: Path, layout: Layout | None = None, commits: Sequence[C
                     needed = any(extent.start < stop and start < extent.stop for extent in extents)
                     if not needed and not start < end < stop:
                         found.append(files.path(layer, stream, chunk, kind))
-    return sorted(found)
+    return sorted(found, key=str)
