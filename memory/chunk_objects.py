@@ -245,8 +245,9 @@ class ChunkObjects(Chunks):
             # A killed writer has left something there, or a call that got no answer was carried out, or
             # somebody has taken over. In this order: he puts nothing before he has the claim, so that what is
             # seen before the claim is found to be held is not his.
-            held.e_tags[kind] = path.e_tag()
+            e_tag = path.e_tag()
             self._claim.check()
+            held.e_tags[kind] = e_tag
         raise OSError(f"{path}: expected to put it, got another object each time")
 
     def _damaged(self, message: str) -> CorruptionError | CommitNotFoundError:

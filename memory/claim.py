@@ -162,8 +162,9 @@ class Claim:
             if self._put(decided):
                 return
             # Somebody has taken over; or a call that got no answer was carried out all the same.
-            self._e_tag = self._path.e_tag()
+            e_tag = self._path.e_tag()
             self.check()
+            self._e_tag = e_tag
         raise OSError(f"{self._path}: expected to put it, got another object each time")
 
 

@@ -68,13 +68,13 @@ def _new_store(root: S3Path, layout: Layout) -> Iterator[Claim]:
             in_parallel(lambda file: file[0].write_bytes(file[1]), files)
             yield claim
             (root / METADATA).write_bytes(encode(layout.group_document()))
+            claim.release()
         except BaseException:
             with suppress(OSError):
                 # The claim goes last: until then nobody else makes a store here.
                 root.delete(root.sizes().keys() - {f"{COMMITS}/{WRITER}"})
                 root.delete([f"{COMMITS}/{WRITER}"])
             raise
-        claim.release()
 
 
 def create_remote_store(root: S3Path, layout: Layout, fingerprint: str | None) -> None:

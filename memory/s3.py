@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from obstore.store import RetryConfig, S3Store
 
-_URL = re.compile(r"s3://([^/]+)/*(.*?)/*")
+_URL = re.compile(r"s3://([^/]+)/?(.*?)/?")
 # Requests at once. Each waits for the network nearly all of the time.
 _AT_ONCE = 16
 _RETRIES: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
