@@ -198,14 +198,14 @@ def read_group(root: StorePath) -> Layout:
         FormatError: There is something else, or a store of a newer format.
         CorruptionError: The metadata of the group is damaged.
     """
-    if not root.exists():
-        raise StoreNotFoundError(f"{root}: expected a memory store, got nothing")
-    if not root.is_dir():
-        raise FormatError(f"{root}: expected the folder of a memory store, got a file")
     path = root / METADATA
     try:
         document = read_document(path)
     except (FileNotFoundError, NotADirectoryError) as error:
+        if not root.exists():
+            raise StoreNotFoundError(f"{root}: expected a memory store, got nothing") from error
+        if not root.is_dir():
+            raise FormatError(f"{root}: expected the folder of a memory store, got a file") from error
         raise FormatError(f"{path}: expected the metadata of a memory store, got no such file") from error
     attributes = document.get("attributes")
     fields = attributes.get(_KEY) if isinstance(attributes, dict) else None

@@ -296,9 +296,9 @@ def test_store_agrees_with_lists_of_rows(place: str, dtype: torch.dtype) -> None
 def test_a_store_in_tiers_agrees_with_lists_of_rows(kind: str) -> None:
     place = kind.split()[0].rstrip(",")
     budgets = TIERS if place == "disk" else {"device_bytes": TIERS["device_bytes"]}
-    run(place, torch.float32, budgets, examples=5, steps=20)
+    run(place, torch.float32, budgets, examples=4, steps=15)
 
 
 @pytest.mark.parametrize("budgets", [{}, TIERS], ids=["plain", "tiers"])
 def test_a_store_in_a_bucket_agrees_with_lists_of_rows(bucket: str, budgets: dict[str, int]) -> None:
-    run(bucket, torch.float32, budgets, examples=4, steps=12)
+    run(bucket, torch.float32, budgets, examples=2 if budgets else 3, steps=10)

@@ -38,7 +38,7 @@ from xlroute.memory.command_line import main
 
 DIM = 3
 ROW = DIM * 4
-SHAPE: dict[str, Any] = {"layers": 2, "streams": 2, "dim": DIM}
+SHAPE: dict[str, Any] = {"layers": 2, "streams": 1, "dim": DIM}
 HOW: dict[str, Any] = {"normalize": "rms", "scale": 0.3}
 
 
@@ -94,11 +94,11 @@ def test_a_store_tells_where_it_is(url: str) -> None:
         commit = store.commit(durable=True)
         info = store.info()
         assert str(store.path) == str(info.path) == url
-        assert info.rows == info.appended == (5, 5)
+        assert info.rows == info.appended == (5,)
         assert info.disk is not None
         sizes = {name: len(data) for name, data in objects(url).items()}
         assert info.disk.apparent_bytes == info.disk.allocated_bytes == sum(sizes.values())
-        assert info.disk.chunk_files == 2 * 2 * 2 * 2
+        assert info.disk.chunk_files == 2 * 2 * 2
         [_, last] = info.commits
         assert (last.id, last.durable, last.fingerprint) == (commit, True, "abc")
     assert store.path is not None
@@ -130,10 +130,10 @@ def test_only_full_chunks_are_put_before_a_commit(url: str) -> None:
         first = append(store, 2)
         chunks = objects(url).keys() - before
         assert {name.rpartition("/")[2] for name in chunks} == {"c.0", "c.0.0"}
-        assert len(chunks) == 8
+        assert len(chunks) == 4
         store.commit()
         assert torch.equal(store.rows(0)[0][:, 3:], first[0])
-        assert len(objects(f"{url}/layer-1.stream-1.rows")["c.1.0"]) == 4 * ROW
+        assert len(objects(f"{url}/layer-1.stream-0.rows")["c.1.0"]) == 4 * ROW
 
 
 def test_no_more_is_kept_in_memory_than_the_last_chunks(url: str) -> None:
@@ -148,7 +148,7 @@ def test_no_more_is_kept_in_memory_than_the_last_chunks(url: str) -> None:
 
 
 def test_rows_that_are_near_are_read_in_parts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with create(url, chunk_bytes=64 * ROW) as store:
+    with create(url, streams=2, chunk_bytes=64 * ROW) as store:
         states = append(store, 200)
         store.commit()
     with MemoryStore.open(url) as store:
@@ -193,7 +193,8 @@ def test_a_store_goes_both_ways(url: str, tmp_path: Path) -> None:
     with MemoryStore.open(tmp_path / "d", mode="r+") as store:
         assert store.commits()[-1] == last
         append(store, 5)
-        store.reset([1])
+        store.reset([0])
+        append(store, 2)
         last = store.commit()
         expected = [store.rows(layer)[0] for layer in range(2)]
     upload(tmp_path / "d", f"{url} 2")
@@ -243,7 +244,7 @@ def test_commits_pins_and_going_back(url: str) -> None:
         assert store.pins() == {}
         with pytest.raises(CommitNotFoundError):
             reader.unpin(pin)
-        store.reset([0, 1])
+        store.reset([0])
         store.commit()
         store.commit()
         assert not [name for name in objects(url) if "c.0" in name and name.startswith("layer")]
@@ -286,8 +287,8 @@ def test_a_fork_and_an_index_follow_a_remote_store(url: str, tmp_path: Path) -> 
     tokens = torch.randn(1, DIM)
     with MemoryStore.open(url) as store:
         fork = store.fork()
-        fork.append(torch.randn(2, 2, 3, DIM))
-        assert fork.lengths.tolist() == [14, 14]
+        fork.append(torch.randn(2, 1, 3, DIM))
+        assert fork.lengths.tolist() == [14]
         assert torch.equal(fork.rows(0)[0][:, :11], store.rows(0)[0])
         index = MemoryIndex(store, kind="flat", path=tmp_path / "index")
         found = index.search(0, tokens, 3)[1]
@@ -301,7 +302,7 @@ def test_a_fork_and_an_index_follow_a_remote_store(url: str, tmp_path: Path) -> 
 def test_scores_are_kept_with_the_store(url: str, scored: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scores, "_SAMPLES", 1)
     tokens = torch.randn(2, DIM)
-    with create(url, streams=1, keep_commits=1) as store:
+    with create(url, keep_commits=1) as store:
         for _ in range(2):
             append(store, 5)
             store.layer(1).scores(tokens, **HOW)
@@ -359,7 +360,7 @@ def test_the_command_line(url: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["export", url, str(tmp_path / "rows.npz")]) == 0
     assert commit in capsys.readouterr().out
     with np.load(tmp_path / "rows.npz") as file:
-        assert np.array_equal(file["layer-1.stream-1.rows"], expected[1].numpy())
+        assert np.array_equal(file["layer-1.stream-0.rows"], expected[0].numpy())
     assert main(["plot", url, str(tmp_path / "rows.png")]) == 0
     assert main(["repair", url]) == 2
     assert "download" in capsys.readouterr().err
@@ -374,7 +375,7 @@ def test_the_command_line(url: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "empty", "gone"])
 def test_damage_is_named_and_never_read(url: str, damage: str) -> None:
-    with create(url, layers=1, streams=1) as store:
+    with create(url, layers=1) as store:
         append(store, 6)
         store.commit()
     folder = S3Path.from_url(url)

@@ -214,7 +214,7 @@ def test_a_writer_that_is_replaced_at_any_request_commits_no_more(url: str) -> N
             numbered(second[0], 3, 200 + attempt)
             expected += range(200 + attempt, 203 + attempt)
             second[0].commit()
-            assert read(path) == held(second[0]) == expected
+        assert read(path) == held(second[0]) == expected
         store.close()
         with pytest.raises(StoreLockedError):
             MemoryStore.open(path, mode="r+")
