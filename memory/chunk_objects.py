@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from xlroute.memory.sealed import encode
 
 # Somebody else may have put an object between looking at it and putting it, so often in a row.
 _ATTEMPTS = 10
+_AHEAD_BYTES = 32 * 2**20  # of chunks that are read at once, before anyone has asked for all of them
 
 
 @dataclass
@@ -131,6 +133,16 @@ class ChunkObjects(Chunks):
             fetch = partial(self._fetch, layer, stream, chunk, first=np.array([low]), count=count)
             data, stored = in_parallel(fetch, KINDS)
             yield data.reshape(count, self.layout.row_bytes), stored.view("<u4")
+
+    def _scan_all(
+        self, layer: int, stream: int, pieces: Iterable[Extent]
+    ) -> Iterator[tuple[Bytes, NDArray[np.int64]]]:
+        """See `Chunks`; several chunks at once."""
+        at_once = max(1, _AHEAD_BYTES // self.layout.chunk_bytes("rows"))
+        left = iter(pieces)
+        while some := [*islice(left, at_once)]:
+            for blocks in in_parallel(lambda piece: [*self.scan(layer, stream, piece)], some):
+                yield from blocks
 
     def _fetch(
         self, layer: int, stream: int, chunk: int, kind: str, first: NDArray[np.int64], count: int

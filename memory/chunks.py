@@ -147,11 +147,21 @@ class Chunks(ABC):
         """
         for extent in extents:
             self._check_room(layer, stream, extent.stop)
-            for _, start, stop in self.pieces(extent.start, extent.stop):
-                for data, wrong in self.scan(layer, stream, extent._replace(start=start, stop=stop)):
-                    if wrong.size:
-                        raise self._wrong_row(layer, stream, int(wrong[0]))
-                    yield data
+            pieces = (
+                extent._replace(start=start, stop=stop)
+                for _, start, stop in self.pieces(extent.start, extent.stop)
+            )
+            for data, wrong in self._scan_all(layer, stream, pieces):
+                if wrong.size:
+                    raise self._wrong_row(layer, stream, int(wrong[0]))
+                yield data
+
+    def _scan_all(
+        self, layer: int, stream: int, pieces: Iterable[Extent]
+    ) -> Iterator[tuple[Bytes, NDArray[np.int64]]]:
+        """As `scan`, for extents that lie in one chunk each."""
+        for piece in pieces:
+            yield from self.scan(layer, stream, piece)
 
     @abstractmethod
     def prefetch(self, layer: int, stream: int, rows: NDArray[np.int64]) -> None:

@@ -100,7 +100,8 @@ class MemoryStore:
         hidden folder beside the path, named `.<name>.<number>.creating`, which can be deleted.
 
         Args:
-            path: Where: nothing, or an empty folder. None keeps the store in memory.
+            path: Where: nothing, or an empty folder; or a url, s3://bucket/folder, where there is nothing.
+                None keeps the store in memory.
             layers: Memory layers, l.
             streams: Streams, b.
             dim: Width of a row, d.
@@ -120,8 +121,9 @@ class MemoryStore:
         Raises:
             TypeError: An argument is of the wrong type.
             ValueError: A number is below 1 or enormous, the dtype is another one, or there is no such device.
+            ImportError: The path is a url, and obstore is not installed.
             StoreExistsError: There is something at the path.
-            StoreWriteError: The operating system refused to write.
+            StoreWriteError: The operating system, or the object store, refused to write.
         """
         if dtype not in DTYPE_NAMES:
             raise ValueError(f"dtype: expected one of torch.{', torch.'.join(DTYPES)}, got {dtype}")
@@ -169,10 +171,10 @@ class MemoryStore:
         device_bytes: int | None = None,
         host_bytes: int | None = None,
     ) -> MemoryStore:
-        """Opens a store on disk. No row is read before it is needed.
+        """Opens a store that has a path. No row is read before it is needed.
 
         Args:
-            path: The folder of the store.
+            path: The folder of the store, or its url: s3://bucket/folder.
             mode: "r" to read one commit, whatever a writer does meanwhile; "r+" to write as well.
             device: Where rows live that are in memory.
             fingerprint: What the commit's fingerprint must be; None opens whatever weights wrote it.
@@ -185,13 +187,16 @@ class MemoryStore:
 
         Raises:
             TypeError: `device` or `fingerprint` is of the wrong type.
-            ValueError: `mode` is another one, `commit` cannot be an id, or there is no such device.
+            ValueError: `mode` is another one, `commit` cannot be an id, there is no such device, or `path` is a
+                url of another kind.
+            ImportError: The path is a url, and obstore is not installed.
             StoreNotFoundError: There is nothing at the path.
             FormatError: There is something else, or a store of a newer format.
             CorruptionError: The metadata or the commit record is damaged.
             CommitNotFoundError: There is no such commit.
             FingerprintError: The fingerprint is another one.
-            StoreLockedError: Mode "r+", and another writer holds the store.
+            StoreLockedError: Mode "r+", and another writer holds the store. In an object store, one that was
+                killed holds it as well: see `unlock`.
             StoreWriteError: Mode "r+", and the operating system refused to read or write.
             OSError: Mode "r", and the operating system refused to read, which is no sign of damage.
         """
@@ -221,7 +226,7 @@ class MemoryStore:
         damaged, the rows of the last commit that can be read are examined instead.
 
         Args:
-            path: The folder of the store. What a writer commits meanwhile is left out.
+            path: The folder of the store, or its url. What a writer commits meanwhile is left out.
             commit: Id of the commit whose rows are examined, or None for the last.
             all_commits: Whether to examine the rows of all commits that can be read.
             progress: Called after every few MiB with the bytes of rows examined so far, and with all of them.
@@ -254,10 +259,11 @@ class MemoryStore:
         that is damaged is renamed to `<commit id>.json.damaged`. What a crash has left is removed.
 
         Args:
-            path: The folder of the store.
+            path: The folder of the store. One in an object store has to be downloaded first.
             progress: Called after every few MiB with the bytes of rows examined so far, and with all of them.
 
         Raises:
+            ValueError: `path` is a url.
             StoreNotFoundError: There is nothing at the path.
             FormatError: There is something else, or a store of a newer format.
             CorruptionError: There is nothing to go by: the metadata of the store or all commit records are
@@ -560,7 +566,7 @@ class MemoryStore:
 
         Args:
             durable: Whether to wait until the commit survives a power cut. Otherwise it survives the end of
-                the process, however it ends.
+                the process, however it ends. In an object store every commit survives both.
 
         Returns:
             The id of the commit.
@@ -568,7 +574,9 @@ class MemoryStore:
         Raises:
             NoPathError: The store is in memory.
             ReadOnlyError: The store was opened with mode "r".
-            StoreWriteError: The operating system refused to write; the last commit stands.
+            StoreWriteError: The operating system, or the object store, refused to write; the last commit
+                stands.
+            StoreLockedError: Somebody else has taken the store over; the last commit stands.
         """
         self._check_writable()
         disk = self._on_disk("commit")
@@ -650,10 +658,12 @@ class MemoryStore:
         )
 
     def copy_to(self, path: Location, durable: bool = False) -> str:
-        """Copies the store to disk, all of it or nothing: rows, positions and fingerprint, in one commit.
+        """Copies the store to a path, all of it or nothing: rows, positions and fingerprint, in one commit.
+
+        Files of rows have the same size in the copy; in an object store, 4 MiB at most.
 
         Args:
-            path: Where: nothing, or an empty folder.
+            path: Where: nothing, or an empty folder; or a url, s3://bucket/folder, where there is nothing.
             durable: Whether to wait until the copy survives a power cut.
 
         Returns:

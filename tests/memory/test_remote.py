@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import obstore
+import obstore.exceptions
 import pytest
 import torch
 import zarr
@@ -440,6 +442,20 @@ def test_places_that_are_none(url: str, bucket: str, tmp_path: Path) -> None:
         MemoryStore.repair(url)
     with pytest.raises(ValueError, match="path: expected a url"):
         MemoryStore.unlock(tmp_path / "s")
+
+
+def test_what_is_not_allowed_is_no_damage(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    create(url).close()
+
+    def get(*arguments: Any) -> None:
+        raise obstore.exceptions.PermissionDeniedError("403 Forbidden\nand more")
+
+    monkeypatch.setattr(obstore, "get", get)
+    for look in (MemoryStore.open, MemoryStore.verify):
+        with pytest.raises(PermissionError, match=f"{re.escape(url)}/zarr.json: 403 Forbidden$"):
+            look(url)
+    with pytest.raises(PermissionError):
+        MemoryStore.open(url, mode="r+")
 
 
 def test_a_bucket_is_a_place(bucket: str) -> None:
