@@ -80,16 +80,18 @@ class ChunkObjects(Chunks):
 
     def check_present(self, layer: int, stream: int, extents: Iterable[Extent]) -> None:
         """See `Chunks`."""
-        pieces = [piece for extent in extents for piece in self.pieces(extent.start, extent.stop)]
-        for kind in KINDS if pieces else ():
-            sizes = (self.root / self.layout.array_name(layer, stream, kind)).sizes()
-            for chunk, _, _ in pieces:
+        extents = [*extents]
+        folders = (self.root / self.layout.array_name(layer, stream, kind) for kind in KINDS)
+        sizes = [folder.sizes() for folder in folders] if extents else []
+        for extent in extents:
+            for chunk, _, _ in self.pieces(extent.start, extent.stop):
                 if (layer, stream, chunk) in self._chunks:
                     continue
-                path = self.path(layer, stream, chunk, kind)
-                if path.name not in sizes:
-                    raise self._missing(path)
-                self._check_size(path, sizes[path.name], kind)
+                for kind, found in zip(KINDS, sizes, strict=True):
+                    path = self.path(layer, stream, chunk, kind)
+                    if path.name not in found:
+                        raise self._missing(path)
+                    self._check_size(path, found[path.name], kind)
 
     def _copy(
         self,
@@ -267,10 +269,12 @@ class ChunkObjects(Chunks):
             self._claim.check()  # whoever has taken over may have dropped the rows
         return super()._damaged(message)
 
-    def _delete(self, stream: int, chunk: int) -> None:
+    def _delete(self, stream: int, chunks: Sequence[int]) -> None:
         keys = []
-        for layer in range(self.layout.layers):
-            self._chunks.pop((layer, stream, chunk), None)
-            names = ((self.layout.array_name(layer, stream, kind), kind) for kind in KINDS)
-            keys += [f"{name}/{self.layout.chunk_name(chunk, kind)}" for name, kind in names]
+        for chunk in chunks:
+            for layer in range(self.layout.layers):
+                self._chunks.pop((layer, stream, chunk), None)
+                for kind in KINDS:
+                    name = self.layout.array_name(layer, stream, kind)
+                    keys.append(f"{name}/{self.layout.chunk_name(chunk, kind)}")
         self.root.delete(keys)

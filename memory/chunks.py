@@ -229,8 +229,8 @@ class Chunks(ABC):
         """Rows `start` to `stop` of a chunk and what is stored as their checksums, a few MiB at a time."""
 
     @abstractmethod
-    def _delete(self, stream: int, chunk: int) -> None:
-        """Deletes the files of a chunk in all layers."""
+    def _delete(self, stream: int, chunks: Sequence[int]) -> None:
+        """Deletes the files of chunks in all layers."""
 
     def _checksums(self, layer: int, stream: int, start: int, data: Bytes, writer: int) -> NDArray[np.uint32]:
         """The checksums of the rows from `start` on [k, row_bytes] as they are written, [k]."""
@@ -325,10 +325,9 @@ class Chunks(ABC):
         needed.update(*(holder.extents for holder in self._holders if holder.stream == stream))
         for extent in needed:
             present = present - {chunk for chunk, _, _ in self.pieces(extent.start, extent.stop)}
-        for chunk in sorted(present):
-            if (chunk + 1) * self.layout.chunk_rows <= end:
-                self._delete(stream, chunk)
-                self._present[stream].discard(chunk)
+        gone = [chunk for chunk in sorted(present) if (chunk + 1) * self.layout.chunk_rows <= end]
+        self._delete(stream, gone)
+        self._present[stream].difference_update(gone)
 
     def present_end(self, stream: int) -> int:
         """The first row of a stream beyond all of its chunk files."""
@@ -510,13 +509,14 @@ class ChunkFiles(Chunks):
                 replace_file(path, encode(document), scratch=self.root / COMMITS, durable=not self._new)
         self._check_room(layer, stream, rows)
 
-    def _delete(self, stream: int, chunk: int) -> None:
-        for layer in range(self.layout.layers):
-            self._maps.pop((layer, stream, chunk), None)
-            for kind in KINDS:
-                path = self.path(layer, stream, chunk, kind)
-                self._unsynced.discard(path)
-                path.unlink(missing_ok=True)
+    def _delete(self, stream: int, chunks: Sequence[int]) -> None:
+        for chunk in chunks:
+            for layer in range(self.layout.layers):
+                self._maps.pop((layer, stream, chunk), None)
+                for kind in KINDS:
+                    path = self.path(layer, stream, chunk, kind)
+                    self._unsynced.discard(path)
+                    path.unlink(missing_ok=True)
 
     # Durability
 

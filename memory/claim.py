@@ -177,9 +177,12 @@ def unlock(root: S3Path) -> str | None:
         try:
             found = read_decided(root)
         except CorruptionError:
-            found = Decided(holder={})
-        if found.holder is None:
-            return None
+            found, writer = Decided(), "a writer whose name is damaged"
+        else:
+            if found.holder is None:
+                return None
+            writer = str(found.writer)
+        # What was decided stays: the next writer carries it out.
         if path.swap(encode(replace(found, holder=None).document()), e_tag) is not None:
-            return found.writer
+            return writer
     raise OSError(f"{path}: expected to put it, got another object each time")

@@ -174,12 +174,12 @@ class RemoteDisk(Disk):
 
     def _delete_records(self, names: Iterable[str]) -> list[str]:
         """Deletes the records of those commits that nobody has pinned; returns their ids."""
-        names = [*names]
-        if names:
+        gone = [*names]
+        if gone:
             pinned = {*list_pins(self.root).values()}
-            names = [name for name in names if name not in pinned]
-            (self.root / COMMITS).delete(f"{name}.json" for name in names)
-        return names
+            gone = [name for name in gone if name not in pinned]
+            (self.root / COMMITS).delete(f"{name}.json" for name in gone)
+        return gone
 
     def _sync_records(self) -> None:
         """What was put is on the medium."""

@@ -272,6 +272,7 @@ class S3Path:
         """Deletes objects in the folder, given by key from here on; the empty key is the object itself."""
         import obstore
 
-        paths = [f"{self.key}/{key}" if key else self.key for key in keys]
-        with _asking(str(self)):
-            obstore.delete(self._store, paths)
+        paths = [(self / key).key if key else self.key for key in keys]
+        if paths:
+            with _asking(str(self)):
+                obstore.delete(self._store, paths)

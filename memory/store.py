@@ -187,8 +187,8 @@ class MemoryStore:
 
         Raises:
             TypeError: `device` or `fingerprint` is of the wrong type.
-            ValueError: `mode` is another one, `commit` cannot be an id, there is no such device, or `path` is a
-                url of another kind.
+            ValueError: `mode` is another one, `commit` cannot be an id, there is no such device, or the path
+                is a url of another kind.
             ImportError: The path is a url, and obstore is not installed.
             StoreNotFoundError: There is nothing at the path.
             FormatError: There is something else, or a store of a newer format.

@@ -102,3 +102,13 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"bucket-{secrets.token_hex(4)}"
     urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{bucket}", method="PUT")).close()
     return f"s3://{bucket}"
+
+
+@pytest.fixture
+def quick_bucket(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The url of a new bucket in this process: for what takes too many requests to ask a server."""
+    from obstore.store import MemoryStore
+
+    store = MemoryStore()
+    monkeypatch.setattr("xlroute.memory.s3._open_bucket", lambda name: store)
+    return "s3://quick"

@@ -300,5 +300,9 @@ def test_a_store_in_tiers_agrees_with_lists_of_rows(kind: str) -> None:
 
 
 @pytest.mark.parametrize("budgets", [{}, TIERS], ids=["plain", "tiers"])
-def test_a_store_in_a_bucket_agrees_with_lists_of_rows(bucket: str, budgets: dict[str, int]) -> None:
-    run(bucket, torch.float32, budgets, examples=2 if budgets else 3, steps=10)
+def test_a_store_in_a_bucket_agrees_with_lists_of_rows(quick_bucket: str, budgets: dict[str, int]) -> None:
+    run(quick_bucket, torch.float32, budgets, examples=8, steps=20)
+
+
+def test_a_store_on_a_server_agrees_with_lists_of_rows(bucket: str) -> None:
+    run(bucket, torch.float32, {}, examples=3, steps=10)

@@ -37,6 +37,7 @@ from xlroute.memory import (
     scores,
 )
 from xlroute.memory.command_line import main
+from xlroute.memory.sealed import checksum, encode
 
 DIM = 3
 ROW = DIM * 4
@@ -400,6 +401,23 @@ def test_damage_is_named_and_never_read(url: str, damage: str) -> None:
             assert any(str(path) in f"{each.path} {each.problem}" for each in found)
         path.write_bytes(data)
     assert MemoryStore.verify(url, all_commits=True).ok
+
+
+def test_a_record_that_claims_rows_without_objects_is_refused(url: str) -> None:
+    with create(url) as store:
+        append(store, 2)
+        commit = store.commit()
+    folder = S3Path.from_url(f"{url}/commits")
+    document = json.loads((folder / f"{commit}.json").read_bytes())
+    del document["crc32c"]
+    document["generation"] = 9
+    document["streams"][0].update(extents=[[1 << 40, 1 << 41, 0]], end=1 << 41, appended=1 << 41)
+    seal = checksum(document)
+    (folder / f"000000000009-{seal}.json").write_bytes(encode({**document, "crc32c": seal}))
+    for mode in ("r", "r+"):
+        with pytest.raises(CorruptionError, match="expected a chunk file, got no such file"):
+            MemoryStore.open(url, mode=mode)
+        MemoryStore.open(url, commit=commit).close()
 
 
 def test_what_a_crash_has_left_is_listed(url: str) -> None:
