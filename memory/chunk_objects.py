@@ -209,6 +209,10 @@ class ChunkObjects(Chunks):
                 self._check_size(path, len(data), kind)
             given = np.frombuffer(data, np.uint8)[: held.data(kind).size // layout.chunk_rows * rows]
             held.data(kind)[: given.size] = given
+        if rows:
+            # In this order: see `_put`.
+            assert self._claim is not None
+            self._claim.check()
         return held
 
     def _make_room(self, layer: int, stream: int, rows: int) -> None:

@@ -33,7 +33,7 @@ class Decided:
 
     Attributes:
         holder: Who is writing: `process`, `host`, `since`, and a random `token`; None if nobody is.
-        record: The record of the last commit that was decided, or None if none is left to carry out.
+        record: The record of the commit that was decided last, or None if it is sure to be there.
         dropped: Ids of the commits that were dropped with it.
     """
 
@@ -129,8 +129,8 @@ class Claim:
                 "over; what was not committed is lost"
             )
 
-    def decide(self, record: dict[str, Any] | None, dropped: tuple[str, ...] = ()) -> None:
-        """Makes `record` the last commit, without `dropped`; None takes it back if nobody has carried it out.
+    def decide(self, record: dict[str, Any], dropped: tuple[str, ...]) -> None:
+        """Makes `record` the last commit, without the commits `dropped`.
 
         Raises:
             StoreLockedError: Somebody else has taken the store over; nothing is decided.
@@ -138,14 +138,14 @@ class Claim:
         """
         self._replace(Decided(self._holder, record, dropped))
 
-    def release(self) -> None:
-        """Lets the next writer in.
+    def release(self, record: dict[str, Any] | None = None, dropped: tuple[str, ...] = ()) -> None:
+        """Lets the next writer in, who carries out what was decided, if that is left to do.
 
         Raises:
             StoreLockedError: Somebody else has taken the store over.
             OSError: The object store refused, or cannot be reached.
         """
-        self._replace(Decided())
+        self._replace(Decided(None, record, dropped))
 
     def _holds(self, decided: Decided) -> bool:
         return decided.holder is not None and decided.holder.get("token") == self._holder["token"]

@@ -416,9 +416,8 @@ class Disk(ABC):
                 self._publish(commit)
             except BaseException:
                 # A record that could not be taken back is one like any other: its rows stay.
-                with suppress(OSError):
-                    if not record_path(self.root, commit.id).exists():
-                        del self._commits[commit.id]
+                if not self._stands(commit):
+                    del self._commits[commit.id]
                 raise
         self._synced = self._synced or durable
         self._last = commit.id
@@ -562,6 +561,10 @@ class Disk(ABC):
         """Makes the commit: all of it, or an error."""
 
     @abstractmethod
+    def _stands(self, commit: Commit) -> bool:
+        """Whether a commit may be there although `_publish` has raised an error."""
+
+    @abstractmethod
     def _drop_records(self) -> None:
         """Deletes the records of old commits, and takes them from `_commits`."""
 
@@ -626,6 +629,9 @@ class FolderDisk(Disk):
 
     def _publish(self, commit: Commit) -> None:
         write_commit(self.root, commit)
+
+    def _stands(self, commit: Commit) -> bool:
+        return record_path(self.root, commit.id).exists()
 
     def _drop_records(self) -> None:
         with pin_lock(self.root):

@@ -32,6 +32,7 @@ from xlroute.memory.errors import (
     CorruptionError,
     StoreExistsError,
     StoreLockedError,
+    StoreWriteError,
 )
 from xlroute.memory.layout import COMMITS, FORMAT, METADATA, Layout, empty_folders
 from xlroute.memory.log import StreamLog
@@ -122,6 +123,7 @@ class RemoteDisk(Disk):
     files: ChunkObjects
     _score_files: ScoreObjects
     _claim: Claim | None = None
+    _decided: Commit | None = None  # the last commit, as long as its record may not be there
     _dropped: tuple[str, ...] = ()  # with the last commit
 
     def usage(self) -> DiskUsage:
@@ -151,7 +153,11 @@ class RemoteDisk(Disk):
             return
         # Whoever has taken the store over has nothing to wait for.
         with writing(self.root), suppress(StoreLockedError):
-            self._claim.release()
+            with suppress(OSError):
+                self._put_decided()
+            # It is never taken back: its record may still appear, after another of the same generation.
+            record = None if self._decided is None else self._decided.sealed()
+            self._claim.release(record, () if record is None else self._dropped)
 
     def _carry_out(self, decided: Decided) -> None:
         """Does what a killed writer has decided and may have left undone."""
@@ -200,23 +206,26 @@ class RemoteDisk(Disk):
 
     def _publish(self, commit: Commit) -> None:
         assert self._claim is not None
+        self._put_decided()
         dropped = tuple(self._expired(list_pins(self.root).values()))
+        self._claim.decide(commit.sealed(), dropped)
+        self._decided, self._dropped = commit, dropped
         try:
-            self._claim.decide(commit.sealed(), dropped)
-            try:
-                _put_record(self.root, commit)
-            except OSError:
-                # It may be there all the same, and only the answer was lost.
-                if (self.root / COMMITS / f"{commit.id}.json").e_tag() is None:
-                    raise
-        except StoreLockedError:
-            raise
-        except BaseException:
-            # Or else the next writer carries it out.
-            with suppress(OSError, StoreLockedError):
-                self._claim.decide(None)
-            raise
-        self._dropped = dropped
+            self._put_decided()
+        except OSError as error:
+            raise StoreWriteError(
+                f"{self.root}: expected to put the record of commit {commit.id}, got {error}; the commit is "
+                "made and will be seen once this writer commits again or closes the store, or another opens it"
+            ) from error
+
+    def _put_decided(self) -> None:
+        """Puts the record of the commit that was decided last, if it may not be there yet."""
+        if self._decided is not None:
+            _put_record(self.root, self._decided)
+            self._decided = None
+
+    def _stands(self, commit: Commit) -> bool:
+        return commit is self._decided
 
     def _drop_records(self) -> None:
         # Pins are looked for again: whoever adds one makes sure after that that the commit is not dropped.
