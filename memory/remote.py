@@ -215,7 +215,7 @@ class RemoteDisk(Disk):
         except OSError as error:
             raise StoreWriteError(
                 f"{self.root}: expected to put the record of commit {commit.id}, got {error}; the commit is "
-                "made and will be seen once this writer commits again or closes the store, or another opens it"
+                "made, and seen once this writer commits again or closes the store, or another opens it"
             ) from error
 
     def _put_decided(self) -> None:
