@@ -575,7 +575,8 @@ class MemoryStore:
             NoPathError: The store is in memory.
             ReadOnlyError: The store was opened with mode "r".
             StoreWriteError: The operating system, or the object store, refused to write; the last commit
-                stands.
+                stands. Or an object store stopped answering at the very end, and the message says that the
+                commit is made and will be seen later.
             StoreLockedError: Somebody else has taken the store over; the last commit stands.
         """
         self._check_writable()
