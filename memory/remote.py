@@ -71,7 +71,8 @@ def _new_store(root: S3Path, layout: Layout) -> Iterator[Claim]:
             (root / METADATA).write_bytes(encode(layout.group_document()))
             claim.release()
         except BaseException:
-            with suppress(OSError):
+            with suppress(OSError, StoreLockedError):
+                claim.check()  # without it, the store is made, and somebody else may be at work
                 # The claim goes last: until then nobody else makes a store here.
                 root.delete(root.sizes().keys() - {f"{COMMITS}/{WRITER}"})
                 root.delete([f"{COMMITS}/{WRITER}"])
