@@ -117,16 +117,8 @@ class S3Path:
     def __hash__(self) -> int:
         return hash(str(self))
 
-    def __lt__(self, other: S3Path) -> bool:
-        return str(self) < str(other)
-
     def __truediv__(self, name: str) -> S3Path:
         return S3Path(self.bucket, f"{self.key}/{name}" if self.key else name, self._store)
-
-    @property
-    def parent(self) -> S3Path:
-        """The folder that it is in."""
-        return S3Path(self.bucket, self.key.rpartition("/")[0], self._store)
 
     @property
     def name(self) -> str:
