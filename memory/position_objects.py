@@ -30,7 +30,8 @@ class PositionObjects:
     def __init__(self, root: S3Path, present: Iterable[tuple[int, Survivors]] = ()) -> None:
         self._root = root
         self._folder = root / POSITIONS
-        self._present = {positions_name(*each) for each in present}
+        self._put = {positions_name(*each) for each in present}
+        self._found: set[str] | None = None
 
     def write(self, stream: int, survivors: Survivors) -> None:
         """Puts the positions of rows that a commit will refer to, unless they are there.
@@ -39,12 +40,12 @@ class PositionObjects:
             OSError: The object store refused, or cannot be reached.
         """
         name = positions_name(stream, survivors)
-        if name in self._present:
+        if name in self._put:
             return
-        if not self._present:
+        if not self._put:
             (self._folder / METADATA).write_bytes(encode(plain_group_document()))
         (self._folder / name).write_bytes(position_bytes(survivors.positions))
-        self._present.add(name)
+        self._put.add(name)
 
     def keep(self, needed: Iterable[tuple[int, Survivors]], ends: Sequence[int]) -> None:
         """Deletes the positions of rows below the ends of the streams' logs that no commit refers to.
@@ -54,12 +55,15 @@ class PositionObjects:
         Raises:
             OSError: The object store refused, or cannot be reached.
         """
+        if self._found is None:
+            self._found = {*list_positions(self._root)}
         names = {positions_name(*each) for each in needed}
         gone = []
-        for name in list_positions(self._root):
+        for name in (self._found | self._put) - names:
             match = POSITIONS_NAME.fullmatch(name)
             assert match is not None
-            if name not in names and int(match[2]) <= ends[int(match[1])]:
+            if int(match[2]) <= ends[int(match[1])]:
                 gone.append(name)
         self._folder.delete(gone)
-        self._present.difference_update(gone)
+        self._found.difference_update(gone)
+        self._put.difference_update(gone)

@@ -357,6 +357,8 @@ def test_positions_are_as_safe_as_rows(url: str, what: str) -> None:
         for start in (0, 6, 12):
             both(store, before, 6, start)
             store.commit()
+        store.close()
+        store = MemoryStore.open(path, mode="r+")
         after = before.fork()
         both(store, after, 6, 18)
         late: list[Act] = []
@@ -400,6 +402,9 @@ def test_positions_are_as_safe_as_rows(url: str, what: str) -> None:
         second.close()
         with MemoryStore.open(path) as reader:
             assert torch.equal(reader.positions(indices), twin.positions(indices))
+        # What was put after the second one had looked for such is found by the next.
+        with MemoryStore.open(path, mode="r+") as third:
+            third.commit()
         report = MemoryStore.verify(path, all_commits=True)
         assert report.ok
         assert not [each for each in report.leftovers if "positions" in str(each)]
