@@ -236,7 +236,8 @@ class MemoryStore:
                 is a url of another kind.
             ImportError: The path is a url, and obstore is not installed.
             StoreNotFoundError: There is nothing at the path.
-            FormatError: There is something else, or a store of a newer format.
+            FormatError: There is something else, or a store of a newer format; or rows are in shards, in an
+                object store.
             CorruptionError: The metadata or the commit record is damaged.
             CommitNotFoundError: There is no such commit.
             FingerprintError: The fingerprint is another one.
@@ -279,7 +280,8 @@ class MemoryStore:
         Raises:
             ValueError: `commit` cannot be an id, or comes together with `all_commits`.
             StoreNotFoundError: There is nothing at the path.
-            FormatError: There is something else, or a store of a newer format.
+            FormatError: There is something else, or a store of a newer format; or rows are in shards, in an
+                object store.
             CommitNotFoundError: There is no such commit, or a writer has dropped it meanwhile.
             OSError: The operating system refused to read a file, which is no sign of damage.
         """
@@ -770,7 +772,7 @@ class MemoryStore:
         if not isinstance(disk, FolderDisk):
             raise ValueError(
                 f"compact: expected a store in a folder, got {self.path}: shards are not read in an object "
-                "store; a store that is downloaded can be compacted there"
+                "store; download the store to compact it there"
             )
         return compact_store(disk, level=level, progress=progress)
 
