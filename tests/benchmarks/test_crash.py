@@ -53,7 +53,7 @@ SABOTAGE = {
     # Rows that nobody checks.
     "--damage": (
         "from xlroute.memory import chunks; import numpy as np\n"
-        "chunks._wrong_rows = lambda *arguments: np.empty(0, np.int64)\n"
+        "chunks.wrong_rows = lambda *arguments: np.empty(0, np.int64)\n"
         "import crash_damage; crash_damage.KINDS = ('flipped',)"
     ),
     # A commit that holds what another one must.
