@@ -2,6 +2,7 @@
 
 from xlroute.memory.compact import CompactReport
 from xlroute.memory.damage import Damage
+from xlroute.memory.disk import DiskUsage
 from xlroute.memory.errors import (
     CommitNotFoundError,
     CorruptionError,
@@ -17,10 +18,11 @@ from xlroute.memory.errors import (
     StoreWriteError,
 )
 from xlroute.memory.index import IndexKind, MemoryIndex
-from xlroute.memory.info import CommitInfo, DiskUsage, MemoryInfo
+from xlroute.memory.info import CommitInfo, MemoryInfo
 from xlroute.memory.layer import MemoryLayer
 from xlroute.memory.layout import Eviction
 from xlroute.memory.repair import RepairReport, StreamLoss
+from xlroute.memory.s3 import S3Path
 from xlroute.memory.store import MemoryStore
 from xlroute.memory.verify import VerifyReport
 
@@ -43,6 +45,7 @@ __all__ = [
     "NoPathError",
     "ReadOnlyError",
     "RepairReport",
+    "S3Path",
     "StoreClosedError",
     "StoreExistsError",
     "StoreLockedError",

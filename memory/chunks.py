@@ -12,6 +12,7 @@ import itertools
 import mmap
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ from xlroute.memory.errors import CommitNotFoundError, CorruptionError
 from xlroute.memory.layout import COMMITS, KINDS, METADATA, Layout, read_room
 from xlroute.memory.log import Extent
 from xlroute.memory.maps import FileMap
+from xlroute.memory.place import StorePath, list_names
 from xlroute.memory.rows_bytes import Bytes
 from xlroute.memory.sealed import encode, replace_file, sync, write_all
 from xlroute.memory.shards import (
@@ -41,7 +43,7 @@ from xlroute.memory.shards import (
 
 # Of two files each; a process may have 65,530 by default.
 _MAX_MAPS = 4096
-_BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 4 * 2**20
 _NO_PART = np.iinfo(np.int64).max
 
 
@@ -147,8 +149,8 @@ _Key = tuple[int, int, int] | tuple[int, Shard]
 _Mapped = _MappedChunk | OpenShard
 
 
-class ChunkFiles:
-    """The chunk files of a store, and the shards that take the place of some.
+class Chunks(ABC):
+    """The chunk files of a store, wherever it is.
 
     Args:
         root: Folder of the store.
@@ -156,33 +158,27 @@ class ChunkFiles:
         record: The commit record that a reader relies on: once it is gone, so may be its rows. None while the
             store is open for writing: what is held here stays.
         shards: The shards of each stream that rows are read from, in the order of their rows.
-        new: Whether the store is still being made, so that no commit needs its metadata yet.
     """
 
     def __init__(
         self,
-        root: Path,
+        root: StorePath,
         layout: Layout,
-        record: Path | None,
-        *,
+        record: StorePath | None,
         shards: Sequence[Sequence[Shard]] = (),
-        new: bool = False,
     ) -> None:
         self.root = root
         self.layout = layout
         self.record = record
         self.shards: Sequence[Sequence[Shard]] = shards or [()] * layout.streams
-        self._new = new
         self._room: dict[tuple[int, int], int] = {}
-        self._maps: OrderedDict[_Key, _Mapped] = OrderedDict()
-        self._unsynced: set[Path] = set()
         self._present: dict[int, set[int]] = {}
         self._holders: WeakSet[Holder] = WeakSet()
 
     # Reading
 
     def read(self, layer: int, stream: int, rows: NDArray[np.int64], writers: NDArray[np.int64]) -> Bytes:
-        """Copies single rows through memory maps and checks them.
+        """Copies single rows and checks them.
 
         Args:
             layer: Layer.
@@ -200,25 +196,13 @@ class ChunkFiles:
         self._check_room(layer, stream, int(rows.max(initial=-1)) + 1)
         data = np.empty((rows.shape[0], self.layout.row_bytes), np.uint8)
         stored = np.empty(rows.shape[0], np.uint32)
-        for files, chosen in self._mapped(layer, stream, rows):
-            with self._noticed():
-                data[chosen], stored[chosen] = files.take(layer, rows[chosen])
+        self._copy(layer, stream, rows, data, stored)
         wrong = wrong_rows(layer, stream, data, stored, rows, writers)
         if wrong.size:
             row = int(wrong[0])
             [(shard, _)] = in_shards([Extent(row, row + 1, 0)], self.shards[stream])
             raise self._wrong_row(layer, stream, row, shard)
         return data
-
-    def prefetch(self, layer: int, stream: int, rows: NDArray[np.int64]) -> None:
-        """Asks the operating system to fetch rows [k] that will be read soon; it does so meanwhile.
-
-        Raises:
-            CorruptionError: The file that a row is in is damaged or missing.
-            CommitNotFoundError: The rows are gone because the commit was dropped.
-        """
-        for files, chosen in self._mapped(layer, stream, rows):
-            files.prefetch(layer, rows[chosen])
 
     def blocks(self, layer: int, stream: int, extents: Iterable[Extent]) -> Iterator[Bytes]:
         """Reads whole extents in order, in blocks of a few MiB [k, row_bytes], and checks every row.
@@ -232,13 +216,32 @@ class ChunkFiles:
 
     def checked(self, layer: int, stream: int, extents: Iterable[Extent]) -> Iterator[Scanned]:
         """As `blocks`, with the checksums that are stored."""
-        for shard, part in self.parts(stream, extents):
+        parts = [*self.parts(stream, extents)]
+        for _, part in parts:
             self._check_room(layer, stream, part.stop)
-            for found in self.scan(layer, stream, part, shard):
-                if found.wrong.size:
-                    raise self._wrong_row(layer, stream, int(found.wrong[0]), shard)
-                yield found
+        for shard, found in self._scan_all(layer, stream, parts):
+            if found.wrong.size:
+                raise self._wrong_row(layer, stream, int(found.wrong[0]), shard)
+            yield found
 
+    def _scan_all(
+        self, layer: int, stream: int, parts: Iterable[tuple[Shard | None, Extent]]
+    ) -> Iterator[tuple[Shard | None, Scanned]]:
+        """As `scan`, for several extents."""
+        for shard, part in parts:
+            for found in self.scan(layer, stream, part, shard):
+                yield shard, found
+
+    @abstractmethod
+    def prefetch(self, layer: int, stream: int, rows: NDArray[np.int64]) -> None:
+        """Begins to fetch rows [k] that will be read soon, where that is of use.
+
+        Raises:
+            CorruptionError: The file that a row is in is damaged or missing.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+
+    @abstractmethod
     def scan(self, layer: int, stream: int, piece: Extent, shard: Shard | None = None) -> Iterator[Scanned]:
         """Reads an extent that lies in one chunk, or in a shard, in blocks of a few MiB.
 
@@ -246,17 +249,8 @@ class ChunkFiles:
             CorruptionError: A file is missing or of another length, or cannot be decompressed.
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
-        step = max(1, _BLOCK_BYTES // self.layout.row_bytes)
-        chunk = piece.start // self.layout.chunk_rows
-        opened = self._opened(layer, stream, chunk) if shard is None else self.opened_shard(stream, shard)
-        with opened as files:
-            for low in range(piece.start, piece.stop, step):
-                rows = np.arange(low, min(low + step, piece.stop))
-                with self._noticed():
-                    data, stored = files.take(layer, rows)
-                writers = np.full(rows.shape[0], piece.writer)
-                yield Scanned(data, stored, wrong_rows(layer, stream, data, stored, rows, writers))
 
+    @abstractmethod
     def check_present(self, layer: int, stream: int, extents: Iterable[Extent]) -> None:
         """Checks that all files of the extents are there and whole, before anyone makes room for the rows.
 
@@ -264,22 +258,21 @@ class ChunkFiles:
             CorruptionError: A file is missing or truncated, or the index of a shard is damaged and needed.
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
-        for shard, part in self.parts(stream, extents):
-            if shard is not None:
-                self._map_shard(stream, shard)
-                continue
-            for kind in KINDS:
-                path = self.path(layer, stream, part.start // self.layout.chunk_rows, kind)
-                try:
-                    size = path.stat().st_size
-                except (FileNotFoundError, NotADirectoryError) as error:
-                    raise self._damaged(f"{path}: expected a chunk file, got no such file") from error
-                self._check_size(path, size, kind)
 
-    def path(self, layer: int, stream: int, chunk: int, kind: str) -> Path:
+    @abstractmethod
+    def _copy(
+        self,
+        layer: int,
+        stream: int,
+        rows: NDArray[np.int64],
+        data: Bytes,
+        stored: NDArray[np.uint32],
+    ) -> None:
+        """Copies single rows [k] and what is stored as their checksums into `data` and `stored` [k]."""
+
+    @abstractmethod
+    def path(self, layer: int, stream: int, chunk: int, kind: str) -> StorePath:
         """The file of a chunk's rows or of their checksums."""
-        layout = self.layout
-        return self.root / layout.array_name(layer, stream, kind) / layout.chunk_name(chunk, kind)
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Splits rows `start` to `stop` at the ends of chunks: (chunk, start, stop)."""
@@ -298,6 +291,224 @@ class ChunkFiles:
                 continue
             for _, start, stop in self.pieces(part.start, part.stop):
                 yield None, part._replace(start=start, stop=stop)
+
+    def _place(
+        self, layer: int, stream: int, row: int, shard: Shard | None
+    ) -> tuple[int, Sequence[StorePath]]:
+        """The number of a row in its files, and those of rows and of checksums."""
+        chunk, local = divmod(row, self.layout.chunk_rows)
+        return local, [self.path(layer, stream, chunk, kind) for kind in KINDS]
+
+    def _scanned(
+        self,
+        layer: int,
+        stream: int,
+        rows: NDArray[np.int64],
+        writer: int,
+        data: Bytes,
+        stored: NDArray[np.uint32],
+    ) -> Scanned:
+        """Rows [k] as they were read, and which of them are wrong."""
+        writers = np.full(rows.shape[0], writer)
+        return Scanned(data, stored, wrong_rows(layer, stream, data, stored, rows, writers))
+
+    def _missing(self, path: StorePath) -> CorruptionError | CommitNotFoundError:
+        return self._damaged(f"{path}: expected a chunk file, got no such file")
+
+    def _check_size(self, path: StorePath, size: int, kind: str) -> None:
+        expected = self.layout.chunk_bytes(kind)
+        if size != expected:
+            raise self._damaged(f"{path}: expected a chunk file of {expected} bytes, got {size}")
+
+    def _check_room(self, layer: int, stream: int, rows: int) -> None:
+        """Checks that both arrays are those of this store and have room for `rows` rows."""
+        if self._room.get((layer, stream), -1) >= rows:
+            return
+        rooms = [read_room(self.root, self.layout, layer, stream, kind) for kind in KINDS]
+        self._room[layer, stream] = min(rooms)
+        for kind, room in zip(KINDS, rooms, strict=True):
+            if room < rows:
+                path = self.root / self.layout.array_name(layer, stream, kind) / METADATA
+                raise self._damaged(f"{path}: expected room for {rows} rows, got {room}")
+
+    def _wrong_row(
+        self, layer: int, stream: int, row: int, shard: Shard | None
+    ) -> CorruptionError | CommitNotFoundError:
+        array = self.layout.array_name(layer, stream, "rows")
+        local, paths = self._place(layer, stream, row, shard)
+        files = " and ".join(map(str, paths))
+        return self._damaged(
+            f"{files}: expected row {local} of the files (row {row} of array {array}) to have its "
+            "checksum, got another: one of the two is damaged"
+        )
+
+    def _damaged(self, message: str) -> CorruptionError | CommitNotFoundError:
+        if self.record is not None and not self.record.exists():
+            return CommitNotFoundError(
+                f"commit {self.record.stem}: expected its rows, got a store that has dropped it since then "
+                f"({message})"
+            )
+        return CorruptionError(message)
+
+    # Writing
+
+    @abstractmethod
+    def write(
+        self, layer: int, stream: int, start: int, data: Bytes, writer: int, *, fresh_from: int
+    ) -> None:
+        """Writes rows and their checksums at row `start` of the log.
+
+        Args:
+            layer: Layer.
+            stream: Stream.
+            start: First row.
+            data: Bytes of the rows, [k, row_bytes].
+            writer: Number of the writer.
+            fresh_from: First row that no commit refers to. A short file from there on is what a killed writer
+                left; before, it is damage.
+
+        Raises:
+            OSError: The operating system refused; nothing that a commit refers to has changed.
+            CorruptionError: The file to write to, or the metadata of the array, is damaged.
+        """
+
+    def _checksums(self, layer: int, stream: int, start: int, data: Bytes, writer: int) -> NDArray[np.uint32]:
+        """The checksums of the rows from `start` on [k, row_bytes] as they are written, [k]."""
+        rows = np.arange(start, start + data.shape[0])
+        bits = address_bits(layer, stream, rows, np.full(data.shape[0], writer))
+        return (row_checksums(data) ^ bits).astype("<u4")
+
+    @abstractmethod
+    def _delete(self, stream: int, chunks: Sequence[int]) -> None:
+        """Deletes the files of chunks in all layers."""
+
+    def hold(self, holder: Holder) -> None:
+        """Keeps the files of the holder's extents for as long as the holder lives."""
+        self._holders.add(holder)
+
+    def release(self, stream: int, extents: Iterable[Extent], end: int) -> None:
+        """Deletes the files of a stream's chunks that nothing refers to; zarr then reads fill values there.
+
+        Args:
+            stream: Stream.
+            extents: The rows that any commit has in chunk files.
+            end: The end of the log. The chunk that it is in stays: it will be written to.
+
+        Raises:
+            OSError: The operating system refused.
+        """
+        present = self._list_present(stream)
+        needed = {*extents}
+        for holder in self._holders:
+            if holder.stream == stream:
+                needed.update(outside(holder.extents, self.shards[stream]))
+        for extent in needed:
+            present = present - {chunk for chunk, _, _ in self.pieces(extent.start, extent.stop)}
+        gone = [chunk for chunk in sorted(present) if (chunk + 1) * self.layout.chunk_rows <= end]
+        self._delete(stream, gone)
+        self._present[stream].difference_update(gone)
+
+    def present_end(self, stream: int) -> int:
+        """The first row of a stream beyond all of its chunk files."""
+        return (max(self._list_present(stream), default=-1) + 1) * self.layout.chunk_rows
+
+    def _list_present(self, stream: int) -> set[int]:
+        """The chunks of a stream of which any file exists; the first call lists the folders."""
+        if stream not in self._present:
+            self._present[stream] = set().union(
+                *(self.listed(layer, stream, kind) for layer in range(self.layout.layers) for kind in KINDS)
+            )
+        return self._present[stream]
+
+    def listed(self, layer: int, stream: int, kind: str) -> set[int]:
+        """The chunks of one array that have a file.
+
+        Raises:
+            FileNotFoundError: The folder of the array is missing.
+        """
+        names = {*list_names(self.root / self.layout.array_name(layer, stream, kind))}
+        parts = (name.split(".") for name in names)
+        chunks = (int(part[1]) for part in parts if len(part) > 1 and part[1].isdecimal())
+        return {chunk for chunk in chunks if self.layout.chunk_name(chunk, kind) in names}
+
+
+class ChunkFiles(Chunks):
+    """The chunk files of a store in a folder, written in place, and the shards that take the place of some.
+
+    Args:
+        root: As for `Chunks`.
+        layout: As for `Chunks`.
+        record: As for `Chunks`.
+        shards: As for `Chunks`.
+        new: Whether the store is still being made, so that no commit needs its metadata yet.
+    """
+
+    root: Path
+
+    def __init__(
+        self,
+        root: Path,
+        layout: Layout,
+        record: StorePath | None,
+        *,
+        shards: Sequence[Sequence[Shard]] = (),
+        new: bool = False,
+    ) -> None:
+        super().__init__(root, layout, record, shards)
+        self._new = new
+        self._maps: OrderedDict[_Key, _Mapped] = OrderedDict()
+        self._unsynced: set[Path] = set()
+
+    # Reading
+
+    def path(self, layer: int, stream: int, chunk: int, kind: str) -> Path:
+        """See `Chunks`."""
+        layout = self.layout
+        return self.root / layout.array_name(layer, stream, kind) / layout.chunk_name(chunk, kind)
+
+    def prefetch(self, layer: int, stream: int, rows: NDArray[np.int64]) -> None:
+        """Asks the operating system to fetch rows; it does so meanwhile."""
+        for files, chosen in self._mapped(layer, stream, rows):
+            files.prefetch(layer, rows[chosen])
+
+    def scan(self, layer: int, stream: int, piece: Extent, shard: Shard | None = None) -> Iterator[Scanned]:
+        """See `Chunks`."""
+        step = max(1, BLOCK_BYTES // self.layout.row_bytes)
+        chunk = piece.start // self.layout.chunk_rows
+        opened = self._opened(layer, stream, chunk) if shard is None else self.opened_shard(stream, shard)
+        with opened as files:
+            for low in range(piece.start, piece.stop, step):
+                rows = np.arange(low, min(low + step, piece.stop))
+                with self._noticed():
+                    data, stored = files.take(layer, rows)
+                yield self._scanned(layer, stream, rows, piece.writer, data, stored)
+
+    def check_present(self, layer: int, stream: int, extents: Iterable[Extent]) -> None:
+        """See `Chunks`."""
+        for shard, part in self.parts(stream, extents):
+            if shard is not None:
+                self._map_shard(stream, shard)
+                continue
+            for kind in KINDS:
+                path = self.path(layer, stream, part.start // self.layout.chunk_rows, kind)
+                try:
+                    size = path.stat().st_size
+                except (FileNotFoundError, NotADirectoryError) as error:
+                    raise self._missing(path) from error
+                self._check_size(path, size, kind)
+
+    def _copy(
+        self,
+        layer: int,
+        stream: int,
+        rows: NDArray[np.int64],
+        data: Bytes,
+        stored: NDArray[np.uint32],
+    ) -> None:
+        """See `Chunks`; through memory maps."""
+        for files, chosen in self._mapped(layer, stream, rows):
+            with self._noticed():
+                data[chosen], stored[chosen] = files.take(layer, rows[chosen])
 
     def _mapped(
         self, layer: int, stream: int, rows: NDArray[np.int64]
@@ -328,7 +539,7 @@ class ChunkFiles:
                 try:
                     file = os.open(path, os.O_RDONLY)
                 except FileNotFoundError as error:
-                    raise self._damaged(f"{path}: expected a chunk file, got no such file") from error
+                    raise self._missing(path) from error
                 stack.callback(os.close, file)
                 self._check_size(path, os.fstat(file).st_size, kind)
                 files.append(file)
@@ -391,69 +602,20 @@ class ChunkFiles:
         except CorruptionError as error:
             raise self._damaged(str(error)) from error
 
-    def _check_size(self, path: Path, size: int, kind: str) -> None:
-        expected = self.layout.chunk_bytes(kind)
-        if size != expected:
-            raise self._damaged(f"{path}: expected a chunk file of {expected} bytes, got {size}")
-
-    def _check_room(self, layer: int, stream: int, rows: int) -> None:
-        """Checks that both arrays are those of this store and have room for `rows` rows."""
-        if self._room.get((layer, stream), -1) >= rows:
-            return
-        rooms = [read_room(self.root, self.layout, layer, stream, kind) for kind in KINDS]
-        self._room[layer, stream] = min(rooms)
-        for kind, room in zip(KINDS, rooms, strict=True):
-            if room < rows:
-                path = self.root / self.layout.array_name(layer, stream, kind) / METADATA
-                raise self._damaged(f"{path}: expected room for {rows} rows, got {room}")
-
-    def _wrong_row(
+    def _place(
         self, layer: int, stream: int, row: int, shard: Shard | None
-    ) -> CorruptionError | CommitNotFoundError:
-        array = self.layout.array_name(layer, stream, "rows")
+    ) -> tuple[int, Sequence[StorePath]]:
         if shard is None:
-            chunk, local = divmod(row, self.layout.chunk_rows)
-            paths = [self.path(layer, stream, chunk, kind) for kind in KINDS]
-        else:
-            local = row - shard.start
-            paths = shard_paths(self.root, self.layout, stream, shard)
-        files = " and ".join(map(str, paths))
-        return self._damaged(
-            f"{files}: expected row {local} of the files (row {row} of array {array}) to have its "
-            "checksum, got another: one of the two is damaged"
-        )
-
-    def _damaged(self, message: str) -> CorruptionError | CommitNotFoundError:
-        if self.record is not None and not self.record.exists():
-            return CommitNotFoundError(
-                f"commit {self.record.stem}: expected its rows, got a store that has dropped it since then "
-                f"({message})"
-            )
-        return CorruptionError(message)
+            return super()._place(layer, stream, row, shard)
+        return row - shard.start, shard_paths(self.root, self.layout, stream, shard)
 
     # Writing
 
     def write(
         self, layer: int, stream: int, start: int, data: Bytes, writer: int, *, fresh_from: int
     ) -> None:
-        """Writes rows and their checksums in place, at row `start` of the log.
-
-        Args:
-            layer: Layer.
-            stream: Stream.
-            start: First row.
-            data: Bytes of the rows, [k, row_bytes].
-            writer: Number of the writer.
-            fresh_from: First row that no commit refers to. A short file from there on is what a killed writer
-                left; before, it is damage.
-
-        Raises:
-            OSError: The operating system refused; nothing that a commit refers to has changed.
-            CorruptionError: The file to write to, or the metadata of the array, is damaged.
-        """
-        rows = np.arange(start, start + data.shape[0])
-        writers = np.full(data.shape[0], writer)
-        checksums = (row_checksums(data) ^ address_bits(layer, stream, rows, writers)).astype("<u4")
+        """See `Chunks`; in place."""
+        checksums = self._checksums(layer, stream, start, data, writer)
         self._make_room(layer, stream, start + data.shape[0])
         for chunk, low, high in self.pieces(start, start + data.shape[0]):
             first = chunk * self.layout.chunk_rows
@@ -466,7 +628,7 @@ class ChunkFiles:
                 try:
                     file = os.open(path, os.O_RDWR | (os.O_CREAT if fresh else 0), 0o666)
                 except FileNotFoundError as error:
-                    raise self._damaged(f"{path}: expected a chunk file, got no such file") from error
+                    raise self._missing(path) from error
                 if stream in self._present:
                     self._present[stream].add(chunk)
                 try:
@@ -493,33 +655,6 @@ class ChunkFiles:
                 replace_file(path, encode(document), scratch=self.root / COMMITS, durable=not self._new)
         self._check_room(layer, stream, rows)
 
-    def hold(self, holder: Holder) -> None:
-        """Keeps the files of the holder's extents for as long as the holder lives."""
-        self._holders.add(holder)
-
-    def release(self, stream: int, extents: Iterable[Extent], end: int) -> None:
-        """Deletes the files of a stream's chunks that nothing refers to; zarr then reads fill values there.
-
-        Args:
-            stream: Stream.
-            extents: The rows that any commit has in chunk files.
-            end: The end of the log. The chunk that it is in stays: it will be written to.
-
-        Raises:
-            OSError: The operating system refused.
-        """
-        present = self._list_present(stream)
-        needed = {*extents}
-        for holder in self._holders:
-            if holder.stream == stream:
-                needed.update(outside(holder.extents, self.shards[stream]))
-        for extent in needed:
-            present = present - {chunk for chunk, _, _ in self.pieces(extent.start, extent.stop)}
-        for chunk in sorted(present):
-            if (chunk + 1) * self.layout.chunk_rows <= end:
-                self._delete(stream, chunk)
-                self._present[stream].discard(chunk)
-
     def release_shards(self, named: Collection[tuple[int, Shard]]) -> None:
         """Deletes the shards that nothing refers to, and what a crash has left of others.
 
@@ -543,36 +678,14 @@ class ChunkFiles:
         for key in [key for key in self._maps if len(key) == 2 and key not in needed]:
             del self._maps[key]
 
-    def present_end(self, stream: int) -> int:
-        """The first row of a stream beyond all of its chunk files."""
-        return (max(self._list_present(stream), default=-1) + 1) * self.layout.chunk_rows
-
-    def _list_present(self, stream: int) -> set[int]:
-        """The chunks of a stream of which any file exists; the first call lists the folders."""
-        if stream not in self._present:
-            self._present[stream] = set().union(
-                *(self.listed(layer, stream, kind) for layer in range(self.layout.layers) for kind in KINDS)
-            )
-        return self._present[stream]
-
-    def listed(self, layer: int, stream: int, kind: str) -> set[int]:
-        """The chunks of one array that have a file.
-
-        Raises:
-            FileNotFoundError: The folder of the array is missing.
-        """
-        names = {*os.listdir(self.root / self.layout.array_name(layer, stream, kind))}
-        parts = (name.split(".") for name in names)
-        chunks = (int(part[1]) for part in parts if len(part) > 1 and part[1].isdecimal())
-        return {chunk for chunk in chunks if self.layout.chunk_name(chunk, kind) in names}
-
-    def _delete(self, stream: int, chunk: int) -> None:
-        for layer in range(self.layout.layers):
-            self._maps.pop((layer, stream, chunk), None)
-            for kind in KINDS:
-                path = self.path(layer, stream, chunk, kind)
-                self._unsynced.discard(path)
-                path.unlink(missing_ok=True)
+    def _delete(self, stream: int, chunks: Sequence[int]) -> None:
+        for chunk in chunks:
+            for layer in range(self.layout.layers):
+                self._maps.pop((layer, stream, chunk), None)
+                for kind in KINDS:
+                    path = self.path(layer, stream, chunk, kind)
+                    self._unsynced.discard(path)
+                    path.unlink(missing_ok=True)
 
     # Durability
 

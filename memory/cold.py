@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xlroute.memory.buffer import RowSpan, on_device
-from xlroute.memory.chunks import ChunkFiles
+from xlroute.memory.chunks import Chunks
 from xlroute.memory.layout import DTYPES
 from xlroute.memory.log import Extent, StreamLog
 from xlroute.memory.rows_bytes import Bytes
@@ -35,7 +35,7 @@ class ColdRows:
 
     def __init__(
         self,
-        files: ChunkFiles,
+        files: Chunks,
         layer: int,
         stream: int,
         log: StreamLog,

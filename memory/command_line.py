@@ -20,6 +20,7 @@ from xlroute.memory.damage import Damage, Ranges
 from xlroute.memory.errors import CorruptionError, MemoryStoreError
 from xlroute.memory.export import export_store
 from xlroute.memory.info import MemoryInfo
+from xlroute.memory.place import StorePath, store_path
 from xlroute.memory.repair import RepairReport
 from xlroute.memory.shards import DEFAULT_LEVEL, LEVELS
 from xlroute.memory.store import Compression, MemoryStore
@@ -27,6 +28,8 @@ from xlroute.memory.verify import Progress, VerifyReport
 
 FINE, DAMAGED, REFUSED = 0, 1, 2
 _RANGES_SHOWN = 4
+_FOLDER = "folder of the store"
+_PLACES = {"repair": _FOLDER, "compact": _FOLDER, "unlock": "url of the store: s3://..."}
 _EPILOG = "Exit status: 0 if all is fine, 1 if damage was found, 2 if the command could not be carried out."
 
 
@@ -57,13 +60,14 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", _verify, "read everything that a commit refers to and report all damage; change nothing"),
         ("repair", _repair, "keep what is whole of a damaged store, and say what was lost"),
         ("compact", _compact, "rewrite full chunk files into shards: fewer files, smaller ones with --zstd"),
+        ("unlock", _unlock, "take a store at s3:// from its writer, who can commit no more"),
         ("export", _export, "write the rows and their positions to a file"),
         ("plot", _plot, "draw which rows have been read and which are held, as a PNG"),
     ):
         command = commands.add_parser(
             name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EPILOG
         )
-        command.add_argument("path", type=Path, help="folder of the store")
+        command.add_argument("path", help=_PLACES.get(name, f"{_FOLDER}, or its url: s3://..."))
         if name == "export":
             command.add_argument("target", type=Path, help="new file: .npz or .safetensors")
         elif name == "plot":
@@ -75,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--zstd", nargs="?", type=int, const=DEFAULT_LEVEL, metavar="LEVEL", help=text
             )
-        if name not in ("repair", "compact"):
+        if name not in ("repair", "compact", "unlock"):
             which = command.add_mutually_exclusive_group()
             which.add_argument("--commit", metavar="ID", help="another commit than the last")
             if name == "verify":
@@ -118,9 +122,16 @@ def _compact(options: argparse.Namespace) -> _Outcome:
     return FINE, _plain(report), _compact_text(report)
 
 
+def _unlock(options: argparse.Namespace) -> _Outcome:
+    writer = MemoryStore.unlock(options.path)
+    text = f"was held by {writer}" if writer else "was held by nobody"
+    return FINE, {"writer": writer}, f"{options.path}: {text}\n"
+
+
 def _export(options: argparse.Namespace) -> _Outcome:
+    path = store_path(options.path)
     with _progress("export") as progress:
-        commit = export_store(options.path, options.target, commit=options.commit, progress=progress)
+        commit = export_store(path, options.target, commit=options.commit, progress=progress)
     size = options.target.stat().st_size
     document = {"commit": commit, "target": str(options.target), "bytes": size}
     return FINE, document, f"{options.target}: commit {commit}, {_bytes(size)}\n"
@@ -157,7 +168,7 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if isinstance(value, datetime):
         return value.isoformat(timespec="seconds")
-    if isinstance(value, Path):
+    if isinstance(value, StorePath):
         return str(value)
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
@@ -284,11 +295,11 @@ def _compact_text(report: CompactReport) -> str:
     return "\n".join([*lines, ""])
 
 
-def _damage_lines(root: Path, damage: Sequence[Damage]) -> list[str]:
+def _damage_lines(root: StorePath, damage: Sequence[Damage]) -> list[str]:
     lines = [f"{_count(len(damage), 'file')} damaged:"] if damage else []
     for each in damage:
         rows = f": rows {_spans(each.rows)}" if each.rows else ""
-        lines.append(f"  {each.path.relative_to(root)}{rows}: {each.problem}")
+        lines.append(f"  {str(each.path).removeprefix(f'{root}/')}{rows}: {each.problem}")
     return lines
 
 

@@ -17,9 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from xlroute.memory.errors import CommitNotFoundError, CorruptionError
+from xlroute.memory.errors import CommitNotFoundError, CorruptionError, FormatError
 from xlroute.memory.layout import COMMITS, FORMAT, FORMATS, Layout
 from xlroute.memory.log import Extent, StreamLog
+from xlroute.memory.place import StorePath, list_names
+from xlroute.memory.s3 import S3Path
 from xlroute.memory.sealed import checksum, encode, read_document, replace_file, sync
 from xlroute.memory.shards import Shard, outside, plausible, with_rows
 from xlroute.memory.survivors import Survivors, positions_path, read_positions
@@ -28,7 +30,7 @@ _ID = re.compile(r"\d{12}-[0-9a-f]{8}")
 _PIN = re.compile(rf"({_ID.pattern})\.[0-9a-f]{{8}}")
 _STAMP = re.compile(r"[0-9a-f]{32}")
 _CRC = re.compile(r"[0-9a-f]{8}")
-_PINS = "pins"
+PINS = "pins"
 _SEAL = "crc32c"
 # No stream and no store gets this far; a number beyond it is damage.
 MAX_ROW = 1 << 48
@@ -121,13 +123,18 @@ class Commit:
             ]
         return document
 
+    def sealed(self) -> dict[str, Any]:
+        """The record as it is written."""
+        document = self.document()
+        return {**document, _SEAL: checksum(document)}
+
     @property
     def id(self) -> str:
         """The name of the record."""
         return f"{self.generation:012d}-{checksum(self.document())}"
 
 
-def record_path(root: Path, commit_id: str) -> Path:
+def record_path(root: StorePath, commit_id: str) -> StorePath:
     """Where the record of a commit is.
 
     Raises:
@@ -138,7 +145,7 @@ def record_path(root: Path, commit_id: str) -> Path:
     return root / COMMITS / f"{commit_id}.json"
 
 
-def list_commits(root: Path) -> list[str]:
+def list_commits(root: StorePath) -> list[str]:
     """Ids of all records, oldest first.
 
     Raises:
@@ -146,7 +153,7 @@ def list_commits(root: Path) -> list[str]:
     """
     folder = root / COMMITS
     try:
-        names = [name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json")]
+        names = [name.removesuffix(".json") for name in list_names(folder) if name.endswith(".json")]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptionError(f"{folder}: expected the folder of the commits, got none") from error
     return sorted(name for name in names if _ID.fullmatch(name))
@@ -158,11 +165,9 @@ def write_commit(root: Path, commit: Commit) -> None:
     Raises:
         OSError: The operating system refused.
     """
-    document = commit.document()
-    data = encode({**document, _SEAL: checksum(document)})
-    path = record_path(root, commit.id)
+    path = root / COMMITS / f"{commit.id}.json"
     try:
-        replace_file(path, data, scratch=root / COMMITS, durable=commit.durable)
+        replace_file(path, encode(commit.sealed()), scratch=root / COMMITS, durable=commit.durable)
     except BaseException:
         # It may have got its name before this; the caller is told that there is no such commit.
         with suppress(OSError):
@@ -170,12 +175,13 @@ def write_commit(root: Path, commit: Commit) -> None:
         raise
 
 
-def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
+def read_commit(root: StorePath, commit_id: str, layout: Layout) -> Commit:
     """Reads a record.
 
     Raises:
         CommitNotFoundError: There is no such record.
         CorruptionError: It is damaged, or the folder of the records is missing.
+        FormatError: It names shards, in an object store.
     """
     path = record_path(root, commit_id)
     try:
@@ -184,6 +190,18 @@ def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
         raise CommitNotFoundError(
             f"commit: expected one of {', '.join(list_commits(root)) or 'none'}, got {commit_id}"
         ) from error
+    return parse_commit(root, document, commit_id, layout, path)
+
+
+def parse_commit(
+    root: StorePath, document: dict[str, Any], commit_id: str, layout: Layout, path: StorePath
+) -> Commit:
+    """What a record says, of the document that was read at `path`.
+
+    Raises:
+        CorruptionError: It is damaged.
+        FormatError: It names shards, in an object store.
+    """
     given = document.pop(_SEAL, None)
     actual = checksum(document)
     if given != actual or actual != commit_id[-8:]:
@@ -197,7 +215,9 @@ def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
             parent=_of_types(document["parent"], str, type(None)),
             fingerprint=_of_types(document["fingerprint"], str, type(None)),
             durable=_of_types(document["durable"], bool),
-            logs=tuple(_log(entry, layout, stream, path) for stream, entry in enumerate(document["streams"])),
+            logs=tuple(
+                _log(entry, layout, stream, root, path) for stream, entry in enumerate(document["streams"])
+            ),
             format=document["format"],
         )
         if commit.format not in FORMATS:
@@ -216,6 +236,11 @@ def read_commit(root: Path, commit_id: str, layout: Layout) -> Commit:
         raise CorruptionError(
             f"{path}: expected commit {commit_id} of {layout.streams} streams, got another one"
         )
+    if commit.shards and isinstance(root, S3Path):
+        raise FormatError(
+            f"{path}: expected a commit with all rows in chunk files, got one with rows in shards, which are "
+            "read in a folder alone: download the store; copy_to puts its rows into an object store"
+        )
     return commit
 
 
@@ -231,7 +256,7 @@ def _stream_entry(log: StreamLog) -> dict[str, Any]:
     return entry
 
 
-def _log(entry: dict[str, Any], layout: Layout, stream: int, record: Path) -> StreamLog:
+def _log(entry: dict[str, Any], layout: Layout, stream: int, root: StorePath, record: StorePath) -> StreamLog:
     """The log of one stream in a record; ValueError if no writer can have written it."""
     extents = tuple(Extent(*(_number(n, MAX_ROW) for n in extent)) for extent in entry["extents"])
     log = StreamLog(extents, _number(entry["appended"], MAX_ROW), _number(entry["end"], MAX_ROW))
@@ -244,11 +269,13 @@ def _log(entry: dict[str, Any], layout: Layout, stream: int, record: Path) -> St
     if log.held > (log.appended if layout.capacity is None else min(log.appended, layout.capacity)):
         raise ValueError(f"{log.held} rows held of {log.appended} with capacity {layout.capacity}")
     if "survivors" in entry:
-        log = _with_survivors(log, entry["survivors"], stream, record)
+        log = _with_survivors(log, entry["survivors"], stream, root, record)
     return log
 
 
-def _with_survivors(log: StreamLog, entry: list[Any], stream: int, record: Path) -> StreamLog:
+def _with_survivors(
+    log: StreamLog, entry: list[Any], stream: int, root: StorePath, record: StorePath
+) -> StreamLog:
     """The log with rows whose positions are read when needed; ValueError if no writer can have written it."""
     start, stop, crc32c = entry
     start, stop = _number(start, MAX_ROW), _number(stop, MAX_ROW)
@@ -259,7 +286,7 @@ def _with_survivors(log: StreamLog, entry: list[Any], stream: int, record: Path)
         raise ValueError(f"survivors {entry!r:.100} of rows {log.extents!r:.100}")
 
     def read() -> Tensor:
-        path = positions_path(record.parents[1], stream, survivors)
+        path = positions_path(root, stream, survivors)
         try:
             positions = read_positions(path, stop - start, crc32c)
         except CorruptionError as error:
@@ -329,14 +356,19 @@ def _of_types(value: Any, *types: type) -> Any:
     return value
 
 
-def list_pins(root: Path) -> dict[str, str]:
+def list_pins(root: StorePath) -> dict[str, str]:
     """All pins: the id of the commit, by pin id."""
     try:
-        names = os.listdir(root / COMMITS / _PINS)
+        names = list_names(root / COMMITS / PINS)
     except FileNotFoundError:
         return {}
     matches = (_PIN.fullmatch(name) for name in names)
     return {match[0]: match[1] for match in matches if match}
+
+
+def new_pin(commit: Commit) -> str:
+    """The id of another pin of a commit, which is the name of its file."""
+    return f"{commit.id}.{secrets.token_hex(4)}"
 
 
 def add_pin(root: Path, commit: Commit) -> str:
@@ -348,9 +380,9 @@ def add_pin(root: Path, commit: Commit) -> str:
     Raises:
         OSError: The operating system refused.
     """
-    folder = root / COMMITS / _PINS
+    folder = root / COMMITS / PINS
     folder.mkdir(exist_ok=True)
-    pin = f"{commit.id}.{secrets.token_hex(4)}"
+    pin = new_pin(commit)
     # The name is all there is to it, so the file is whole as soon as it is there.
     os.close(os.open(folder / pin, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     if commit.durable:
@@ -359,7 +391,7 @@ def add_pin(root: Path, commit: Commit) -> str:
     return pin
 
 
-def remove_pin(root: Path, pin: str) -> None:
+def remove_pin(root: StorePath, pin: str) -> None:
     """Removes a pin.
 
     Raises:
@@ -369,6 +401,6 @@ def remove_pin(root: Path, pin: str) -> None:
     if not isinstance(pin, str) or not _PIN.fullmatch(pin):
         raise ValueError(f"pin: expected an id that pin() returned, got {pin!r}")
     try:
-        (root / COMMITS / _PINS / pin).unlink()
+        (root / COMMITS / PINS / pin).unlink()
     except FileNotFoundError as error:
         raise CommitNotFoundError(f"pin: expected one that is in the store, got {pin}") from error

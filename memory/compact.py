@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from xlroute.memory.chunks import ChunkFiles
 from xlroute.memory.commits import Commit
-from xlroute.memory.disk import Disk, writing
-from xlroute.memory.info import allocated_bytes
+from xlroute.memory.disk import FolderDisk, allocated_bytes, writing
 from xlroute.memory.layout import KINDS
 from xlroute.memory.log import Extent, within
 from xlroute.memory.rows_bytes import Bytes
@@ -51,7 +50,7 @@ class CompactReport:
     bytes_kept: int = 0
 
 
-def compact_store(disk: Disk, *, level: int | None, progress: Progress | None) -> CompactReport:
+def compact_store(disk: FolderDisk, *, level: int | None, progress: Progress | None) -> CompactReport:
     """Rewrites sealed rows of the last commit into shards; see `MemoryStore.compact`."""
     disk.check_process()
     layout, files, last = disk.layout, disk.files, disk.last()

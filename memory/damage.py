@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from xlroute.memory.place import StorePath
 
 Ranges = tuple[tuple[int, int], ...]
 # What the operating system says where the medium fails, or something else has taken the place of a file.
@@ -35,7 +36,7 @@ class Damage:
             damaged shard.
     """
 
-    path: Path
+    path: StorePath
     problem: str
     array: str | None = None
     stream: int | None = None
@@ -44,7 +45,9 @@ class Damage:
     commits: tuple[str, ...] = ()
 
 
-def damage_of(error: Exception, path: Path, array: str | None = None, stream: int | None = None) -> Damage:
+def damage_of(
+    error: Exception, path: StorePath, array: str | None = None, stream: int | None = None
+) -> Damage:
     """The damage to a file that an error tells of; raises the error if it tells of none."""
     if not isinstance(error, OSError):
         return Damage(path, str(error).removeprefix(f"{path}: "), array, stream)
@@ -54,7 +57,7 @@ def damage_of(error: Exception, path: Path, array: str | None = None, stream: in
     return Damage(path, f"expected a file that can be read, got {error.strerror}", array, stream)
 
 
-def file_problem(path: Path, expected: int) -> str | None:
+def file_problem(path: StorePath, expected: int) -> str | None:
     """What is wrong with a chunk file as a whole, if anything is."""
     try:
         found = path.stat()

@@ -1,9 +1,9 @@
-"""A store on disk: who may write to it, what it holds, and how a commit comes about.
+"""A store with a path: who may write to it, what it holds, and how a commit comes about.
 
-Rows go straight to the chunk files, beyond everything that any commit has ever referred to, so that they
-change nothing until the commit record that refers to them gets its name. A commit is that one rename: before
-it the store is as the commit before left it, and after it everything that the record refers to is there. Only
-then are old records dropped, and after them the chunk files that nothing refers to any more.
+In a folder, rows go straight to the chunk files, beyond everything that any commit has ever referred to, so
+that they change nothing until the commit record that refers to them gets its name. A commit is that one
+rename: before it the store is as the commit before left it, and after it everything that the record refers to
+is there. Only then are old records dropped, and after them the chunk files that nothing refers to any more.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import Timeout
 from torch import Tensor
 
 from xlroute.memory.buffer import Rows
-from xlroute.memory.chunks import ChunkFiles
+from xlroute.memory.chunks import ChunkFiles, Chunks
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.commits import (
     MAX_GENERATION,
@@ -40,28 +42,66 @@ from xlroute.memory.errors import (
     CommitNotFoundError,
     CorruptionError,
     FingerprintError,
+    FormatError,
     MemoryStoreError,
     StoreExistsError,
     StoreLockedError,
     StoreWriteError,
 )
-from xlroute.memory.layout import COMMITS, DTYPES, Layout, raise_format, read_layout, write_layout
+from xlroute.memory.layout import COMMITS, DTYPES, KINDS, Layout, raise_format, read_layout, write_layout
 from xlroute.memory.lock import WriterLock, pin_lock
 from xlroute.memory.log import Extent, StreamLog, survivors_of
-from xlroute.memory.rows_bytes import as_bytes
-from xlroute.memory.score_files import CommittedStreamScores, ScoreFiles, write_scores
+from xlroute.memory.place import StorePath
+from xlroute.memory.rows_bytes import Bytes, as_bytes
+from xlroute.memory.score_files import CommittedStreamScores, ScoreChunks, ScoreFiles, write_scores
 from xlroute.memory.scores import KeptScores, StoredScores
 from xlroute.memory.sealed import TEMPORARY, sync
-from xlroute.memory.shards import Shard, with_rows
-from xlroute.memory.survivors import PositionFiles, Survivors
+from xlroute.memory.shards import Shard, ShardArray, in_shards, with_rows
+from xlroute.memory.survivors import PositionFiles, Positions, Survivors
 
+CHUNK_BYTES = 64 * 2**20  # of a file of rows, unless a user says otherwise
 _COPY_BYTES = 4 * 2**20
+_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's own blocks are
 # A writer may drop the last commit that a reader has just listed, and commit another, so often in a row.
 _OPEN_ATTEMPTS = 10
 
 
+@dataclass(frozen=True)
+class DiskUsage:
+    """What a store takes up on disk, with everything that is in its folder.
+
+    Attributes:
+        format: Version of the format.
+        chunk_rows: Rows in a chunk file.
+        chunk_files: Files of rows and files of checksums together.
+        apparent_bytes: The lengths of all files. Chunk files have their full length from the start.
+        allocated_bytes: What the file system has set aside for them.
+        shards: Shards that rows are read from.
+        shard_rows: Rows held now that are in them, in all layers together.
+        shard_bytes: The lengths of their files of rows and of checksums.
+    """
+
+    format: int
+    chunk_rows: int
+    chunk_files: int
+    apparent_bytes: int
+    allocated_bytes: int
+    shards: int = 0
+    shard_rows: int = 0
+    shard_bytes: int = 0
+
+
+def allocated_bytes(paths: Iterable[Path]) -> int:
+    """What the file system has set aside for files; those that are not there count nothing."""
+    total = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            total += path.lstat().st_blocks * _BLOCK_BYTES
+    return total
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: StorePath) -> Iterator[None]:
     """Turns the operating system's refusal into StoreWriteError."""
     try:
         yield
@@ -71,7 +111,7 @@ def writing(path: Path) -> Iterator[None]:
         raise StoreLockedError(f"{path}: expected the lock of the pins, got none in time: {error}") from error
     except OSError as error:
         text = f"{path}: expected to write, got {error.strerror or error}; the last commit stands"
-        raise StoreWriteError(error.errno, text) from error
+        raise StoreWriteError(*([text] if error.errno is None else [error.errno, text])) from error
 
 
 def _make_parents(path: Path) -> None:
@@ -116,6 +156,37 @@ def create_store(path: Path, layout: Layout, fingerprint: str | None) -> None:
         write_commit(root, Commit(1, None, fingerprint, False, logs))
 
 
+def copied_logs(held: Sequence[StreamLog]) -> tuple[StreamLog, ...]:
+    """The logs of a new store that the rows of others are copied to, from its first row on."""
+    writer = secrets.randbits(32)
+    return tuple(_copied(log, writer) for log in held)
+
+
+def _copied(log: StreamLog, writer: int) -> StreamLog:
+    extents = (Extent(0, log.held, writer),) if log.held else ()
+    survivors = Survivors.at(0, log.own_positions()) if log.surviving else None
+    return StreamLog(extents, log.appended, log.held, survivors)
+
+
+def copy_rows(
+    files: Chunks, rows: Sequence[Sequence[Rows]], logs: Sequence[StreamLog]
+) -> Iterator[tuple[int, int]]:
+    """Writes the rows of a new store, a few MiB of one layer and stream at a time.
+
+    Yields:
+        A stream, and how many of its rows are written in the layer that is being copied.
+    """
+    step = max(1, _COPY_BYTES // files.layout.row_bytes)
+    for layer, streams in enumerate(rows):
+        for stream, source in enumerate(streams):
+            for start in range(0, len(source), step):
+                index = torch.arange(start, min(start + step, len(source)))
+                data = as_bytes(source.gather(index).cpu())
+                [extent] = logs[stream].extents
+                files.write(layer, stream, start, data, extent.writer, fresh_from=0)
+                yield stream, start + data.shape[0]
+
+
 def copy_store(
     path: Path,
     layout: Layout,
@@ -144,17 +215,11 @@ def copy_store(
         StoreWriteError: The operating system refused to write.
         CorruptionError: A row to copy is damaged.
     """
-    writer = secrets.randbits(32)
-    step = max(1, _COPY_BYTES // layout.row_bytes)
-    logs = tuple(_copied(log, writer) for log in held)
+    logs = copied_logs(held)
     with _new_folder(path, layout) as root:
         files = ChunkFiles(root, layout, None, new=True)
-        for layer, streams in enumerate(rows):
-            for stream, source in enumerate(streams):
-                for start in range(0, len(source), step):
-                    index = torch.arange(start, min(start + step, len(source)))
-                    data = as_bytes(source.gather(index).cpu())
-                    files.write(layer, stream, start, data, writer, fresh_from=0)
+        for _ in copy_rows(files, rows, logs):
+            pass
         positions = PositionFiles(root)
         for stream, survivors in survivors_of(logs):
             positions.write(stream, survivors)
@@ -180,15 +245,8 @@ def copy_store(
     return commit.id
 
 
-def _copied(log: StreamLog, writer: int) -> StreamLog:
-    """The log of a stream whose rows are copied to the rows from 0 on of another store."""
-    extents = (Extent(0, log.held, writer),) if log.held else ()
-    survivors = Survivors.at(0, log.own_positions()) if log.surviving else None
-    return StreamLog(extents, log.appended, log.held, survivors)
-
-
-class Disk:
-    """An open store on disk, at one commit.
+class Disk(ABC):
+    """An open store with a path, at one commit.
 
     Args:
         root: Folder of the store.
@@ -212,25 +270,29 @@ class Disk:
         StoreWriteError: The operating system refused to write.
     """
 
-    def __init__(self, root: Path, *, commit: str | None, writable: bool, fingerprint: str | None) -> None:
+    files: Chunks
+    _score_files: ScoreChunks[Any]
+    _positions: Positions  # of a writer
+
+    def __init__(
+        self, root: StorePath, *, commit: str | None, writable: bool, fingerprint: str | None
+    ) -> None:
         self.root = root
         self.layout = read_layout(root)
         self._process = os.getpid()
-        self._lock: WriterLock | None = None
+        self._writing = writable
         if not writable:
             commit_id, opened = self._read(commit)
             self._check_fingerprint(opened, fingerprint)
-            record = record_path(root, commit_id)
-            self.files = ChunkFiles(root, self.layout, record, shards=opened.shards)
-            self._score_files = ScoreFiles(root, self.layout, record)
+            self._open_files(opened, record_path(root, commit_id))
         else:
             with writing(root):
-                self._lock = WriterLock(root)
+                self._lock()
             try:
                 with writing(root):
                     opened = self._open_for_writing(commit, fingerprint)
             except BaseException:
-                self._lock.release()
+                self._unlock()
                 raise
         self.fingerprint = opened.fingerprint
         self.logs = opened.logs
@@ -240,11 +302,7 @@ class Disk:
         commit_id, opened = self._read(commit)
         self._check_fingerprint(opened, fingerprint)
         self.layout = raise_format(self.root, self.layout)
-        for left in (self.root / COMMITS).glob(f"{TEMPORARY}*"):
-            left.unlink()
-        self.files = ChunkFiles(self.root, self.layout, None, shards=opened.shards)
-        self._score_files = ScoreFiles(self.root, self.layout, None)
-        self._positions = PositionFiles(self.root, survivors_of(opened.logs))
+        self._open_files(opened, None)
         self._set_scored(opened.logs, opened.scores)
         self._writer = secrets.randbits(32)
         self._last = commit_id
@@ -261,7 +319,7 @@ class Disk:
         if any(known.durable for known in known):
             # Its writer may have been killed before this; the records of earlier durable commits go because
             # of it.
-            sync(self.root / COMMITS)
+            self._sync_records()
         self._ends = [
             max(log.end for log in logs) for logs in zip(*(known.logs for known in known), strict=True)
         ]
@@ -292,14 +350,17 @@ class Disk:
     def _read_checked(self, commit_id: str) -> Commit:
         """Reads a commit whose rows are there, as far as one can tell from the files of the first layer."""
         opened = read_commit(self.root, commit_id, self.layout)
-        files = ChunkFiles(self.root, self.layout, record_path(self.root, commit_id), shards=opened.shards)
+        self._check_present(opened, record_path(self.root, commit_id))
+        return opened
+
+    def _check_present(self, commit: Commit, record: StorePath) -> None:
+        files = self._chunks(commit, record)
         # Before anyone makes room for as many rows as the record says.
-        for stream, log in enumerate(opened.logs):
+        for stream, log in enumerate(commit.logs):
             files.check_present(0, stream, log.extents)
         # They stay in memory: the file may go with the commit, and whoever reads the rows needs them.
-        for _, survivors in survivors_of(opened.logs):
+        for _, survivors in survivors_of(commit.logs):
             survivors.load()
-        return opened
 
     def _check_fingerprint(self, opened: Commit, fingerprint: str | None) -> None:
         if fingerprint is not None and fingerprint != opened.fingerprint:
@@ -358,10 +419,7 @@ class Disk:
                 f"in its log and {log.appended} appended"
             )
         with writing(self.root):
-            for layer, part in enumerate(rows):
-                data = as_bytes(part)
-                fresh = self._ends[stream]
-                self.files.write(layer, stream, log.end, data, self._writer, fresh_from=fresh)
+            self._write(stream, log.end, [as_bytes(part) for part in rows])
         return log.extended(rows.shape[1], self._writer, appended=appended)
 
     def commit(
@@ -392,14 +450,7 @@ class Disk:
                 for layer, streams in enumerate(kept)
             )
             self._set_scored(logs, scores)
-            if durable:
-                if not self._synced:
-                    self.files.mark_unsynced([log.extents for log in logs])
-                    for stream, survivors in survivors_of(logs):
-                        self._positions.mark_unsynced(stream, survivors)
-                self.files.sync()
-                self._positions.sync()
-                self._score_files.sync()
+            self._finish_writing(logs, durable)
             self._generation += 1
             scores = scores if any(scores) else ()
             shards = tuple(
@@ -416,10 +467,10 @@ class Disk:
             )
             self._commits[commit.id] = commit
             try:
-                write_commit(self.root, commit)
+                self._publish(commit)
             except BaseException:
                 # A record that could not be taken back is one like any other: its rows stay.
-                if not record_path(self.root, commit.id).exists():
+                if not self._stands(commit):
                     del self._commits[commit.id]
                 raise
         self._synced = self._synced or durable
@@ -429,6 +480,203 @@ class Disk:
         with suppress(OSError):
             self._drop_old()
         return commit.id
+
+    def _set_scored(self, logs: Sequence[StreamLog], scores: Sequence[CommittedScores | None]) -> None:
+        """Notes what is on disk of scores, in numbers that stay the same while rows come and go."""
+        self._scored = [
+            None
+            if each is None
+            else replace(
+                each,
+                spans=tuple(
+                    (log.oldest + first, log.oldest + stop)
+                    for log, (first, stop) in zip(logs, each.spans, strict=True)
+                ),
+            )
+            for each in scores or [None] * self.layout.layers
+        ]
+
+    def _scored_of(self, layer: int, logs: Sequence[StreamLog]) -> CommittedScores | None:
+        """What is on disk of a layer's scores, of the rows that the logs hold."""
+        scored = self._scored[layer]
+        if scored is None:
+            return None
+        spans = (
+            (max(first - log.oldest, 0), max(stop - log.oldest, 0))
+            for log, (first, stop) in zip(logs, scored.spans, strict=True)
+        )
+        return replace(scored, spans=tuple(spans))
+
+    def _expired(self, pinned: Iterable[str]) -> list[str]:
+        """The commits that are to be dropped, oldest first, if these are pinned."""
+        names = sorted(self._commits)
+        keep = {*names[-self.layout.keep_commits :], *pinned}
+        # Until the next durable one: a power cut may take everything after it.
+        durable = [name for name, commit in self._commits.items() if commit is not None and commit.durable]
+        keep.update(durable[-1:])
+        return [name for name in names if name not in keep]
+
+    def _drop_old(self) -> None:
+        self._drop_records()
+        known = [commit for commit in self._commits.values() if commit is not None]
+        if len(known) < len(self._commits):
+            # Nobody knows which rows a damaged record refers to; it may be restored.
+            return
+        needed = [
+            {extent for log in logs for extent in log.extents}
+            for logs in zip(*(commit.logs for commit in known), strict=True)
+        ]
+        for stream in range(self.layout.streams):
+            in_files = {extent for commit in known for extent in commit.in_files(stream)}
+            self.files.release(stream, in_files, self._ends[stream])
+        self._drop_unnamed(known)
+        stamps = {
+            (layer, scores.stamp)
+            for commit in known
+            for layer, scores in enumerate(commit.scores)
+            if scores is not None
+        }
+        self._score_files.keep(stamps, needed, self._ends)
+
+    def list_commits(self) -> list[str]:
+        """Ids of the commits that can be opened, oldest first."""
+        found: list[str] = []
+        for _ in range(_OPEN_ATTEMPTS):
+            for name in list_commits(self.root):
+                with suppress(CorruptionError, CommitNotFoundError, FormatError):
+                    read_commit(self.root, name, self.layout)
+                    found.append(name)
+            if found:
+                break
+        return found
+
+    def pins(self) -> dict[str, str]:
+        """All pins: the id of the commit, by pin id."""
+        return list_pins(self.root)
+
+    def pin(self, commit: str) -> str:
+        """Keeps a commit readable; returns the id of the pin."""
+        with writing(self.root):
+            return self._add_pin(commit)
+
+    def unpin(self, pin: str) -> None:
+        """Removes a pin."""
+        with writing(self.root):
+            remove_pin(self.root, pin)
+
+    def check_process(self) -> None:
+        """Raises StoreLockedError in another process than the one that opened the store, such as its fork."""
+        if self._process != os.getpid():
+            raise StoreLockedError(
+                f"{self.root}: expected the process that opened it, {self._process}, got {os.getpid()}, "
+                "which has no lock of its own; it can open the store with mode='r'"
+            )
+
+    def close(self) -> None:
+        """Lets the next writer in, unless this is another process than the one that opened the store."""
+        if self._writing:
+            # The next writer does not know who still reads here.
+            self.files.record = record_path(self.root, self._last)
+            self._writing = False
+            self._unlock()
+
+    @abstractmethod
+    def usage(self, logs: Sequence[StreamLog]) -> DiskUsage:
+        """What the store takes up, whose streams hold the rows of these logs.
+
+        A writer may add and remove files meanwhile.
+        """
+
+    @abstractmethod
+    def _chunks(self, commit: Commit, record: StorePath | None) -> Chunks:
+        """The files that a commit's rows are in, for whoever relies on its record; None for a writer."""
+
+    @abstractmethod
+    def _open_files(self, opened: Commit, record: StorePath | None) -> None:
+        """Sets `files` and `_score_files`, as `_chunks`; and `_positions` for a writer."""
+
+    @abstractmethod
+    def _lock(self) -> None:
+        """Makes this the writer."""
+
+    @abstractmethod
+    def _unlock(self) -> None:
+        """Lets the next writer in."""
+
+    @abstractmethod
+    def _sync_records(self) -> None:
+        """Waits until the names of the records are on the medium."""
+
+    @abstractmethod
+    def _write(self, stream: int, start: int, rows: Sequence[Bytes]) -> None:
+        """Writes rows of all layers, [l] of [k, row_bytes], at row `start` of a stream's log."""
+
+    @abstractmethod
+    def _finish_writing(self, logs: Sequence[StreamLog], durable: bool) -> None:
+        """Brings what was written to where a record may refer to it."""
+
+    @abstractmethod
+    def _publish(self, commit: Commit) -> None:
+        """Makes the commit: all of it, or an error."""
+
+    @abstractmethod
+    def _stands(self, commit: Commit) -> bool:
+        """Whether a commit may be there although `_publish` has raised an error."""
+
+    @abstractmethod
+    def _drop_records(self) -> None:
+        """Deletes the records of old commits, and takes them from `_commits`."""
+
+    @abstractmethod
+    def _drop_unnamed(self, commits: Sequence[Commit]) -> None:
+        """Deletes the positions and the shards that none of the commits names, which are all there are."""
+
+    @abstractmethod
+    def _add_pin(self, commit: str) -> str:
+        """Pins a commit."""
+
+
+class FolderDisk(Disk):
+    """A store in a folder: see `Disk`."""
+
+    root: Path
+    files: ChunkFiles
+    _score_files: ScoreFiles
+    _positions: PositionFiles
+
+    def usage(self, logs: Sequence[StreamLog]) -> DiskUsage:
+        """See `Disk`."""
+        layout = self.layout
+        chunk_files = sum(
+            len(self.files.listed(layer, stream, kind))
+            for layer in range(layout.layers)
+            for stream in range(layout.streams)
+            for kind in KINDS
+        )
+        apparent = allocated = 0
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    status = os.lstat(os.path.join(folder, name))
+                    apparent += status.st_size
+                    allocated += status.st_blocks * _BLOCK_BYTES
+        shards = [shard for each in self.files.shards for shard in each]
+        in_them = (
+            part
+            for log, each in zip(logs, self.files.shards, strict=True)
+            for shard, part in in_shards(log.extents, each)
+            if shard is not None
+        )
+        return DiskUsage(
+            format=layout.format,
+            chunk_rows=layout.chunk_rows,
+            chunk_files=chunk_files,
+            apparent_bytes=apparent,
+            allocated_bytes=allocated,
+            shards=len(shards),
+            shard_rows=layout.layers * sum(part.stop - part.start for part in in_them),
+            shard_bytes=sum(ShardArray(layout, shard, kind).size for shard in shards for kind in KINDS),
+        )
 
     def last(self) -> Commit:
         """The last commit."""
@@ -467,104 +715,56 @@ class Disk:
             self.files.shards = before
             raise
 
-    def _set_scored(self, logs: Sequence[StreamLog], scores: Sequence[CommittedScores | None]) -> None:
-        """Notes what is on disk of scores, in numbers that stay the same while rows come and go."""
-        self._scored = [
-            None
-            if each is None
-            else replace(
-                each,
-                spans=tuple(
-                    (log.oldest + first, log.oldest + stop)
-                    for log, (first, stop) in zip(logs, each.spans, strict=True)
-                ),
-            )
-            for each in scores or [None] * self.layout.layers
-        ]
+    def _chunks(self, commit: Commit, record: StorePath | None) -> ChunkFiles:
+        return ChunkFiles(self.root, self.layout, record, shards=commit.shards)
 
-    def _scored_of(self, layer: int, logs: Sequence[StreamLog]) -> CommittedScores | None:
-        """What is on disk of a layer's scores, of the rows that the logs hold."""
-        scored = self._scored[layer]
-        if scored is None:
-            return None
-        spans = (
-            (max(first - log.oldest, 0), max(stop - log.oldest, 0))
-            for log, (first, stop) in zip(logs, scored.spans, strict=True)
-        )
-        return replace(scored, spans=tuple(spans))
+    def _open_files(self, opened: Commit, record: StorePath | None) -> None:
+        self.files = self._chunks(opened, record)
+        self._score_files = ScoreFiles(self.root, self.layout, record)
+        if record is None:
+            for left in (self.root / COMMITS).glob(f"{TEMPORARY}*"):
+                left.unlink()
+            self._positions = PositionFiles(self.root, survivors_of(opened.logs))
 
-    def _drop_old(self) -> None:
-        names = sorted(self._commits)
+    def _lock(self) -> None:
+        self._held = WriterLock(self.root)
+
+    def _unlock(self) -> None:
+        self._held.release()
+
+    def _sync_records(self) -> None:
+        sync(self.root / COMMITS)
+
+    def _write(self, stream: int, start: int, rows: Sequence[Bytes]) -> None:
+        for layer, data in enumerate(rows):
+            self.files.write(layer, stream, start, data, self._writer, fresh_from=self._ends[stream])
+
+    def _finish_writing(self, logs: Sequence[StreamLog], durable: bool) -> None:
+        if durable:
+            if not self._synced:
+                self.files.mark_unsynced([log.extents for log in logs])
+                for stream, survivors in survivors_of(logs):
+                    self._positions.mark_unsynced(stream, survivors)
+            self.files.sync()
+            self._positions.sync()
+            self._score_files.sync()
+
+    def _publish(self, commit: Commit) -> None:
+        write_commit(self.root, commit)
+
+    def _stands(self, commit: Commit) -> bool:
+        return record_path(self.root, commit.id).exists()
+
+    def _drop_records(self) -> None:
         with pin_lock(self.root):
-            keep = {*names[-self.layout.keep_commits :], *list_pins(self.root).values()}
-            # Until the next durable one: a power cut may take everything after it.
-            durable = [
-                name for name, commit in self._commits.items() if commit is not None and commit.durable
-            ]
-            keep.update(durable[-1:])
-            for name in names:
-                if name not in keep:
-                    record_path(self.root, name).unlink(missing_ok=True)
-                    del self._commits[name]
-        known = [commit for commit in self._commits.values() if commit is not None]
-        if len(known) < len(self._commits):
-            # Nobody knows which rows a damaged record refers to; it may be restored.
-            return
-        needed = [
-            {extent for log in logs for extent in log.extents}
-            for logs in zip(*(commit.logs for commit in known), strict=True)
-        ]
-        for stream in range(self.layout.streams):
-            in_files = {extent for commit in known for extent in commit.in_files(stream)}
-            self.files.release(stream, in_files, self._ends[stream])
+            for name in self._expired(list_pins(self.root).values()):
+                record_path(self.root, name).unlink(missing_ok=True)
+                del self._commits[name]
+
+    def _drop_unnamed(self, commits: Sequence[Commit]) -> None:
         self.files.release_shards(self.named_shards())
-        self._positions.keep(each for commit in known for each in survivors_of(commit.logs))
-        stamps = {
-            (layer, scores.stamp)
-            for commit in known
-            for layer, scores in enumerate(commit.scores)
-            if scores is not None
-        }
-        self._score_files.keep(stamps, needed, self._ends)
+        self._positions.keep(each for commit in commits for each in survivors_of(commit.logs))
 
-    def list_commits(self) -> list[str]:
-        """Ids of the commits that can be opened, oldest first."""
-        found: list[str] = []
-        for _ in range(_OPEN_ATTEMPTS):
-            for name in list_commits(self.root):
-                with suppress(CorruptionError, CommitNotFoundError):
-                    read_commit(self.root, name, self.layout)
-                    found.append(name)
-            if found:
-                break
-        return found
-
-    def pins(self) -> dict[str, str]:
-        """All pins: the id of the commit, by pin id."""
-        return list_pins(self.root)
-
-    def pin(self, commit: str) -> str:
-        """Keeps a commit readable; returns the id of the pin."""
-        with writing(self.root), pin_lock(self.root):
+    def _add_pin(self, commit: str) -> str:
+        with pin_lock(self.root):
             return add_pin(self.root, read_commit(self.root, commit, self.layout))
-
-    def unpin(self, pin: str) -> None:
-        """Removes a pin."""
-        with writing(self.root):
-            remove_pin(self.root, pin)
-
-    def check_process(self) -> None:
-        """Raises StoreLockedError in another process than the one that opened the store, such as its fork."""
-        if self._process != os.getpid():
-            raise StoreLockedError(
-                f"{self.root}: expected the process that opened it, {self._process}, got {os.getpid()}, "
-                "which has no lock of its own; it can open the store with mode='r'"
-            )
-
-    def close(self) -> None:
-        """Lets the next writer in, unless this is another process than the one that opened the store."""
-        if self._lock is not None:
-            # The next writer does not know who still reads here.
-            self.files.record = record_path(self.root, self._last)
-            self._lock.release()
-            self._lock = None

@@ -11,10 +11,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xlroute.memory.chunks import ChunkFiles
-from xlroute.memory.disk import Disk
+from xlroute.memory.chunks import Chunks
 from xlroute.memory.log import StreamLog
 from xlroute.memory.new_file import new_file
+from xlroute.memory.place import StorePath
+from xlroute.memory.storage import open_disk
 from xlroute.memory.verify import Meter, Progress
 
 NPZ, SAFETENSORS = ".npz", ".safetensors"
@@ -39,7 +40,7 @@ class _Array(NamedTuple):
 
 
 def export_store(
-    path: Path, target: Path, *, commit: str | None = None, progress: Progress | None = None
+    path: StorePath, target: Path, *, commit: str | None = None, progress: Progress | None = None
 ) -> str:
     """Writes all rows that a commit holds, and their positions, to a file. Every row is checked.
 
@@ -48,7 +49,7 @@ def export_store(
     as a whole.
 
     Args:
-        path: The folder of the store.
+        path: Where the store is.
         target: A new file, whose name ends in .npz or .safetensors. NumPy has no bfloat16, so in an .npz file
             such rows are float32, which changes no number. A .safetensors file names the commit and the
             fingerprint in its metadata.
@@ -66,7 +67,7 @@ def export_store(
     """
     if target.suffix not in (NPZ, SAFETENSORS):
         raise ValueError(f"target: expected a name that ends in {NPZ} or {SAFETENSORS}, got {target}")
-    disk = Disk(path.absolute(), commit=commit, writable=False, fingerprint=None)
+    disk = open_disk(path, commit=commit, writable=False, fingerprint=None)
     assert disk.files.record is not None
     commit_id = disk.files.record.stem
     held = sum(log.held for log in disk.logs)
@@ -80,7 +81,7 @@ def export_store(
     return commit_id
 
 
-def _arrays(files: ChunkFiles, logs: Sequence[StreamLog], advance: Callable[[int], None]) -> Iterator[_Array]:
+def _arrays(files: Chunks, logs: Sequence[StreamLog], advance: Callable[[int], None]) -> Iterator[_Array]:
     """All arrays; those of 8 bytes a number come first, so that all numbers are aligned in the file."""
     layout = files.layout
     for stream, log in enumerate(logs):

@@ -227,8 +227,9 @@ class MemoryIndex:
     def _checked_path(self, path: Path) -> Path:
         if self.kind == "exact":
             raise ValueError(f"path: expected None for kind='exact', which keeps nothing, got {path}")
-        if self._store.path is not None and path.resolve().is_relative_to(self._store.path.resolve()):
-            raise ValueError(f"path: expected a folder outside of the store {self._store.path}, got {path}")
+        store = self._store.path
+        if isinstance(store, Path) and path.resolve().is_relative_to(store.resolve()):
+            raise ValueError(f"path: expected a folder outside of the store {store}, got {path}")
         return path
 
     def _checked(self, layer: int, tokens: Tensor, k: int) -> tuple[MemoryLayer, Tensor]:

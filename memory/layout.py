@@ -8,7 +8,7 @@ record. bfloat16, which zarr does not know, is stored as uint16; the attribute `
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 
 from xlroute.memory.errors import CorruptionError, FormatError, StoreNotFoundError
+from xlroute.memory.place import StorePath, list_names
+from xlroute.memory.s3 import S3Path
 from xlroute.memory.sealed import checksum, encode, read_document, replace_file
 
 FORMAT = 2
@@ -172,39 +174,46 @@ def plain_group_document() -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
-def write_plain_group(folder: Path) -> None:
-    """Makes a folder a group of zarr."""
-    (folder / METADATA).write_bytes(encode(plain_group_document()))
-
-
-def write_layout(root: Path, layout: Layout) -> None:
-    """Writes the metadata of an empty store into the empty folder `root`."""
-    (root / METADATA).write_bytes(encode(replace(layout, format=FORMAT).group_document()))
-    (root / COMMITS).mkdir()
-    write_plain_group(root / COMMITS)
+def empty_folders(layout: Layout) -> Iterator[tuple[str, bytes]]:
+    """The folders of an empty store beside its own: their names, and the metadata that each holds."""
+    yield COMMITS, encode(plain_group_document())
     for kind in KINDS:
         data = encode(layout.array_document(kind, layout.room_for(0)))
         for layer in range(layout.layers):
             for stream in range(layout.streams):
-                folder = root / layout.array_name(layer, stream, kind)
-                folder.mkdir()
-                (folder / METADATA).write_bytes(data)
+                yield layout.array_name(layer, stream, kind), data
 
 
-def raise_format(root: Path, layout: Layout) -> Layout:
+def write_layout(root: Path, layout: Layout) -> None:
+    """Writes the metadata of an empty store into the empty folder `root`."""
+    (root / METADATA).write_bytes(new_metadata(layout))
+    for name, data in empty_folders(layout):
+        (root / name).mkdir()
+        (root / name / METADATA).write_bytes(data)
+
+
+def new_metadata(layout: Layout) -> bytes:
+    """The metadata of the group of a new store, which is one of the newest format."""
+    return encode(replace(layout, format=FORMAT).group_document())
+
+
+def raise_format(root: StorePath, layout: Layout) -> Layout:
     """Makes the store one of the newest format, before anything is written that an older one does not know.
 
     Raises:
-        OSError: The operating system refused; the store is as it was.
+        OSError: The operating system, or the object store, refused; the store is as it was.
     """
-    if layout.format != FORMAT:
-        layout = replace(layout, format=FORMAT)
-        data = encode(layout.group_document())
-        replace_file(root / METADATA, data, scratch=root / COMMITS, durable=True)
-    return layout
+    if layout.format == FORMAT:
+        return layout
+    if isinstance(root, S3Path):
+        # Whoever does so puts the same.
+        (root / METADATA).write_bytes(new_metadata(layout))
+    else:
+        replace_file(root / METADATA, new_metadata(layout), scratch=root / COMMITS, durable=True)
+    return replace(layout, format=FORMAT)
 
 
-def read_layout(root: Path) -> Layout:
+def read_layout(root: StorePath) -> Layout:
     """Reads the layout of the store in the folder `root`.
 
     Raises:
@@ -223,12 +232,12 @@ def read_layout(root: Path) -> Layout:
     return layout
 
 
-def count_arrays(root: Path) -> int:
+def count_arrays(root: StorePath) -> int:
     """The number of arrays in the folder `root`, whatever state they are in."""
-    return sum(name.startswith("layer-") for name in os.listdir(root))
+    return sum(name.startswith("layer-") for name in list_names(root))
 
 
-def read_group(root: Path) -> Layout:
+def read_group(root: StorePath) -> Layout:
     """Reads what the metadata of the group says of the layout, whatever state the arrays are in.
 
     Raises:
@@ -236,14 +245,14 @@ def read_group(root: Path) -> Layout:
         FormatError: There is something else, or a store of a newer format.
         CorruptionError: The metadata of the group is damaged.
     """
-    if not root.exists():
-        raise StoreNotFoundError(f"{root}: expected a memory store, got nothing")
-    if not root.is_dir():
-        raise FormatError(f"{root}: expected the folder of a memory store, got a file")
     path = root / METADATA
     try:
         document = read_document(path)
     except (FileNotFoundError, NotADirectoryError) as error:
+        if not root.exists():
+            raise StoreNotFoundError(f"{root}: expected a memory store, got nothing") from error
+        if not root.is_dir():
+            raise FormatError(f"{root}: expected the folder of a memory store, got a file") from error
         raise FormatError(f"{path}: expected the metadata of a memory store, got no such file") from error
     attributes = document.get("attributes")
     fields = attributes.get(_KEY) if isinstance(attributes, dict) else None
@@ -268,7 +277,7 @@ def read_group(root: Path) -> Layout:
         ) from error
 
 
-def read_room(root: Path, layout: Layout, layer: int, stream: int, kind: str) -> int:
+def read_room(root: StorePath, layout: Layout, layer: int, stream: int, kind: str) -> int:
     """Reads how many rows an array has room for.
 
     Raises:

@@ -142,7 +142,8 @@ def _repair(root: Path, layout: Layout, progress: Progress | None) -> RepairRepo
     if not known:
         raise CorruptionError(f"{root / COMMITS}: expected the record of a commit that can be read, got none")
     base_id, base = list(known.items())[-1]
-    removed = find_leftovers(root, layout, [] if records else [*known.values()])
+    left = find_leftovers(root, layout, [] if records else [*known.values()])
+    removed = [path for path in left if isinstance(path, Path)]
     for path in removed:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     restored = _restore_metadata(root, layout, [*known.values()])
@@ -174,6 +175,7 @@ def _repair(root: Path, layout: Layout, progress: Progress | None) -> RepairRepo
         commit = _committed(root, files, base, logs, [*known.values()], records)
     set_aside = []
     for record in records:
+        assert isinstance(record.path, Path)
         target = record.path.with_name(record.path.name + _SET_ASIDE)
         os.replace(record.path, target)
         set_aside.append(target)
@@ -203,6 +205,7 @@ def _restore_metadata(root: Path, layout: Layout, commits: list[Commit]) -> list
     ]
     for damage in check_arrays(root, layout, extents):
         assert damage.stream is not None
+        assert isinstance(damage.path, Path)
         rows = max(commit.logs[damage.stream].end for commit in commits)
         folder = damage.path.parent
         folder.mkdir(exist_ok=True)

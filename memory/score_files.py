@@ -11,26 +11,30 @@ import os
 import secrets
 import shutil
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from xlroute.memory.chunks import ChunkFiles
+from xlroute.memory.chunks import ChunkFiles, Chunks
 from xlroute.memory.commits import CommittedScores
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError
 from xlroute.memory.layout import COMMITS, DTYPES, METADATA, Layout, plain_group_document, write_layout
 from xlroute.memory.log import Extent, StreamLog
+from xlroute.memory.place import StorePath
 from xlroute.memory.rows_bytes import as_bytes
 from xlroute.memory.scores import KeptScores
 from xlroute.memory.sealed import encode, replace_file
 
 SCORES = "scores"
+ChunksT = TypeVar("ChunksT", bound=Chunks)
 
 
-class ScoreFiles:
-    """The scores of a store on disk.
+class ScoreChunks(ABC, Generic[ChunksT]):
+    """The scores of a store, wherever it is.
 
     Args:
         root: Folder of the store.
@@ -38,11 +42,11 @@ class ScoreFiles:
         record: The commit record that a reader relies on; None for a writer.
     """
 
-    def __init__(self, root: Path, layout: Layout, record: Path | None) -> None:
+    def __init__(self, root: StorePath, layout: Layout, record: StorePath | None) -> None:
         self._root = root / SCORES
         self._layout = layout
         self._record = record
-        self._open: dict[tuple[int, str], ChunkFiles] = {}
+        self._open: dict[tuple[int, str], ChunksT] = {}
         self._damaged: set[tuple[int, int, str]] = set()  # layers, streams and stamps
         # What `keep` has left: layers and stamps, and for each stream the rows that commits hold.
         self._left: tuple[set[tuple[int, str]], Sequence[set[Extent]]] | None = None
@@ -86,7 +90,7 @@ class ScoreFiles:
 
     def find(
         self, layer: int, stamp: str, columns: int, extents: Sequence[Extent]
-    ) -> tuple[ChunkFiles, Sequence[Extent]]:
+    ) -> tuple[ChunksT, Sequence[Extent]]:
         """The chunk files of a layer's scores, as layer 0, and the extents as they are written there."""
         return self._files(layer, stamp, columns, create=False), _bound(layer, stamp, extents)
 
@@ -113,9 +117,9 @@ class ScoreFiles:
         Raises:
             OSError: The operating system refused.
         """
-        folder = self._folder(layer, stamp)
-        if folder.exists():
-            self._delete(folder)
+        name = _name(layer, stamp)
+        if (self._root / name).exists():
+            self._delete(name)
         del self._open[layer, stamp]
         self._damaged = {each for each in self._damaged if (each[0], each[2]) != (layer, stamp)}
 
@@ -134,14 +138,59 @@ class ScoreFiles:
         """
         stamps = {*needed}
         self._left = stamps, extents
-        folders = {self._folder(layer, stamp).name: (layer, stamp) for layer, stamp in stamps}
-        for folder in self._root.iterdir() if self._root.exists() else ():
-            if folder.is_dir() and folder.name not in folders:
-                self._delete(folder)
-        self._open = {key: files for key, files in self._open.items() if key in folders.values()}
+        needed_names = {_name(layer, stamp) for layer, stamp in stamps}
+        for name in self._folders():
+            if name not in needed_names:
+                self._delete(name)
+        self._open = {key: files for key, files in self._open.items() if key in stamps}
         for files in self._open.values():
             for stream, held in enumerate(extents):
                 files.release(stream, held, ends[stream])
+
+    def _files(self, layer: int, stamp: str, columns: int, *, create: bool) -> ChunksT:
+        if (layer, stamp) not in self._open:
+            name = _name(layer, stamp)
+            layout = Layout(
+                layers=1,
+                streams=self._layout.streams,
+                dim=columns,
+                dtype="float64" if self._layout.dtype == "float64" else "float32",
+                capacity=self._layout.capacity,
+                chunk_rows=self._layout.chunk_rows,
+                keep_commits=1,
+            )
+            if create and not (self._root / name).exists():
+                self._make(name, layout)
+            self._open[layer, stamp] = self._chunks(name, layout)
+        return self._open[layer, stamp]
+
+    @abstractmethod
+    def _chunks(self, name: str, layout: Layout) -> ChunksT:
+        """The chunk files of one layer and stamp."""
+
+    @abstractmethod
+    def _folders(self) -> list[str]:
+        """The names of the folders of all layers and stamps, and what a crash has left beside them."""
+
+    @abstractmethod
+    def _delete(self, name: str) -> None:
+        """Deletes a folder; a crash leaves what nobody takes for scores that a record names."""
+
+    @abstractmethod
+    def _make(self, name: str, layout: Layout) -> None:
+        """Makes a folder without scores."""
+
+
+class ScoreFiles(ScoreChunks[ChunkFiles]):
+    """The scores of a store in a folder.
+
+    Args:
+        root: As for `ScoreChunks`.
+        layout: As for `ScoreChunks`.
+        record: As for `ScoreChunks`.
+    """
+
+    _root: Path
 
     def sync(self) -> None:
         """Waits until the scores written so far are on the medium.
@@ -152,33 +201,19 @@ class ScoreFiles:
         for files in self._open.values():
             files.sync()
 
-    def _folder(self, layer: int, stamp: str) -> Path:
-        return self._root / f"layer-{layer}.{stamp}"
+    def _chunks(self, name: str, layout: Layout) -> ChunkFiles:
+        return ChunkFiles(self._root / name, layout, self._record)
 
-    def _files(self, layer: int, stamp: str, columns: int, *, create: bool) -> ChunkFiles:
-        if (layer, stamp) not in self._open:
-            folder = self._folder(layer, stamp)
-            layout = Layout(
-                layers=1,
-                streams=self._layout.streams,
-                dim=columns,
-                dtype="float64" if self._layout.dtype == "float64" else "float32",
-                capacity=self._layout.capacity,
-                chunk_rows=self._layout.chunk_rows,
-                keep_commits=1,
-            )
-            if create and not folder.exists():
-                self._make(folder, layout)
-            self._open[layer, stamp] = ChunkFiles(folder, layout, self._record)
-        return self._open[layer, stamp]
+    def _folders(self) -> list[str]:
+        return [each.name for each in self._root.iterdir() if each.is_dir()] if self._root.exists() else []
 
-    def _delete(self, folder: Path) -> None:
+    def _delete(self, name: str) -> None:
         """Deletes a folder; a crash leaves it under a name that nobody takes for one with scores."""
         dropped = self._root / f".{secrets.token_hex(4)}.dropped"
-        os.rename(folder, dropped)
+        os.rename(self._root / name, dropped)
         shutil.rmtree(dropped)
 
-    def _make(self, folder: Path, layout: Layout) -> None:
+    def _make(self, name: str, layout: Layout) -> None:
         """Makes a folder without scores, whole or not at all; a crash leaves what the next commit deletes."""
         self._root.mkdir(exist_ok=True)
         metadata = self._root / METADATA
@@ -187,7 +222,12 @@ class ScoreFiles:
         building = self._root / f".{secrets.token_hex(4)}.creating"
         building.mkdir()
         write_layout(building, layout)
-        os.rename(building, folder)
+        os.rename(building, self._root / name)
+
+
+def _name(layer: int, stamp: str) -> str:
+    """The name of the folder of a layer and stamp."""
+    return f"layer-{layer}.{stamp}"
 
 
 def _bound(layer: int, stamp: str, extents: Sequence[Extent]) -> list[Extent]:
@@ -208,7 +248,7 @@ class CommittedStreamScores:
     """
 
     def __init__(
-        self, files: ScoreFiles, scores: CommittedScores, layer: int, stream: int, log: StreamLog
+        self, files: ScoreChunks[Any], scores: CommittedScores, layer: int, stream: int, log: StreamLog
     ) -> None:
         self.stamp = scores.stamp
         first, stop = scores.spans[stream]
@@ -226,7 +266,7 @@ class CommittedStreamScores:
 
 
 def write_scores(
-    files: ScoreFiles,
+    files: ScoreChunks[Any],
     layer: int,
     logs: Sequence[StreamLog],
     kept: Sequence[KeptScores | None],
@@ -266,7 +306,7 @@ def write_scores(
 
 
 def _write_new(
-    files: ScoreFiles,
+    files: ScoreChunks[Any],
     layer: int,
     stamp: str,
     logs: Sequence[StreamLog],

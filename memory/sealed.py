@@ -12,6 +12,7 @@ from typing import Any
 import google_crc32c
 
 from xlroute.memory.errors import CorruptionError
+from xlroute.memory.place import StorePath
 
 TEMPORARY = "tmp-"
 
@@ -22,7 +23,7 @@ def checksum(document: dict[str, Any]) -> str:
     return f"{google_crc32c.value(text.encode()):08x}"
 
 
-def read_document(path: Path) -> dict[str, Any]:
+def read_document(path: StorePath) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:

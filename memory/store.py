@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
@@ -17,18 +16,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xlroute.memory.buffer import Rows, RowSpan
+from xlroute.memory.claim import unlock
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.compact import CompactReport, compact_store
-from xlroute.memory.disk import Disk, copy_store, create_store
+from xlroute.memory.disk import Disk, FolderDisk
 from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
 from xlroute.memory.eviction import by_scores, every_nth, rows_left
-from xlroute.memory.info import MemoryInfo, describe_commits, disk_usage
+from xlroute.memory.info import MemoryInfo, describe_commits
 from xlroute.memory.layer import MemoryLayer, checked_indices, positions_of
 from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Eviction, Layout, check_positive
 from xlroute.memory.log import StreamLog
+from xlroute.memory.place import StorePath, store_path
 from xlroute.memory.repair import RepairReport, repair_store
+from xlroute.memory.s3 import S3Path
 from xlroute.memory.scores import KeptScores, LatestScores, StoredScores
 from xlroute.memory.shards import DEFAULT_LEVEL, LEVELS
+from xlroute.memory.storage import chunk_bytes_at, copy_to, create_at, open_disk
 from xlroute.memory.survivors import Survivors
 from xlroute.memory.tiers import TieredRows, Tiers, rows_in_memory, rows_on_disk
 from xlroute.memory.verify import Progress, VerifyReport, verify_store
@@ -36,10 +39,12 @@ from xlroute.memory.verify import Progress, VerifyReport, verify_store
 Mode = Literal["r", "r+"]
 Compression = Literal["zstd"]
 _BLOCK_BYTES = 4 * 2**20  # of rows that are written anew at once
+# A folder; or a store in an object store, as a url that begins with s3://.
+Location = str | os.PathLike[str] | S3Path
 
 
 class MemoryStore:
-    """Past hidden states of b streams in l layers, in memory or on disk.
+    """Past hidden states of b streams in l layers, in memory, on disk or in an object store.
 
     Rows are appended, and leave when their stream is reset or when it exceeds the capacity: the oldest first,
     or as another policy has it. On disk, what was appended is there for others, and for the next process,
@@ -50,7 +55,8 @@ class MemoryStore:
     Use `create`, `open` or `fork` to get one.
 
     Attributes:
-        path: The folder of the store, or None for a store in memory.
+        path: Where the store is: its folder, or, for a store in an object store, a path whose string is the
+            url; None for a store in memory.
         mode: "r" for a store that was opened for reading alone, else "r+".
         device: Where rows live that are in memory.
         version: A number that every append and every reset raises, so that whoever keeps it can tell that
@@ -65,7 +71,7 @@ class MemoryStore:
         fingerprint: str | None,
         logs: Sequence[StreamLog],
         rows: Sequence[Sequence[Rows]],
-        path: Path | None = None,
+        path: StorePath | None = None,
         mode: Mode = "r+",
         disk: Disk | None = None,
         tiers: Tiers | None = None,
@@ -89,7 +95,7 @@ class MemoryStore:
     @classmethod
     def create(
         cls,
-        path: str | os.PathLike[str] | None = None,
+        path: Location | None = None,
         *,
         layers: int,
         streams: int,
@@ -98,7 +104,7 @@ class MemoryStore:
         device: torch.device | str = "cpu",
         capacity: int | None = None,
         fingerprint: str | None = None,
-        chunk_bytes: int = 64 * 2**20,
+        chunk_bytes: int | None = None,
         keep_commits: int = 8,
         device_bytes: int | None = None,
         host_bytes: int | None = None,
@@ -129,7 +135,8 @@ class MemoryStore:
         oldest first.
 
         Args:
-            path: Where: nothing, or an empty folder. None keeps the store in memory.
+            path: Where: nothing, or an empty folder; or a url, s3://bucket/folder, where there is nothing.
+                None keeps the store in memory.
             layers: Memory layers, l.
             streams: Streams, b.
             dim: Width of a row, d.
@@ -137,7 +144,9 @@ class MemoryStore:
             device: Where rows live that are in memory.
             capacity: Rows that a stream holds at most. None for no bound.
             fingerprint: Identifies the weights that write the rows.
-            chunk_bytes: Size of a file of rows, in bytes, rounded down to whole rows.
+            chunk_bytes: Size of a file of rows, in bytes, rounded down to whole rows. None for 64 MiB, and
+                for 4 MiB in an object store: there, every commit puts the last file of each layer and stream
+                anew, and the writer keeps them in memory.
             keep_commits: How many commits stay readable, besides the pinned ones and the last durable one.
             device_bytes: Memory that rows may take on the device, of all layers and streams together. The
                 newest rows are kept there; all are in the host's memory or, for a store on disk, there.
@@ -154,13 +163,17 @@ class MemoryStore:
             ValueError: A number is below 1 or enormous, `capacity_bytes` is less than a row of each layer and
                 stream takes, the dtype or the eviction is another one, `keep_every` does not go with it, a
                 policy has no capacity to go with, or there is no such device.
+            ImportError: The path is a url, and obstore is not installed.
             StoreExistsError: There is something at the path.
-            StoreWriteError: The operating system refused to write.
+            StoreWriteError: The operating system, or the object store, refused to write.
         """
         if dtype not in DTYPE_NAMES:
             raise ValueError(f"dtype: expected one of torch.{', torch.'.join(DTYPES)}, got {dtype}")
         for name, number in (("layers", layers), ("streams", streams), ("dim", dim)):
             check_positive(name, number)
+        root = None if path is None else store_path(path)
+        if chunk_bytes is None:
+            chunk_bytes = chunk_bytes_at(root)
         check_positive("chunk_bytes", chunk_bytes)
         _check_fingerprint(fingerprint)
         layout = Layout(
@@ -175,9 +188,9 @@ class MemoryStore:
             keep_every=keep_every,
         )
         device = _checked_device(device)
-        if path is not None:
-            create_store(Path(path).absolute(), layout, fingerprint)
-            return cls.open(path, mode="r+", device=device, device_bytes=device_bytes, host_bytes=host_bytes)
+        if root is not None:
+            create_at(root, layout, fingerprint)
+            return cls.open(root, mode="r+", device=device, device_bytes=device_bytes, host_bytes=host_bytes)
         if host_bytes is not None:
             raise ValueError(f"host_bytes: expected None for a store in memory, got {host_bytes}")
         tiers = _tiers(layout, device_bytes, host_bytes)
@@ -194,7 +207,7 @@ class MemoryStore:
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
+        path: Location,
         *,
         mode: Mode = "r",
         device: torch.device | str = "cpu",
@@ -203,10 +216,10 @@ class MemoryStore:
         device_bytes: int | None = None,
         host_bytes: int | None = None,
     ) -> MemoryStore:
-        """Opens a store on disk. No row is read before it is needed.
+        """Opens a store that has a path. No row is read before it is needed.
 
         Args:
-            path: The folder of the store.
+            path: The folder of the store, or its url: s3://bucket/folder.
             mode: "r" to read one commit, whatever a writer does meanwhile; "r+" to write as well.
             device: Where rows live that are in memory.
             fingerprint: What the commit's fingerprint must be; None opens whatever weights wrote it.
@@ -219,13 +232,17 @@ class MemoryStore:
 
         Raises:
             TypeError: `device` or `fingerprint` is of the wrong type.
-            ValueError: `mode` is another one, `commit` cannot be an id, or there is no such device.
+            ValueError: `mode` is another one, `commit` cannot be an id, there is no such device, or the path
+                is a url of another kind.
+            ImportError: The path is a url, and obstore is not installed.
             StoreNotFoundError: There is nothing at the path.
-            FormatError: There is something else, or a store of a newer format.
+            FormatError: There is something else, or a store of a newer format; or rows are in shards, in an
+                object store.
             CorruptionError: The metadata or the commit record is damaged.
             CommitNotFoundError: There is no such commit.
             FingerprintError: The fingerprint is another one.
-            StoreLockedError: Mode "r+", and another writer holds the store.
+            StoreLockedError: Mode "r+", and another writer holds the store. In an object store, one that was
+                killed holds it as well: see `unlock`.
             StoreWriteError: Mode "r+", and the operating system refused to read or write.
             OSError: Mode "r", and the operating system refused to read, which is no sign of damage.
         """
@@ -233,8 +250,8 @@ class MemoryStore:
             raise ValueError(f"mode: expected 'r' or 'r+', got {mode!r}")
         _check_fingerprint(fingerprint)
         device = _checked_device(device)
-        root = Path(path).absolute()
-        disk = Disk(root, commit=commit, writable=mode == "r+", fingerprint=fingerprint)
+        root = store_path(path)
+        disk = open_disk(root, commit=commit, writable=mode == "r+", fingerprint=fingerprint)
         try:
             return cls._opened(root, disk, mode, device, _tiers(disk.layout, device_bytes, host_bytes))
         except BaseException:
@@ -243,7 +260,7 @@ class MemoryStore:
 
     @staticmethod
     def verify(
-        path: str | os.PathLike[str],
+        path: Location,
         *,
         commit: str | None = None,
         all_commits: bool = False,
@@ -255,7 +272,7 @@ class MemoryStore:
         damaged, the rows of the last commit that can be read are examined instead.
 
         Args:
-            path: The folder of the store. What a writer commits meanwhile is left out.
+            path: The folder of the store, or its url. What a writer commits meanwhile is left out.
             commit: Id of the commit whose rows are examined, or None for the last.
             all_commits: Whether to examine the rows of all commits that can be read.
             progress: Called after every few MiB with the bytes of rows examined so far, and with all of them.
@@ -263,14 +280,15 @@ class MemoryStore:
         Raises:
             ValueError: `commit` cannot be an id, or comes together with `all_commits`.
             StoreNotFoundError: There is nothing at the path.
-            FormatError: There is something else, or a store of a newer format.
+            FormatError: There is something else, or a store of a newer format; or rows are in shards, in an
+                object store.
             CommitNotFoundError: There is no such commit, or a writer has dropped it meanwhile.
             OSError: The operating system refused to read a file, which is no sign of damage.
         """
-        return verify_store(Path(path).absolute(), commit=commit, all_commits=all_commits, progress=progress)
+        return verify_store(store_path(path), commit=commit, all_commits=all_commits, progress=progress)
 
     @staticmethod
-    def repair(path: str | os.PathLike[str], *, progress: Progress | None = None) -> RepairReport:
+    def repair(path: Location, *, progress: Progress | None = None) -> RepairReport:
         """Makes a damaged store one that can be read and written again, and says what was lost.
 
         Of the last commit whose record can be read, each stream keeps its longest run of rows that no layer
@@ -290,10 +308,11 @@ class MemoryStore:
         crash has left is removed.
 
         Args:
-            path: The folder of the store.
+            path: The folder of the store. One in an object store has to be downloaded first.
             progress: Called after every few MiB with the bytes of rows examined so far, and with all of them.
 
         Raises:
+            ValueError: `path` is a url.
             StoreNotFoundError: There is nothing at the path.
             FormatError: There is something else, or a store of a newer format.
             CorruptionError: There is nothing to go by: the metadata of the store or all commit records are
@@ -301,11 +320,41 @@ class MemoryStore:
             StoreLockedError: A writer holds the store.
             StoreWriteError: The operating system refused to read or write; the last commit stands.
         """
-        return repair_store(Path(path).absolute(), progress=progress)
+        root = store_path(path)
+        if isinstance(root, S3Path):
+            raise ValueError(
+                f"path: expected a folder, got {root}: download the store, repair it there and upload it"
+            )
+        return repair_store(root, progress=progress)
+
+    @staticmethod
+    def unlock(path: Location) -> str | None:
+        """Takes a store in an object store from its writer, so that another can open it.
+
+        A writer that was killed stays the writer: nothing there notices that it has ended. If it is at work
+        after all, its next commit is refused with StoreLockedError, and the store stays at the last commit.
+
+        Args:
+            path: The url of the store.
+
+        Returns:
+            Who was the writer; None if nobody was.
+
+        Raises:
+            ValueError: `path` is a folder, whose writer lets go of it however it ends.
+            StoreNotFoundError: There is nothing at the path.
+            FormatError: There is something else, or a store of a newer format.
+            CorruptionError: The metadata is damaged.
+            StoreWriteError: The object store refused, or cannot be reached.
+        """
+        root = store_path(path)
+        if not isinstance(root, S3Path):
+            raise ValueError(f"path: expected a url that begins with s3://, got the folder {root}")
+        return unlock(root)
 
     @classmethod
     def _opened(
-        cls, root: Path, disk: Disk, mode: Mode, device: torch.device, tiers: Tiers | None
+        cls, root: StorePath, disk: Disk, mode: Mode, device: torch.device, tiers: Tiers | None
     ) -> MemoryStore:
         """The store at the commit that `disk` is at."""
         layout = disk.layout
@@ -663,7 +712,7 @@ class MemoryStore:
 
         Args:
             durable: Whether to wait until the commit survives a power cut. Otherwise it survives the end of
-                the process, however it ends.
+                the process, however it ends. In an object store every commit survives both.
 
         Returns:
             The id of the commit.
@@ -671,7 +720,10 @@ class MemoryStore:
         Raises:
             NoPathError: The store is in memory.
             ReadOnlyError: The store was opened with mode "r".
-            StoreWriteError: The operating system refused to write; the last commit stands.
+            StoreWriteError: The operating system, or the object store, refused to write; the last commit
+                stands. Or an object store stopped answering at the very end, and the message says that the
+                commit is made and will be seen later.
+            StoreLockedError: Somebody else has taken the store over; the last commit stands.
         """
         self._check_writable()
         disk = self._on_disk("commit")
@@ -700,7 +752,8 @@ class MemoryStore:
                 them.
 
         Raises:
-            ValueError: `compression` is another one, or `level` is out of range or given without "zstd".
+            ValueError: `compression` is another one, `level` is out of range or given without "zstd", or the
+                store is in an object store.
             NoPathError: The store is in memory.
             ReadOnlyError: The store was opened with mode "r".
             CorruptionError: A row is damaged: nothing was changed.
@@ -715,7 +768,13 @@ class MemoryStore:
         self._check_writable()
         if compression is not None and level is None:
             level = DEFAULT_LEVEL
-        return compact_store(self._on_disk("compact"), level=level, progress=progress)
+        disk = self._on_disk("compact")
+        if not isinstance(disk, FolderDisk):
+            raise ValueError(
+                f"compact: expected a store in a folder, got {self.path}: shards are not read in an object "
+                "store; download the store to compact it there"
+            )
+        return compact_store(disk, level=level, progress=progress)
 
     def _kept_scores(self) -> list[list[KeptScores | None]]:
         """The scores that are kept of every layer and stream."""
@@ -782,7 +841,7 @@ class MemoryStore:
             positions=tuple((log.first, log.appended) for log in self._logs),
             rows_bytes=sum(log.held for log in self._logs) * row_bytes,
             memory_bytes=sum(rows.nbytes for streams in self._rows for rows in streams) + sum(kept),
-            disk=None if self._disk is None else disk_usage(self._disk, self._logs),
+            disk=None if self._disk is None else self._disk.usage(self._logs),
             commits=() if self._disk is None else describe_commits(self._disk),
         )
 
@@ -803,11 +862,13 @@ class MemoryStore:
         fork._latest = None if self._latest is None else [list(streams) for streams in self._latest]
         return fork
 
-    def copy_to(self, path: str | os.PathLike[str], durable: bool = False) -> str:
-        """Copies the store to disk, all of it or nothing: rows, positions and fingerprint, in one commit.
+    def copy_to(self, path: Location, durable: bool = False) -> str:
+        """Copies the store to a path, all of it or nothing: rows, positions and fingerprint, in one commit.
+
+        Files of rows have the same size in the copy; in an object store, 4 MiB at most.
 
         Args:
-            path: Where: nothing, or an empty folder.
+            path: Where: nothing, or an empty folder; or a url, s3://bucket/folder, where there is nothing.
             durable: Whether to wait until the copy survives a power cut.
 
         Returns:
@@ -819,8 +880,8 @@ class MemoryStore:
             CorruptionError: A row on disk is damaged.
         """
         self._check_open()
-        return copy_store(
-            Path(path).absolute(),
+        return copy_to(
+            store_path(path),
             self._layout,
             self._rows,
             self._logs,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import google_crc32c
 import numpy as np
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from xlroute.memory.errors import CorruptionError
 from xlroute.memory.layout import COMMITS, METADATA, plain_group_document
+from xlroute.memory.place import StorePath, list_names
 from xlroute.memory.sealed import encode, replace_file, sync
 
 POSITIONS = "positions"
-_FILE = re.compile(r"stream-\d+\.\d+-\d+\.[0-9a-f]{8}")
+POSITIONS_NAME = re.compile(r"stream-(\d+)\.\d+-(\d+)\.[0-9a-f]{8}")
 _BYTES = 8  # of a position
 
 
@@ -47,7 +49,7 @@ class Survivors:
     @classmethod
     def at(cls, start: int, positions: Tensor) -> Survivors:
         """The rows from `start` on, with positions int64 [n] on the CPU."""
-        seal = f"{google_crc32c.value(_as_bytes(positions)):08x}"
+        seal = f"{google_crc32c.value(position_bytes(positions)):08x}"
         return cls(start, start + len(positions), seal, lambda: positions)
 
     @cached_property
@@ -82,12 +84,17 @@ class Survivors:
         return (1 + len(self._copies)) * _BYTES * (self.stop - self.start)
 
 
-def positions_path(root: Path, stream: int, survivors: Survivors) -> Path:
+def positions_path(root: StorePath, stream: int, survivors: Survivors) -> StorePath:
     """The file of the positions of some rows of a stream."""
-    return root / POSITIONS / f"stream-{stream}.{survivors.start}-{survivors.stop}.{survivors.crc32c}"
+    return root / POSITIONS / positions_name(stream, survivors)
 
 
-def read_positions(path: Path, count: int, crc32c: str) -> Tensor:
+def positions_name(stream: int, survivors: Survivors) -> str:
+    """The name of the file of the positions of some rows of a stream."""
+    return f"stream-{stream}.{survivors.start}-{survivors.stop}.{survivors.crc32c}"
+
+
+def read_positions(path: StorePath, count: int, crc32c: str) -> Tensor:
     """Reads `count` positions, int64 [count].
 
     Raises:
@@ -112,14 +119,23 @@ def read_positions(path: Path, count: int, crc32c: str) -> Tensor:
     return torch.from_numpy(numbers)
 
 
-def list_positions(root: Path) -> list[Path]:
-    """All files of positions in a store."""
-    folder = root / POSITIONS
-    return [path for path in folder.iterdir() if _FILE.fullmatch(path.name)] if folder.is_dir() else []
+def list_positions(root: StorePath) -> list[str]:
+    """The names of all files of positions in a store."""
+    try:
+        return [name for name in list_names(root / POSITIONS) if POSITIONS_NAME.fullmatch(name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+class Positions(Protocol):
+    """The files of positions of a store that is being written, wherever it is."""
+
+    def write(self, stream: int, survivors: Survivors) -> None:
+        """Writes the positions of rows that a commit will refer to, unless they are there."""
 
 
 class PositionFiles:
-    """The files of positions of a store that is being written.
+    """The files of positions of a store in a folder that is being written.
 
     Args:
         root: Folder of the store.
@@ -128,7 +144,8 @@ class PositionFiles:
 
     def __init__(self, root: Path, present: Iterable[tuple[int, Survivors]] = ()) -> None:
         self._root = root
-        self._present = {positions_path(root, *each) for each in present}
+        self._folder = root / POSITIONS
+        self._present = {positions_name(*each) for each in present}
         self._unsynced: set[Path] = set()
 
     def write(self, stream: int, survivors: Survivors) -> None:
@@ -137,22 +154,23 @@ class PositionFiles:
         Raises:
             OSError: The operating system refused.
         """
-        path = positions_path(self._root, stream, survivors)
-        if path in self._present:
+        name = positions_name(stream, survivors)
+        if name in self._present:
             return
-        metadata = path.parent / METADATA
+        metadata = self._folder / METADATA
         if not metadata.exists():
-            path.parent.mkdir(exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             replace_file(metadata, encode(plain_group_document()), scratch=self._root / COMMITS)
             self._unsynced.add(metadata)
-        replace_file(path, _as_bytes(survivors.positions), scratch=self._root / COMMITS)
-        self._present.add(path)
+        data = position_bytes(survivors.positions)
+        replace_file(self._folder / name, data, scratch=self._root / COMMITS)
+        self._present.add(name)
         self.mark_unsynced(stream, survivors)
 
     def mark_unsynced(self, stream: int, survivors: Survivors) -> None:
         """Notes that a file may not be on the medium."""
-        path = positions_path(self._root, stream, survivors)
-        self._unsynced.update((path, path.parent, self._root))
+        path = self._folder / positions_name(stream, survivors)
+        self._unsynced.update((path, self._folder, self._root))
 
     def sync(self) -> None:
         """Waits until everything written so far is on the medium.
@@ -170,13 +188,15 @@ class PositionFiles:
         Raises:
             OSError: The operating system refused.
         """
-        paths = {positions_path(self._root, *each) for each in needed}
-        for path in list_positions(self._root):
-            if path not in paths:
-                self._present.discard(path)
+        names = {positions_name(*each) for each in needed}
+        for name in list_positions(self._root):
+            if name not in names:
+                path = self._folder / name
+                self._present.discard(name)
                 self._unsynced.discard(path)
                 path.unlink(missing_ok=True)
 
 
-def _as_bytes(positions: Tensor) -> bytes:
+def position_bytes(positions: Tensor) -> bytes:
+    """Positions as they are written."""
     return positions.numpy().astype("<i8").tobytes()

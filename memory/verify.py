@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from xlroute.memory.chunks import ChunkFiles
+from xlroute.memory.chunks import ChunkFiles, Chunks
 from xlroute.memory.commits import Commit, list_commits, read_commit, record_path
 from xlroute.memory.damage import Damage, Ranges, damage_of, file_problem, ranges_of
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError, MemoryStoreError
@@ -26,13 +26,13 @@ from xlroute.memory.layout import (
     read_group,
     read_room,
 )
-from xlroute.memory.lock import read_holder
 from xlroute.memory.log import Extent, survivors_of
-from xlroute.memory.score_files import ScoreFiles
+from xlroute.memory.place import StorePath
 from xlroute.memory.sealed import TEMPORARY, read_document
 from xlroute.memory.shard_check import check_shard
 from xlroute.memory.shards import Shard, in_shards, shard_folder, unnamed_shards
-from xlroute.memory.survivors import list_positions, positions_path
+from xlroute.memory.storage import open_chunks, open_scores, read_writer
+from xlroute.memory.survivors import POSITIONS, list_positions, positions_name, positions_path
 
 # What is called after every few MiB with the bytes done so far, and with all there are.
 Progress = Callable[[int, int], None]
@@ -45,7 +45,7 @@ class VerifyReport:
     """What `MemoryStore.verify` has found.
 
     Attributes:
-        path: The folder of the store.
+        path: Where the store is.
         commits: Ids of the commits whose rows were examined, oldest first.
         rows: Number of rows that these commits hold, in all layers together; each counts once.
         damage: Everything that is damaged: metadata, then commit records, positions, then rows by stream and
@@ -56,12 +56,12 @@ class VerifyReport:
             What a writer at work has not committed yet is among the leftovers.
     """
 
-    path: Path
+    path: StorePath
     commits: tuple[str, ...]
     rows: int
     damage: tuple[Damage, ...]
     scores: tuple[Damage, ...]
-    leftovers: tuple[Path, ...]
+    leftovers: tuple[StorePath, ...]
     writer: str | None
 
     @property
@@ -71,7 +71,7 @@ class VerifyReport:
 
 
 def verify_store(
-    root: Path, *, commit: str | None, all_commits: bool, progress: Progress | None
+    root: StorePath, *, commit: str | None, all_commits: bool, progress: Progress | None
 ) -> VerifyReport:
     """Examines a store; see `MemoryStore.verify`."""
     if commit is not None and all_commits:
@@ -81,7 +81,7 @@ def verify_store(
         layout = read_group(root)
     except CorruptionError as error:
         group = damage_of(error, root / METADATA)
-        return VerifyReport(root, (), 0, (group,), (), tuple(find_leftovers(root)), read_holder(root))
+        return VerifyReport(root, (), 0, (group,), (), tuple(find_leftovers(root)), read_writer(root))
     known, records = read_records(root, layout)
     if commit is None:
         chosen = known if all_commits else dict(list(known.items())[-1:])
@@ -102,7 +102,7 @@ def verify_store(
     count = layout.layers * _count(extent for stream in extents for extent in stream)
     if countable:
         metadata += check_arrays(root, layout, extents)
-        files = ChunkFiles(root, layout, None)
+        files = open_chunks(root, layout)
         in_files, sharded = split(chosen.values(), range(len(extents)))
         examined_rows = _count(extent for each in (*in_files, *sharded.values()) for extent in each)
         meter = Meter(progress, layout.layers * layout.row_bytes * examined_rows)
@@ -111,6 +111,7 @@ def verify_store(
             for layer in range(layout.layers):
                 rows += check_rows(files, layer, stream, given, meter.advance)
         for (stream, shard), given in sharded.items():
+            assert isinstance(files, ChunkFiles)  # elsewhere no record that can be read names a shard
             rows += check_shard(files, stream, shard, given, meter.advance)
         if known:
             ends = [*check_ends(files, list(known.values())[-1], extents)]
@@ -134,10 +135,10 @@ def verify_store(
         # A writer that drops a commit meanwhile drops its scores too.
         remaining = [held for name, held in examined.items() if record_path(root, name).exists()]
         scores = tuple(_check_scores(root, layout, remaining))
-    return VerifyReport(root, tuple(examined), count, damage, scores, tuple(leftovers), read_holder(root))
+    return VerifyReport(root, tuple(examined), count, damage, scores, tuple(leftovers), read_writer(root))
 
 
-def _check_scores(root: Path, layout: Layout, commits: Iterable[Commit]) -> Iterator[Damage]:
+def _check_scores(root: StorePath, layout: Layout, commits: Iterable[Commit]) -> Iterator[Damage]:
     """Reads all scores that the commits name, and yields what is damaged."""
     named = {
         (layer, scores.stamp, scores.columns, stream, log.part(*span))
@@ -146,7 +147,7 @@ def _check_scores(root: Path, layout: Layout, commits: Iterable[Commit]) -> Iter
         if scores is not None
         for stream, (log, span) in enumerate(zip(commit.logs, scores.spans, strict=True))
     }
-    files = ScoreFiles(root, layout, None)
+    files = open_scores(root, layout)
     for layer, stamp, columns, stream, held in sorted(named):
         chunks, extents = files.find(layer, stamp, columns, held)
         yield from check_rows(chunks, 0, stream, extents, lambda _: None)
@@ -172,7 +173,7 @@ class Meter:
             self._progress(self._done, self._total)
 
 
-def read_records(root: Path, layout: Layout) -> tuple[dict[str, Commit], list[Damage]]:
+def read_records(root: StorePath, layout: Layout) -> tuple[dict[str, Commit], list[Damage]]:
     """Reads all commit records: those that can be read by id, oldest first, and the damage to others."""
     for _ in range(_READ_ATTEMPTS):
         known: dict[str, Commit] = {}
@@ -193,7 +194,7 @@ def read_records(root: Path, layout: Layout) -> tuple[dict[str, Commit], list[Da
     return {}, [Damage(root / COMMITS, "expected the record of a commit, got none")]
 
 
-def check_metadata(root: Path, layout: Layout) -> list[Damage]:
+def check_metadata(root: StorePath, layout: Layout) -> list[Damage]:
     """The damage to metadata beside that of the group and of the arrays."""
     damage = []
     found = count_arrays(root)
@@ -211,7 +212,7 @@ def check_metadata(root: Path, layout: Layout) -> list[Damage]:
     return damage
 
 
-def check_arrays(root: Path, layout: Layout, extents: Sequence[Sequence[Extent]]) -> list[Damage]:
+def check_arrays(root: StorePath, layout: Layout, extents: Sequence[Sequence[Extent]]) -> list[Damage]:
     """The damage to the metadata of the arrays, which are to have room for all extents of each stream.
 
     `extents` may be empty where no commit is known.
@@ -236,7 +237,7 @@ def check_arrays(root: Path, layout: Layout, extents: Sequence[Sequence[Extent]]
     return damage
 
 
-def check_ends(files: ChunkFiles, commit: Commit, examined: Sequence[Sequence[Extent]]) -> Iterator[Damage]:
+def check_ends(files: Chunks, commit: Commit, examined: Sequence[Sequence[Extent]]) -> Iterator[Damage]:
     """The damage to chunk files that the next rows go into beside older ones.
 
     Args:
@@ -292,9 +293,9 @@ def _count(extents: Iterable[Extent]) -> int:
     return sum(extent.stop - extent.start for extent in extents)
 
 
-def check_positions(root: Path, commits: Iterable[Commit]) -> list[Damage]:
+def check_positions(root: StorePath, commits: Iterable[Commit]) -> list[Damage]:
     """The damage to files of positions that the commits name, each file once."""
-    damage: dict[Path, Damage] = {}
+    damage: dict[StorePath, Damage] = {}
     for commit in commits:
         for stream, survivors in survivors_of(commit.logs):
             path = positions_path(root, stream, survivors)
@@ -307,7 +308,7 @@ def check_positions(root: Path, commits: Iterable[Commit]) -> list[Damage]:
 
 
 def check_rows(
-    files: ChunkFiles, layer: int, stream: int, extents: Iterable[Extent], advance: Callable[[int], None]
+    files: Chunks, layer: int, stream: int, extents: Iterable[Extent], advance: Callable[[int], None]
 ) -> Iterator[Damage]:
     """Reads all rows of the extents in one layer, chunk by chunk, and yields what is damaged.
 
@@ -339,13 +340,13 @@ def check_rows(
 
 
 def _check_piece(
-    files: ChunkFiles, layer: int, stream: int, piece: Extent, there: bool, advance: Callable[[int], None]
-) -> Iterator[tuple[Path, str, Ranges]]:
+    files: Chunks, layer: int, stream: int, piece: Extent, there: bool, advance: Callable[[int], None]
+) -> Iterator[tuple[StorePath, str, Ranges]]:
     """The damage to rows of one chunk, or of missing chunks in a row: file, problem and rows."""
     chunk, last = (row // files.layout.chunk_rows for row in (piece.start, piece.stop - 1))
     whole = ((piece.start, piece.stop),)
     paths = [files.path(layer, stream, chunk, kind) for kind in KINDS]
-    problems: list[tuple[Path, str, Ranges]] = []
+    problems: list[tuple[StorePath, str, Ranges]] = []
     if not there:
         beyond = f" nor any up to chunk {last}" if last > chunk else ""
         problems.append((paths[0], f"expected a chunk file, got neither it nor {paths[1]}{beyond}", whole))
@@ -375,22 +376,31 @@ def _check_piece(
         yield paths[0], problem, ranges_of(rows)
 
 
-def _held_by(root: Path, damage: Damage, commits: dict[str, Commit]) -> Damage:
+def _held_by(root: StorePath, damage: Damage, commits: dict[str, Commit]) -> Damage:
     """The damage together with the commits that hold any of its rows, or have rows in the damaged shard."""
     if damage.stream is None:
         return damage
     holders = []
     for name, commit in commits.items():
         extents = commit.logs[damage.stream].extents
-        folders = {shard_folder(root, damage.stream, shard) for shard in commit.shards_of(damage.stream)}
         if any(
             extent.start < stop and start < extent.stop for extent in extents for start, stop in damage.rows
-        ) or (not damage.rows and not folders.isdisjoint(damage.path.parents)):
+        ) or _in_shard(root, damage, commit.shards_of(damage.stream)):
             holders.append(name)
     return replace(damage, commits=tuple(holders))
 
 
-def find_leftovers(root: Path, layout: Layout | None = None, commits: Sequence[Commit] = ()) -> list[Path]:
+def _in_shard(root: StorePath, damage: Damage, shards: Iterable[Shard]) -> bool:
+    """Whether damage from which no row suffers is in one of the shards of its stream."""
+    if damage.rows or damage.stream is None or not isinstance(root, Path):
+        return False
+    folders = {shard_folder(root, damage.stream, shard) for shard in shards}
+    return isinstance(damage.path, Path) and not folders.isdisjoint(damage.path.parents)
+
+
+def find_leftovers(
+    root: StorePath, layout: Layout | None = None, commits: Sequence[Commit] = ()
+) -> list[StorePath]:
     """What a crash has left in a store and beside it.
 
     Args:
@@ -399,18 +409,23 @@ def find_leftovers(root: Path, layout: Layout | None = None, commits: Sequence[C
         commits: All commits of the store; none where a record is damaged: nobody knows which files it refers
             to.
     """
-    found = [path for path in (root / COMMITS).glob(f"{TEMPORARY}*") if path.is_file()]
-    creating = re.compile(rf"\.{re.escape(root.name)}\.[0-9a-f]{{8}}\.creating")
-    beside = root.parent.glob(f".{glob.escape(root.name)}.*.creating")
-    found += [
-        path for path in beside if creating.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
-    ]
+    found: list[StorePath] = []
+    if isinstance(root, Path):
+        found += [path for path in (root / COMMITS).glob(f"{TEMPORARY}*") if path.is_file()]
+        creating = re.compile(rf"\.{re.escape(root.name)}\.[0-9a-f]{{8}}\.creating")
+        beside = root.parent.glob(f".{glob.escape(root.name)}.*.creating")
+        found += [
+            path
+            for path in beside
+            if creating.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        ]
     if layout is None or not commits or layout.arrays > 2 * count_arrays(root):
-        return sorted(found)
-    found += unnamed_shards(root, split(commits, range(layout.streams))[1])
-    named = {positions_path(root, *each) for commit in commits for each in survivors_of(commit.logs)}
-    found += [path for path in list_positions(root) if path not in named]
-    files = ChunkFiles(root, layout, None)
+        return sorted(found, key=str)
+    if isinstance(root, Path):
+        found += unnamed_shards(root, split(commits, range(layout.streams))[1])
+    named = {positions_name(*each) for commit in commits for each in survivors_of(commit.logs)}
+    found += [root / POSITIONS / name for name in list_positions(root) if name not in named]
+    files = open_chunks(root, layout)
     size = layout.chunk_rows
     for stream in range(layout.streams):
         extents = merged(extent for commit in commits for extent in commit.in_files(stream))
@@ -427,4 +442,4 @@ def find_leftovers(root: Path, layout: Layout | None = None, commits: Sequence[C
                     needed = any(extent.start < stop and start < extent.stop for extent in extents)
                     if not needed and not start < end < stop:
                         found.append(files.path(layer, stream, chunk, kind))
-    return sorted(found)
+    return sorted(found, key=str)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
+import secrets
+import urllib.request
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -70,3 +73,42 @@ def build_model() -> Callable[..., RoutedTransformerXL]:
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The url of a local S3 server, which forgets everything at the end."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The url of a new bucket, s3://..., on the local server."""
+    for name, value in (
+        ("ENDPOINT_URL", s3_server),
+        ("ACCESS_KEY_ID", "test"),
+        ("SECRET_ACCESS_KEY", "test"),
+        ("REGION", "us-east-1"),
+        ("ALLOW_HTTP", "true"),
+    ):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    bucket = f"bucket-{secrets.token_hex(4)}"
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{bucket}", method="PUT")).close()
+    return f"s3://{bucket}"
+
+
+@pytest.fixture
+def quick_bucket(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The url of a new bucket in this process: for what takes too many requests to ask a server."""
+    from obstore.store import MemoryStore
+
+    store = MemoryStore()
+    monkeypatch.setattr("xlroute.memory.s3._open_bucket", lambda name: store)
+    return "s3://quick"

@@ -29,6 +29,7 @@ from xlroute.memory import (
     MemoryStoreError,
     StoreNotFoundError,
 )
+from xlroute.memory.place import StorePath, store_path
 
 if TYPE_CHECKING:
     from xlroute.transformer_xl import RoutedTransformerXL
@@ -223,15 +224,19 @@ def load_state(
 
 def _save_memory(memory: MemoryStore, folder: Path) -> dict[str, Any]:
     """Commit the memory, or copy it into the folder, and pin the commit: what the header says of it."""
-    if memory.path is not None:
+    path = memory.path
+    if path is not None:
         commit = memory.commit()
-        path, pin = Path(memory.path).resolve(), memory.pin(commit)
+        pin = memory.pin(commit)
     else:
-        path = folder.resolve() / f"{COPY_PREFIX}{uuid.uuid4().hex[:12]}"
+        path = folder / f"{COPY_PREFIX}{uuid.uuid4().hex[:12]}"
         commit = memory.copy_to(path)
         with MemoryStore.open(path) as copy:
             pin = copy.pin(commit)
-    inside = str(path.relative_to(folder.resolve())) if path.is_relative_to(folder.resolve()) else None
+    inside = None
+    if isinstance(path, Path):
+        path, folder = path.resolve(), folder.resolve()
+        inside = str(path.relative_to(folder)) if path.is_relative_to(folder) else None
     return {"path": str(path), "inside": inside, "commit": commit, "pin": pin}
 
 
@@ -245,19 +250,24 @@ def _release(header: dict[str, Any], folder: Path) -> None:
     if named is None or (named["inside"] is None and header["folder"] != str(folder.resolve())):
         return
     # A pin that cannot be removed keeps rows longer than needed, which harms nothing.
-    with suppress(MemoryStoreError):
+    with suppress(MemoryStoreError, OSError):
         path = _find_store(named, folder)
         with MemoryStore.open(path) as store:
             store.unpin(named["pin"])
             forgotten = not store.pins()
-        if forgotten and path.parent == folder and path.name.startswith(COPY_PREFIX):
+        if (
+            isinstance(path, Path)
+            and path.parent == folder
+            and path.name.startswith(COPY_PREFIX)
+            and forgotten
+        ):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _find_store(named: dict[str, Any], folder: Path) -> Path:
+def _find_store(named: dict[str, Any], folder: Path) -> StorePath:
     """Where the memory that a header names is; one that was moved together with the folder comes first."""
-    candidates: list[Path] = [folder / named["inside"]] if named["inside"] is not None else []
-    candidates.append(Path(named["path"]))
+    candidates: list[StorePath] = [folder / named["inside"]] if named["inside"] is not None else []
+    candidates.append(store_path(named["path"]))
     for path in candidates:
         if path.exists():
             return path

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xlroute.blocks import Block, RoutedRows
-from xlroute.memory import Eviction, FingerprintError, MemoryLayer, MemoryStore, ReadOnlyError
+from xlroute.memory import Eviction, FingerprintError, MemoryLayer, MemoryStore, ReadOnlyError, S3Path
 from xlroute.open_segment import OpenSegment
 from xlroute.position import age_bucket
 from xlroute.sampling import SamplingOptions, sample
@@ -203,7 +203,7 @@ class RoutedTransformerXL(nn.Module):
 
     def create_memory(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: str | os.PathLike[str] | S3Path | None = None,
         *,
         streams: int,
         capacity: int | None = None,

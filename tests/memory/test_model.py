@@ -1,6 +1,7 @@
 """The store against a model of it: lists of rows, in any order of operations."""
 
 import copy
+import itertools
 import shutil
 import tempfile
 from pathlib import Path
@@ -117,17 +118,27 @@ def check_scores(layer: MemoryLayer, rows: list[Tensor], tokens: int) -> None:
 class Machine(RuleBasedStateMachine):
     """Random operations on a store and on its model."""
 
-    on_disk: bool
+    place: str  # "memory", "disk", or the url of a bucket
     dtype: torch.dtype
+    budgets: dict[str, int]
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
-        self.path = self.folder / "store"
+        self.names = (f"{self.folder.name}-{number}" for number in itertools.count())
+        self.path = self.new_path()
         self.layers: list[tuple[int, int, MemoryStore, MemoryLayer, list[Tensor]]] = []
         self.committed: dict[str, Model] = {}
         self.pins: dict[str, str] = {}
         self.random = torch.Generator().manual_seed(0)
+
+    @property
+    def on_disk(self) -> bool:
+        return self.place != "memory"
+
+    def new_path(self) -> str | Path:
+        name = next(self.names)
+        return f"{self.place}/{name}" if self.place.startswith("s3:") else self.folder / name
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
@@ -158,6 +169,7 @@ class Machine(RuleBasedStateMachine):
             keep_commits=keep_commits,
             eviction=eviction,
             keep_every=KEEP_EVERY if eviction == "every_nth" else None,
+            **self.budgets,
         )
         self.keep_commits = keep_commits
         for commit in self.store.commits():
@@ -238,7 +250,7 @@ class Machine(RuleBasedStateMachine):
         self.read_every_commit()
 
     @rule(compression=st.sampled_from([None, "zstd"]))
-    @precondition(lambda self: self.on_disk)
+    @precondition(lambda self: self.place == "disk")
     def compact(self, compression: Literal["zstd"] | None) -> None:
         last = list(self.committed)[-1]
         report = self.store.compact(compression=compression)
@@ -278,13 +290,15 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), tokens=st.integers(0, 1))
     @precondition(lambda self: self.on_disk)
     def reopen(self, data: st.DataObject, tokens: int) -> None:
+        # What a layer has not read goes when the next writer drops the commit; one in tiers keeps little.
+        if self.budgets:
+            self.layers.clear()
         for *_, layer, _ in self.layers:
-            # What is still on disk goes when the next writer drops the commit.
             layer.views()
         self.store.close()
         last = list(self.committed)[-1]
         commit = data.draw(st.sampled_from([None, *self.committed]))
-        self.store = MemoryStore.open(self.path, mode="r+", commit=commit)
+        self.store = MemoryStore.open(self.path, mode="r+", commit=commit, **self.budgets)
         self.model = copy.deepcopy(self.committed[commit or last])
         if commit not in (None, last):
             [new] = set(self.store.commits()) - set(self.committed)
@@ -295,7 +309,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(tokens=st.integers(0, 1))
     def copy_to(self, tokens: int) -> None:
-        path = self.folder / f"copy-{len(list(self.folder.iterdir()))}"
+        path = self.new_path()
         commit = self.store.copy_to(path)
         with MemoryStore.open(path) as store:
             check_scores(store.layer(0), self.model.layer(0), tokens)
@@ -303,21 +317,48 @@ class Machine(RuleBasedStateMachine):
             assert store.commits() == [commit]
 
 
-@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_store_agrees_with_lists_of_rows(
-    on_disk: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+ROW = DIM * 4
+SHARE = 2 * LAYERS * STREAMS * ROW  # bytes for one row of each layer and stream
+TIERS = {"device_bytes": 2 * SHARE, "host_bytes": 5 * SHARE}
+
+
+def run(place: str, dtype: torch.dtype, budgets: dict[str, int], examples: int, steps: int) -> None:
+    machine = type("Case", (Machine,), {"place": place, "dtype": dtype, "budgets": budgets})
+    chosen = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(machine, settings=chosen)
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     # So few rows would all be scored again, before the scores on disk are used.
     monkeypatch.setattr(scores, "_SAMPLES", 1)
     # Inner chunks of two or three rows, and shards of one chunk or a few.
     monkeypatch.setattr(shards, "_INNER_BYTES", 2 * DIM * 4)
     monkeypatch.setattr(shards, "_SHARD_BYTES", LAYERS * 6 * DIM * 4)
-    machine = type("Case", (Machine,), {"on_disk": on_disk, "dtype": dtype})
-    chosen = settings(
-        max_examples=15,
-        stateful_step_count=30,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    run_state_machine_as_test(machine, settings=chosen)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_store_agrees_with_lists_of_rows(place: str, dtype: torch.dtype) -> None:
+    run(place, dtype, {}, examples=15, steps=30)
+
+
+@pytest.mark.parametrize("kind", ["memory and device", "disk, host and device"])
+def test_a_store_in_tiers_agrees_with_lists_of_rows(kind: str) -> None:
+    place = kind.split()[0].rstrip(",")
+    budgets = TIERS if place == "disk" else {"device_bytes": TIERS["device_bytes"]}
+    run(place, torch.float32, budgets, examples=4, steps=15)
+
+
+@pytest.mark.parametrize("budgets", [{}, TIERS], ids=["plain", "tiers"])
+def test_a_store_in_a_bucket_agrees_with_lists_of_rows(quick_bucket: str, budgets: dict[str, int]) -> None:
+    run(quick_bucket, torch.float32, budgets, examples=8, steps=20)
+
+
+def test_a_store_on_a_server_agrees_with_lists_of_rows(bucket: str) -> None:
+    run(bucket, torch.float32, {}, examples=3, steps=10)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from xlroute.kernels import row_scores
-from xlroute.memory import FingerprintError, MemoryStore, StoreWriteError, layout, shards
+from xlroute.memory import FingerprintError, MemoryStore, S3Path, StoreWriteError, layout, shards
 
 # By format and name.
 STORES = {
@@ -189,6 +189,39 @@ def test_only_a_writer_raises_the_format(tmp_path: Path, monkeypatch: pytest.Mon
         with MemoryStore.open(path, commit=commit) as store:
             check(store, held)
     assert MemoryStore.verify(path, all_commits=True).ok
+
+
+@pytest.mark.parametrize("name", ["plain", "scored"])
+def test_a_store_that_was_uploaded_is_raised_by_a_writer(
+    tmp_path: Path, quick_bucket: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, url = unpacked(tmp_path, 1, name), S3Path.from_url(f"{quick_bucket}/store")
+    for file in path.rglob("*"):
+        if file.is_file():
+            (url / file.relative_to(path).as_posix()).write_bytes(file.read_bytes())
+    metadata = (url / "zarr.json").read_bytes()
+    with MemoryStore.open(url) as store:
+        check(store, HELD[-1])
+        assert store.info().disk.format == 1  # type: ignore[union-attr]
+        store.copy_to(f"{quick_bucket}/copy")
+    with MemoryStore.open(f"{quick_bucket}/copy") as store:
+        check(store, HELD[-1])
+        assert store.info().disk.format == FORMAT  # type: ignore[union-attr]
+    with pytest.raises(FingerprintError):
+        MemoryStore.open(url, mode="r+", fingerprint="others")
+    with monkeypatch.context() as patch:
+        patch.setattr(S3Path, "write_bytes", _no_room)
+        with pytest.raises(StoreWriteError, match="No space left"):
+            MemoryStore.open(url, mode="r+")
+    assert (url / "zarr.json").read_bytes() == metadata
+    reader = MemoryStore.open(url)
+    with MemoryStore.open(url, mode="r+") as store:
+        assert (url / "zarr.json").read_bytes() != metadata
+        assert store.info().disk.format == FORMAT  # type: ignore[union-attr]
+        check(store, HELD[-1])
+        store.commit()
+    check(reader, HELD[-1])
+    assert MemoryStore.verify(url, all_commits=True).ok
 
 
 def _no_room(*_: object, **__: object) -> None:
