@@ -48,10 +48,12 @@ class WindowAttention(nn.Module):
 
         visible = None
         if mask is not None or any(missing):
-            seen = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
-            visible = cut(seen[..., None])[..., 0]
-            # Where nothing is to be seen, the output means nothing, but has to be finite.
-            visible = (visible | ~visible.any(-1, keepdim=True))[:, None, None]
+            visible = cut(torch.ones_like(x[..., :1], dtype=torch.bool))[..., 0]
+            if mask is not None:
+                seen = cut(mask[..., None])[..., 0]
+                # Where none is to be seen, the output means nothing, but has to be finite.
+                visible = torch.where(seen.any(-1, keepdim=True), seen, visible)
+            visible = visible[:, None, None]
         q, k, v = rearrange(
             self.to_qkv(cut(self.norm(x))), "b n (three h e) -> three b h n e", three=3, h=self.heads
         )

@@ -241,8 +241,10 @@ def test_its_images_end_at_their_windows() -> None:
     x = torch.randn(1, 8, 8, DIM)
     other = x.clone()
     other[:, :4, :4] = torch.randn(1, 4, 4, DIM)
-    for run, sees in ((theirs, False), (layer, True)):
-        moved = (run(other) - run(x))[:, 4:, 4:].abs().max()
+    numbers = {"num_heavy_tokens_q": 12, "num_heavy_tokens_kv": 12}  # of the 16 places of a window
+    everyone = {"num_heavy_tokens_q": 64, "num_heavy_tokens_kv": 60}  # so that all windows are among them
+    for run, options, sees in ((theirs, numbers, False), (layer, everyone, True)):
+        moved = (run(other, **options) - run(x, **options))[:, 4:, 4:].abs().max()
         assert bool(moved > 1e-4) == sees
     with pytest.raises(Exception, match="can't divide axis"):
         theirs(torch.randn(1, 6, 8, DIM))
@@ -289,8 +291,8 @@ def test_it_routes_bfloat16_in_bfloat16() -> None:
     for router in (theirs.router, layer.router):
         half = router.to(torch.bfloat16)(x, num_tokens=32).scores.double()
         errors.append((half - router.double()(x.double(), num_tokens=32).scores).abs().max().item())
-    assert errors[0] > 0.02
-    assert errors[1] < 1e-4
+    assert errors[0] > 3e-3
+    assert errors[1] < 1e-5
 
 
 def test_its_local_attention_sees_the_padding() -> None:
