@@ -62,6 +62,31 @@ def check_mask(mask: Tensor | None, s: Tensor) -> None:
         raise ValueError(f"mask must be on the device of s, {s.device}, got {mask.device}")
 
 
+def check_index_type(indices: Tensor) -> None:
+    """Refuses indices that are not int64.
+
+    Raises:
+        TypeError: ``indices`` is no tensor, or one of another dtype.
+    """
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        given = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"indices must be an int64 tensor, got {given}")
+
+
+def check_range(indices: Tensor, m: int) -> None:
+    """Refuses indices of m rows that name no row, on a CPU and outside torch.compile.
+
+    Elsewhere the check would have to wait for the device.
+
+    Raises:
+        IndexError: an index is outside [-1, m).
+    """
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() > 0:
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < -1 or high >= m:
+            raise IndexError(f"indices must be in [-1, {m}), got values from {low} to {high}")
+
+
 def check_eps(eps: float) -> None:
     """Refuses a temperature that is not a positive finite number.
 

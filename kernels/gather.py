@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlroute.kernels.arguments import HAS_TRITON, Backend, check_floating, compute_dtype, resolve_backend
+from xlroute.kernels.arguments import (
+    HAS_TRITON,
+    Backend,
+    check_floating,
+    check_index_type,
+    check_range,
+    compute_dtype,
+    resolve_backend,
+)
 
 _ALL_PAIRS = 1 << 14  # indices of a stream up to which Triton compares all pairs, instead of sorting them
 
@@ -162,9 +170,7 @@ def scatter_rows(
 def _check(name: str, x: Tensor, indices: Tensor) -> None:
     """The checks that are common to all: x [b, m, d], and indices [b, ...] into its rows."""
     check_floating(name, x)
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        given = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"indices must be an int64 tensor, got {given}")
+    check_index_type(indices)
     if x.ndim != 3 or indices.ndim < 1 or indices.shape[0] != x.shape[0]:
         raise ValueError(
             f"{name} must have shape [b, m, d] and indices [b, ...] with the same b, got {tuple(x.shape)} "
@@ -172,11 +178,7 @@ def _check(name: str, x: Tensor, indices: Tensor) -> None:
         )
     if indices.device != x.device:
         raise ValueError(f"indices must be on the device of {name}, {x.device}, got {indices.device}")
-    m = x.shape[1]
-    if indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() > 0:
-        low, high = (int(bound) for bound in indices.aminmax())
-        if low < -1 or high >= m:
-            raise IndexError(f"indices must be in [-1, {m}), got values from {low} to {high}")
+    check_range(indices, x.shape[1])
 
 
 @torch.library.custom_op("xlroute::gather_rows", mutates_args=())

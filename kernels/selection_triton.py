@@ -6,8 +6,8 @@
    less than a launch, and collects the candidates: the entries that reach it. With random scores they are k
    and a few percent. The other entries are summed for the water level, relative to the threshold.
 3. ``selection_rank_kernel`` counts for each candidate how many come before it. That is its place in the
-   result, whatever order the candidates were collected in. The last program of a row to finish solves for the
-   level.
+   result, whatever order the candidates were collected in. Where rows are many, one program sorts those of a
+   row. The last program of a row to finish solves for the level.
 
 Entries are ordered by score and then by falling index, everywhere: no two are equal, so rows of equal scores
 need no path of their own. Entries of a chunk are spread over the row without a pattern, so that neither a
@@ -45,6 +45,7 @@ MAX_FOLDS = 16  # tiles that share their chunks
 COLLECT_PROGRAMS = 264  # of the second pass, in all: each of them searches for the threshold
 RANK_BLOCK = 16  # candidates that are ranked at once
 OTHERS = 512  # candidates that they are compared with at once
+MANY_ROWS = 64  # from so many on, it is less work if one program sorts all candidates of a row
 COUNTERS = 3  # of a row: candidates, programs that have finished, candidates of the radix selection
 
 _HASH = tl.constexpr(0x3C6EF35F)  # odd, its bits without a pattern
@@ -165,7 +166,7 @@ def from_key(b_key: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 def sort_row(b_key: tl.tensor, o_n: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """int32 keys in ascending order, equal ones by falling index, and their indices."""
     b_sorted = tl.sort((b_key.to(tl.int64) << 32) | (_NO_INDEX - o_n))
-    return (b_sorted >> 32).to(tl.int32), _NO_INDEX - (b_sorted & 0x7FFFFFFF).to(tl.int32)
+    return (b_sorted >> 32).to(tl.int32), (~b_sorted & 0x7FFFFFFF).to(tl.int32)
 
 
 @triton.jit(
@@ -674,11 +675,14 @@ def selection_rank_kernel(
     BLOCK: tl.constexpr,
     RANKED: tl.constexpr,
     OTHERS: tl.constexpr,
+    SORTED: tl.constexpr,
     SUMS: tl.constexpr,
     TOP: tl.constexpr,
     COUNTERS: tl.constexpr,
 ) -> None:
-    """Sorts the candidates of a row by counting, and solves for its level: ``p_levels`` [3, rows].
+    """Sorts the candidates of a row, and solves for its level: ``p_levels`` [3, rows].
+
+    The first program of a row sorts up to SORTED candidates at once; more are counted.
 
     The last program of a row to finish solves for the level, and may give the gates [rows, num] of the
     largest; the counter tells which one that is.
@@ -733,6 +737,16 @@ def selection_rank_kernel(
             )
             tl.debug_barrier()
 
+    if SORTED > 0:  # noqa: SIM102  (a constant, unlike the next)
+        if count <= SORTED:
+            mine = tl.full([], 0, tl.int32)
+            if i_part == 0:
+                o_mine = tl.arange(0, SORTED)
+                b_key = tl.load(p_keys + o_mine, mask=o_mine < count, other=LOWEST)  # [SORTED]
+                b_key, b_id = sort_row(b_key, tl.load(p_ids + o_mine, mask=o_mine < count, other=_NO_INDEX))
+                b_rank = SORTED - 1 - o_mine
+                tl.store(p_sorted + b_rank, from_key(b_key, DTYPE), mask=b_rank < count)
+                tl.store(p_indices + b_rank, b_id.to(tl.int64), mask=b_rank < tl.minimum(count, num))
     for i_first in range(first, mine, step):
         o_mine = i_first + tl.arange(0, RANKED)
         b_key = tl.load(p_keys + o_mine, mask=o_mine < count, other=LOWEST)[:, None]  # [RANKED, 1]
@@ -933,6 +947,9 @@ def select(
         )
         # One block of candidates a program, with the usual number of them.
         rankers = min(triton.cdiv(largest + largest // 2, RANK_BLOCK), max(1, 1024 // count))
+        sorted_at_once = triton.next_power_of_2(largest + largest // 4)
+        if count < MANY_ROWS or dtype == tl.float64 or sorted_at_once > SHORT:
+            sorted_at_once = 0
         selection_rank_kernel[(count * rankers,)](
             s,
             mask,
@@ -967,6 +984,7 @@ def select(
             BLOCK=cut.block,
             RANKED=RANK_BLOCK,
             OTHERS=OTHERS,
+            SORTED=sorted_at_once,
             SUMS=triton.next_power_of_2(parts),
             TOP=triton.next_power_of_2(largest),
             COUNTERS=COUNTERS,

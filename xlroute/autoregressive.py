@@ -339,7 +339,9 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             gates, indices, stats = self._route_rows(ended, first, last, k_kv, random_route, with_stats)
             # Without a mask, a window lacks rows only while it has fewer than k before it.
             full = ended.mask is None and k_kv <= first * w
-            routed = self._gather(ended, gates, indices, None if full else indices >= 0)
+            routed = heavy.gather_keys_values(
+                ended.keys, ended.values, gates, indices, None if full else indices >= 0
+            )
             shared = overlap(indices.transpose(1, 2)) if with_stats else None
         queries = self._route_queries(x, ended, opened, first, last, k_q, random_route)
         q = rearrange(
@@ -400,28 +402,6 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             in_order(gates).transpose(1, 2),
             in_order(indices).transpose(1, 2),
             RoutingStats(*map(in_order, zip(*stats, strict=True))) if with_stats else None,
-        )
-
-    def _gather(
-        self, ended: ReadTokens, gates: Tensor, indices: Tensor, mask: Tensor | None
-    ) -> RoutedKeysValues:
-        """The keys and values at indices [b, c, r, k], streams and windows in one dimension."""
-        heavy = self.heavy_attn
-        r = heavy.sets
-        # Row i of set j is row i r + j of the keys, cut into the heads of each set.
-        sets = torch.arange(r, device=indices.device)[:, None]
-        places = torch.where(indices < 0, -1, indices * r + sets)
-        backend = pick_backend(heavy.kv_router.use_triton, indices.device)
-
-        def gathered(rows: Tensor) -> Tensor:
-            rows = gather_rows(rearrange(rows, "b m (r f) -> b (m r) f", r=r), places, backend)
-            return rearrange(rows, "b c r k (h e) -> (b c) r k h e", h=heavy.heads // r)
-
-        return heavy.lay_out(
-            gathered(ended.keys),
-            gathered(ended.values),
-            gates.flatten(0, 1),
-            None if mask is None else mask.flatten(0, 1),
         )
 
     def _route_queries(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from xlroute.attend import AttentionBackend, attend
 from xlroute.backend import pick_backend
-from xlroute.kernels import gated_keys_values, scatter_rows
+from xlroute.kernels import gated_keys_values, gather_keys_values, scatter_rows
 from xlroute.memory import MemoryLayer
 from xlroute.position import rotary_at, rotate
 from xlroute.router import (
@@ -292,30 +292,49 @@ class ConditionalRoutedCrossAttention(nn.Module):
         if self.rotary_emb:
             positions = routed.indices.to(keys.device)[..., None]  # the same for all heads
             keys = rotate(keys, rotary_at(positions, keys.shape[-1], dtype=keys.dtype))
-        return self.lay_out(keys, values, routed.scores, routed.mask)
-
-    def lay_out(self, keys: Tensor, values: Tensor, gates: Tensor, mask: Tensor | None) -> RoutedKeysValues:
-        """Keys and values [b, r, k, h/r, e] of routed rows, gated, by head behind the null key and value.
-
-        Args:
-            keys: [b, r, k, h/r, e].
-            values: [b, r, k, h/r, e].
-            gates: [b, r, k].
-            mask: bool [b, r, k], False where there is no row; None if there is one everywhere.
-        """
-        if mask is not None:
-            mask = F.pad(mask.to(keys.device), (1, 0), value=True)
-            mask = mask.repeat_interleave(self.heads // self.sets, dim=1)[:, :, None]
+        mask = None if routed.mask is None else routed.mask.to(keys.device)
         keys, values = gated_keys_values(
             keys,
             values,
-            gates.to(keys.device),
+            routed.scores.to(keys.device),
             self.null_key,
             self.null_value,
             gate_keys=self.multiply_keys_by_score,
             backend=pick_backend(self.kv_router.use_triton, keys.device),
         )
-        return RoutedKeysValues(keys, values, mask)
+        return RoutedKeysValues(keys, values, self._by_head(mask))
+
+    def gather_keys_values(
+        self, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, mask: Tensor | None
+    ) -> RoutedKeysValues:
+        """Keys and values that c windows chose out of those of all rows: [b c, h, 1 + k, e].
+
+        Args:
+            keys: [b, m, h e].
+            values: [b, m, h e].
+            gates: [b, c, r, k].
+            indices: [b, c, r, k], -1 where there is no row.
+            mask: bool [b, c, r, k], False where there is no row; None if there is one everywhere.
+        """
+        sizes = (self.sets, self.heads // self.sets, -1)
+        keys, values = gather_keys_values(
+            keys.unflatten(-1, sizes),
+            values.unflatten(-1, sizes),
+            gates,
+            indices,
+            self.null_key,
+            self.null_value,
+            gate_keys=self.multiply_keys_by_score,
+            backend=pick_backend(self.kv_router.use_triton, keys.device),
+        )
+        return RoutedKeysValues(keys, values, self._by_head(None if mask is None else mask.flatten(0, 1)))
+
+    def _by_head(self, mask: Tensor | None) -> Tensor | None:
+        """A mask [b, r, k] for the heads of the sets and with the null key in front, [b, h, 1, 1 + k]."""
+        if mask is None:
+            return None
+        mask = F.pad(mask, (1, 0), value=True)
+        return mask.repeat_interleave(self.heads // self.sets, dim=1)[:, :, None]
 
     def queries(self, x: Tensor, routed: RouterOutput | None = None) -> Tensor:
         """Queries [b, h, n, e] of x [b, n, d], which are all tokens, or the routed ones."""

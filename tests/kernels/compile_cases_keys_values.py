@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import triton
 import triton.language as tl
 
 from xlroute.kernels import keys_values_triton as kernels
@@ -12,19 +13,26 @@ Case = tuple[Any, dict[str, str], dict[str, Any], int]
 def cases(dtype: str, h: int, e: int, gate_keys: bool) -> list[Case]:
     wide = dtype == "fp64"
     forward, backward = kernels.keys_values_fwd_kernel, kernels.keys_values_bwd_kernel
-    types = {name: f"*{dtype}" for name in forward.arg_names + backward.arg_names if name.startswith("p_")}
+    gathered = kernels.gathered_keys_values_bwd_kernel
+    names = forward.arg_names + backward.arg_names + gathered.arg_names
+    types = {name: f"*{dtype}" if name.startswith("p_") else "i32" for name in names if name.islower()}
     types |= dict.fromkeys(("p_gates", "p_dgates"), "*fp64" if wide else "*fp32")
-    types |= dict.fromkeys(("places", "tiles", "sets"), "i32")
+    types |= dict.fromkeys(("p_indices", "p_order", "p_starts"), "*i64")
+    common = {"H": h, "E": e, "GATE_KEYS": gate_keys, "ACC": tl.float64 if wide else tl.float32}
     found = []
-    for kernel, elements in ((forward, kernels.ELEMENTS), (backward, kernels.ELEMENTS // 4)):
-        rows, width = kernels.block(e, elements)
-        constants = {"H": h, "E": e, "GATE_KEYS": gate_keys, "BK": rows, "BE": width}
-        constants["ACC"] = tl.float64 if wide else tl.float32
-        if kernel is forward:
-            constants["HAS_NULL_KEY"] = not gate_keys
-        names = {name: types[name] for name in kernel.arg_names if name in types}
-        found.append((kernel, names, constants, 4))
-    return found
+    for indexed in (False, True):
+        rows, width = kernels.block(e, kernels.ELEMENTS)
+        blocks = {"BK": rows, "BE": width, "INDEXED": indexed, "HAS_NULL_KEY": not gate_keys}
+        found.append((forward, common | blocks, 4))
+    rows, width = kernels.block(e, kernels.ELEMENTS // 4)
+    found.append((backward, common | {"BK": rows, "BE": width}, 4))
+    heads, width = triton.next_power_of_2(h), triton.next_power_of_2(e)
+    taken = max(1, min(16, kernels.SUMMED // (heads * width)))
+    found.append((gathered, common | {"HEADS": heads, "BE": width, "TAKEN": taken}, 2))
+    return [
+        (kernel, {name: types[name] for name in kernel.arg_names if name in types}, constants, warps)
+        for kernel, constants, warps in found
+    ]
 
 
 CASES = [

@@ -86,6 +86,7 @@ def cases(dtype: str, masked: bool, largest: int) -> list[tuple[Any, dict[str, s
                     "BLOCK": kernels.BLOCK,
                     "RANKED": kernels.RANK_BLOCK,
                     "OTHERS": kernels.OTHERS,
+                    "SORTED": 2048 if dtype == "fp32" and largest <= 2048 else 0,
                     "SUMS": triton.next_power_of_2(kernels.COLLECT_PROGRAMS // 2),
                     "TOP": triton.next_power_of_2(largest),
                     "COUNTERS": kernels.COUNTERS,

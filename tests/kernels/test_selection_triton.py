@@ -119,6 +119,21 @@ def test_tiles_of_long_rows_share_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
         selection_triton.plan.cache_clear()
 
 
+def test_one_program_sorts_the_candidates_where_rows_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection_triton, "MANY_ROWS", 1)
+    n, k = 2100, 100
+    mask = torch.rand(3, n) < 0.5
+    mask[0, 7:] = False
+    check(torch.stack((torch.randn(n), torch.randint(5, (n,)).float(), -torch.arange(n).float())), k)
+    check(torch.randn(3, n), k, mask)
+    # More than one program sorts, and fewer than overflow the buffer: they are counted.
+    s = torch.randn(n)
+    crowd = torch.isin(chunks_of_row(n, k), torch.randperm(selection_triton.plan(n, k).chunks)[: k - 1])
+    s[crowd] += 9.0
+    assert int(crowd.sum()) > 128
+    check(s[None], k)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 def test_crowded_chunks_overflow_the_buffer(ties: bool, dtype: torch.dtype) -> None:
