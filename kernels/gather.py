@@ -119,10 +119,11 @@ def scatter_rows(
     *,
     gates: Tensor | None = None,
     add: bool = False,
+    other: Tensor | None = None,
 ) -> Tensor:
     """A copy of ``base`` with rows of each stream replaced, or added to; those at -1 are dropped.
 
-    Differentiable in ``base``, ``rows`` and ``gates``.
+    Differentiable in ``base``, ``rows``, ``gates`` and ``other``.
 
     Args:
         base: [b, n, d]; any view, as a vector that is expanded to all places.
@@ -132,12 +133,13 @@ def scatter_rows(
         backend: "torch", "triton", or None to pick by device.
         gates: [b, k], factors on the rows. The products are rounded once, to the dtype of ``base``.
         add: the rows are added to those of ``base`` instead of replacing them; rounded once too.
+        other: [d], added to all other rows of ``base``.
 
     Returns:
         [b, n, d].
 
     Raises:
-        TypeError: ``base``, ``rows`` or ``gates`` is not floating point, ``rows`` is of another dtype than
+        TypeError: ``base``, ``rows``, ``gates`` or ``other`` is not floating point, ``rows`` is of another dtype than
             ``base``, or ``indices`` is not int64.
         ValueError: the shapes do not fit, the devices differ, or the backend cannot run here.
         IndexError: an index is outside [-1, n). Only checked on a CPU and outside torch.compile: elsewhere
@@ -162,8 +164,14 @@ def scatter_rows(
             )
         if gates.device != base.device:
             raise ValueError(f"gates must be on the device of base, {base.device}, got {gates.device}")
+    if other is not None:
+        check_floating("other", other)
+        if other.shape != base.shape[-1:]:
+            raise ValueError(f"other must have shape {tuple(base.shape[-1:])}, got {tuple(other.shape)}")
+        if other.device != base.device:
+            raise ValueError(f"other must be on the device of base, {base.device}, got {other.device}")
     backend = resolve_backend(backend, base)
-    result: Tensor = _scatter(base, rows, gates, indices, add, backend)
+    result: Tensor = _scatter(base, rows, gates, indices, other, add, backend)
     return result
 
 
@@ -235,17 +243,23 @@ def _gather_backward(grad: Tensor, indices: Tensor, m: int, backend: str) -> Ten
 
 @torch.library.custom_op("xlroute::scatter_rows", mutates_args=())
 def _scatter(
-    base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Tensor, add: bool, backend: str
+    base: Tensor,
+    rows: Tensor | None,
+    gates: Tensor | None,
+    indices: Tensor,
+    other: Tensor | None,
+    add: bool,
+    backend: str,
 ) -> Tensor:
     """``base`` [b, n, d] with ``rows`` [b, k, d] times ``gates`` [b, k], or zeros, at the indices [b, k].
 
-    Or with that added there.
+    Or with that added there; elsewhere with ``other`` [d] added.
     """
     b, n, d = base.shape
     if backend == "triton" and base.numel() > 0:
         from xlroute.kernels import gather_triton
 
-        return gather_triton.scatter(base, rows, gates, indices, add)
+        return gather_triton.scatter(base, rows, gates, indices, add, other)
     if rows is not None and (gates is not None or add):
         rows = rows.to(_wide(rows, gates))
         if gates is not None:
@@ -255,7 +269,7 @@ def _scatter(
         rows = rows.to(base.dtype)
     # Rows without a place go to one past the end, which is cut off again.
     result = base.new_empty((b, n + 1, d))
-    result[:, :n] = base
+    result[:, :n] = base if other is None else base.to(_wide(base, other)) + other
     places = torch.where(indices < 0, n, indices)[..., None].expand(-1, -1, d)
     result = result.scatter_(1, places, 0.0) if rows is None else result.scatter_(1, places, rows)
     return result[:, :n].clone(memory_format=torch.contiguous_format)
@@ -291,7 +305,13 @@ def _(grad: Tensor, indices: Tensor, m: int, backend: str) -> Tensor:
 
 @_scatter.register_fake
 def _(
-    base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Tensor, add: bool, backend: str
+    base: Tensor,
+    rows: Tensor | None,
+    gates: Tensor | None,
+    indices: Tensor,
+    other: Tensor | None,
+    add: bool,
+    backend: str,
 ) -> Tensor:
     return base.new_empty(base.shape)
 
@@ -334,23 +354,29 @@ def _gather_backward_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
 
 
 def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, rows, gates, indices, ctx.add, ctx.backend = inputs
+    _, rows, gates, indices, other, ctx.add, ctx.backend = inputs
+    ctx.other_dtype = None if other is None else other.dtype
     # Without gates, no gradient depends on the rows.
     ctx.save_for_backward(None if gates is None else rows, gates, indices)
 
 
 def _scatter_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, gates, indices = ctx.saved_tensors
-    needs_base, needs_rows, needs_gates, *_ = ctx.needs_input_grad
-    d_base = None
-    if needs_base:
-        d_base = grad if ctx.add else _scatter(grad, None, None, indices, False, ctx.backend)
+    needs_base, needs_rows, needs_gates, _, needs_other, *_ = ctx.needs_input_grad
+    d_base = d_other = None
+    if needs_other or (needs_base and not ctx.add):
+        elsewhere = _scatter(grad, None, None, indices, None, False, ctx.backend)
+        d_base = grad if ctx.add else elsewhere
+        if needs_other:
+            d_other = elsewhere.sum((0, 1), dtype=compute_dtype(grad.dtype)).to(ctx.other_dtype)
+    elif needs_base:
+        d_base = grad
     d_rows = d_gates = None
     if gates is not None and (needs_rows or needs_gates):
         d_rows, d_gates = _scatter_backward(grad, rows, gates, indices, ctx.backend)
     elif needs_rows:
         d_rows, _ = _gather(grad, None, indices, False, ctx.backend)
-    return d_base, d_rows, d_gates, None, None, None
+    return d_base, d_rows, d_gates, None, d_other, None, None
 
 
 def _scatter_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

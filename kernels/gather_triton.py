@@ -124,6 +124,7 @@ def scatter_rows_kernel(
     p_rows: tl.tensor,
     p_gates: tl.tensor,
     p_indices: tl.tensor,
+    p_other: tl.tensor,
     p_result: tl.tensor,
     n: tl.tensor,
     k: tl.tensor,
@@ -135,6 +136,7 @@ def scatter_rows_kernel(
     HAS_ROWS: tl.constexpr,
     GATED: tl.constexpr,
     ADD: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
@@ -142,7 +144,8 @@ def scatter_rows_kernel(
 ) -> None:
     """BN rows of the result [b, n, D]: the rows [b, k, D] whose index names them, else those of the base.
 
-    The rows are multiplied by their gates [b, k], and with ADD put on top of those of the base.
+    The rows are multiplied by their gates [b, k], and with ADD put on top of those of the base. The other [D]
+    is added to rows of the base that none names.
     """
     i_b = tl.program_id(0).to(tl.int64) // tiles
     o_n = (tl.program_id(0).to(tl.int64) % tiles) * BN + tl.arange(0, BN)
@@ -161,7 +164,11 @@ def scatter_rows_kernel(
         o_d = i_d + tl.arange(0, BD)
         m_d = (o_d < D)[None, :]
         p_b = p_base + i_b * stride_b + (o_n * stride_n)[:, None] + (o_d * stride_d)[None, :]
-        b_out = tl.load(p_b, mask=m_base[:, None] & m_d, other=0.0)  # [BN, BD]
+        b_base = tl.load(p_b, mask=m_base[:, None] & m_d, other=0.0)  # [BN, BD]
+        b_out = b_base
+        if HAS_OTHER:
+            b_other = tl.load(p_other + o_d, mask=o_d < D, other=0.0).to(ACC)[None, :]
+            b_out = (b_base.to(ACC) + b_other).to(b_base.dtype)
         if HAS_ROWS:
             p_r = p_rows + ((i_b * k + b_from) * D)[:, None] + o_d[None, :]
             b_rows = tl.load(p_r, mask=m_rows[:, None] & m_d, other=0.0)
@@ -170,8 +177,8 @@ def scatter_rows_kernel(
                 if GATED:
                     b_sum = b_sum * b_gate[:, None]
                 if ADD:
-                    b_sum += b_out.to(ACC)
-                b_rows = b_sum.to(b_out.dtype)
+                    b_sum += b_base.to(ACC)
+                b_rows = b_sum.to(b_base.dtype)
             b_out = tl.where(m_rows[:, None], b_rows, b_out)
         p_to = p_result + (i_b * n + o_n)[:, None] * D + o_d[None, :]
         tl.store(p_to, b_out, mask=m_n[:, None] & m_d)
@@ -276,11 +283,16 @@ def gather_backward(grad: Tensor, indices: Tensor, m: int) -> Tensor:
 
 
 def scatter(
-    base: Tensor, rows: Tensor | None, gates: Tensor | None, indices: Tensor, add: bool = False
+    base: Tensor,
+    rows: Tensor | None,
+    gates: Tensor | None,
+    indices: Tensor,
+    add: bool = False,
+    other: Tensor | None = None,
 ) -> Tensor:
     """Base [b, n, d] with rows [b, k, d] times gates [b, k], or zeros, at the indices [b, k], or added there.
 
-    The base is not empty.
+    Elsewhere the other [d] is added. The base is not empty.
     """
     b, n, d = base.shape
     k = indices.shape[1]
@@ -293,6 +305,7 @@ def scatter(
             None if rows is None else rows.contiguous(),
             None if gates is None else gates.contiguous(),
             indices.contiguous(),
+            None if other is None else other.contiguous(),
             result,
             n,
             k,
@@ -302,6 +315,7 @@ def scatter(
             HAS_ROWS=rows is not None,
             GATED=gates is not None,
             ADD=add,
+            HAS_OTHER=other is not None,
             BN=SCATTER_ROWS,
             BK=INDICES // 2,
             BD=scatter_width(d),

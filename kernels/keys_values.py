@@ -92,6 +92,23 @@ def gather_keys_values(
         IndexError: an index is outside [-1, m). Only checked on a CPU and outside torch.compile: elsewhere
             the check would have to wait for the device.
     """
+    check_gathered(keys, values, gates, indices, null_key, null_value)
+    backend = resolve_backend(backend, keys)
+    laid: tuple[Tensor, Tensor] = _gather(
+        keys, values, gates, indices, null_key, null_value, gate_keys, backend
+    )
+    return laid
+
+
+def check_gathered(
+    keys: Tensor,
+    values: Tensor,
+    gates: Tensor,
+    indices: Tensor,
+    null_key: Tensor | None,
+    null_value: Tensor,
+) -> None:
+    """The checks of `gather_keys_values`."""
     others = {"gates": gates, "null_key": null_key, "null_value": null_value}
     _check(keys, values, others, "[b, m, r, heads of a set, e]")
     b, m, r, h, e = keys.shape
@@ -102,11 +119,6 @@ def gather_keys_values(
     if indices.device != keys.device:
         raise ValueError(f"indices must be on the device of keys, {keys.device}, got {indices.device}")
     check_range(indices, m)
-    backend = resolve_backend(backend, keys)
-    laid: tuple[Tensor, Tensor] = _gather(
-        keys, values, gates, indices, null_key, null_value, gate_keys, backend
-    )
-    return laid
 
 
 def _check(keys: Tensor, values: Tensor, others: dict[str, Tensor | None], layout: str) -> None:

@@ -17,7 +17,7 @@ from xlroute.kernels.arguments import compute_dtype
 
 ELEMENTS = 4096  # of the keys that a program of the forward moves; as many values
 
-SUMMED = 1024  # elements that a program of the backward of gathered rows adds at once
+SUMMED = 8192  # bytes of keys that a program of the backward of gathered rows adds at once; as many of values
 
 _SIZES = ("places", "tiles", "sets", "windows", "stride_keys", "stride_values")
 
@@ -337,7 +337,7 @@ def gathered_backward(
     named, order = named.to(torch.int32).flatten().sort(stable=True)
     starts = torch.searchsorted(named, torch.arange(rows + 1, dtype=torch.int32, device=keys.device))
     heads, width = triton.next_power_of_2(h), triton.next_power_of_2(e)
-    taken = max(1, min(16, SUMMED // (heads * width)))
+    taken = max(1, min(16, SUMMED // (heads * width * keys.element_size())))
     with torch.cuda.device_of(keys):  # type: ignore[no-untyped-call]
         gathered_keys_values_bwd_kernel[(rows,)](
             d_laid_keys.contiguous(),

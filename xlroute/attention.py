@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from xlroute.backend import pick_backend
 from xlroute.cross_attention import AttentionStats, ConditionalRoutedCrossAttention
+from xlroute.kernels import gather_rows
 from xlroute.local_attention import LocalAttention
-from xlroute.router import check_num_tokens
+from xlroute.router import RouterOutput, check_num_tokens, overlap, rows_to_route
 
 
 class ConditionalRoutedAttention(nn.Module):
@@ -46,7 +49,7 @@ class ConditionalRoutedAttention(nn.Module):
         multiply_keys_by_score: multiply keys and values by the gates of their tokens, which is to say the
             input of both, as the paper writes it; otherwise the values alone.
         multiply_queries_by_score: multiply the queries by their gates, besides their outputs.
-        use_triton: whether routing runs in Triton; None picks by device.
+        use_triton: whether routing and the light branch run in Triton; None picks by device.
         use_null_q_tokens: what the heavy branch gives tokens whose query was not routed is learned; otherwise
             zero.
         use_flash_attn: whether the heavy branch may use PyTorch's fused attention, flash kernels among it;
@@ -85,7 +88,11 @@ class ConditionalRoutedAttention(nn.Module):
             if light_window_size < 2:
                 raise ValueError(f"light_window_size: expected at least 2, got {light_window_size}")
             self.light_attn = LocalAttention(
-                dim, window_size=light_window_size // 2, dim_head=light_dim_head, heads=light_heads
+                dim,
+                window_size=light_window_size // 2,
+                dim_head=light_dim_head,
+                heads=light_heads,
+                use_triton=use_triton,
             )
         self.heavy_attn = heavy_attention(
             dim,
@@ -128,19 +135,16 @@ class ConditionalRoutedAttention(nn.Module):
         Raises:
             ValueError: for shapes and options that do not fit together.
         """
-        heavy = self.heavy_attn(
+        out, stats = attend_within(
+            self.heavy_attn,
             x,
-            x,
+            None if self.light_attn is None else self.light_attn(x, mask),
             num_tokens_q=num_heavy_tokens_q,
             num_tokens_kv=num_heavy_tokens_kv,
             mask=mask,
-            context_mask=mask,
-            return_stats=return_stats,
+            with_stats=return_stats,
         )
-        out, *stats = heavy if return_stats else (heavy,)
-        if self.light_attn is not None:
-            out = self.light_attn(x, mask) + out
-        return (out, *stats) if return_stats else out
+        return out if stats is None else (out, stats)
 
 
 def heavy_attention(
@@ -166,3 +170,72 @@ def heavy_attention(
         use_flash_attn=None if use_flash_attn else False,
         **options,
     )
+
+
+def attend_within(
+    heavy: ConditionalRoutedCrossAttention,
+    x: Tensor,
+    light: Tensor | None,
+    *,
+    num_tokens_q: int | float | None,
+    num_tokens_kv: int | float | None,
+    mask: Tensor | None,
+    with_stats: bool,
+) -> tuple[Tensor, AttentionStats | None]:
+    """The output of a light branch and of a heavy one: light + `heavy(x, x)`, but x is scored only once.
+
+    Args:
+        heavy: a heavy branch, as `heavy_attention` builds it.
+        x: tokens [b, n, d].
+        light: what the light branch gives for them, [b, n, d]; None if there is none.
+        num_tokens_q: overrides that of the heavy branch.
+        num_tokens_kv: overrides that of the heavy branch.
+        mask: bool [b, n].
+        with_stats: return how the routings went too.
+
+    Returns:
+        [b, n, d], and the statistics or None.
+    """
+    router, kv_router = heavy.q_router, heavy.kv_router
+    assert router is not None
+    assert heavy.num_tokens_q is not None
+    num_q = heavy.num_tokens_q if num_tokens_q is None else num_tokens_q
+    num_kv = heavy.num_tokens_kv if num_tokens_kv is None else num_tokens_kv
+    shares = mask is not None and (isinstance(num_q, float) or isinstance(num_kv, float))
+    blocks = router.route_block_size is not None
+    if x.ndim != 3 or shares or blocks or rows_to_route(num_q, x.shape[1]) == x.shape[1]:
+        out = heavy(
+            x,
+            x,
+            num_tokens_q=num_tokens_q,
+            num_tokens_kv=num_tokens_kv,
+            mask=mask,
+            context_mask=mask,
+            return_stats=with_stats,
+        )
+        out, stats = out if with_stats else (out, None)
+        return (out if light is None else light + out), stats
+    b, n, _ = x.shape
+    if mask is not None and (mask.shape != (b, n) or mask.dtype != torch.bool):
+        raise ValueError(f"mask: expected bool {(b, n)}, got {mask.dtype} {tuple(mask.shape)}")
+    s = router.scores(x, kv_router)  # [b, 1 + r, n]
+    q_gates, q_indices, q_stats = router.choose(
+        s[:, 0], num_tokens=rows_to_route(num_q, n), mask=mask, with_stats=with_stats
+    )
+    kv_gates, kv_indices, kv_stats = kv_router.choose(
+        s[:, 1:],
+        num_tokens=rows_to_route(num_kv, n),
+        mask=None if mask is None else mask[:, None],
+        with_stats=with_stats,
+    )
+    k = q_indices.shape[-1]
+    both = torch.cat((q_indices, kv_indices.flatten(1)), dim=1)
+    tokens = gather_rows(x, both, pick_backend(router.use_triton, x.device))
+    queries = RouterOutput(q_indices, q_gates, tokens[:, :k], None)
+    there = None if mask is None else kv_indices >= 0
+    routed = RouterOutput(kv_indices, kv_gates, tokens[:, k:].unflatten(1, kv_indices.shape[1:]), there)
+    out = heavy.attend(heavy.queries(queries.tokens, queries), heavy.keys_values(routed))
+    out = heavy.route_back(x, out, queries) if light is None else heavy.add_back(light, out, queries)
+    if q_stats is None or kv_stats is None:
+        return out, None
+    return out, AttentionStats(q_stats, kv_stats, overlap(kv_indices))

@@ -122,7 +122,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         multiply_keys_by_score: multiply keys and values by the gates of their tokens, which is to say the
             input of both, as the paper writes it; otherwise the values alone.
         multiply_queries_by_score: multiply the queries by their gates, besides their outputs.
-        use_triton: whether routing runs in Triton; None picks by device.
+        use_triton: whether routing and the light branch run in Triton; None picks by device.
         use_null_q_tokens: what the heavy branch gives tokens with a past whose query was not routed is
             learned; otherwise zero.
         use_flash_attn: whether the heavy branch may use PyTorch's fused attention, flash kernels among it;
@@ -173,7 +173,12 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         self.heavy_window_size = light_window_size if heavy_window_size is None else heavy_window_size
         self.query_routing = query_routing
         self.light_attn = LocalAttention(
-            dim, window_size=light_window_size, dim_head=light_dim_head, heads=light_heads, causal=True
+            dim,
+            window_size=light_window_size,
+            dim_head=light_dim_head,
+            heads=light_heads,
+            causal=True,
+            use_triton=use_triton,
         )
         self.heavy_attn = heavy_attention(
             dim,
@@ -270,7 +275,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         whole = opened.length // self.heavy_window_size * self.heavy_window_size
         ended, opened = ended.followed_by(opened.cut(0, whole)), opened.cut(whole)
         heavy, routed, _ = self._attend_to_past(
-            x, ended, opened, routed, self.num_heavy_tokens_q, self.num_heavy_tokens_kv
+            x, ended, opened, routed, self.num_heavy_tokens_q, self.num_heavy_tokens_kv, step=True
         )
         return (
             out if heavy is None else out + heavy,
@@ -303,6 +308,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         num_q: int | float,
         num_kv: int | float,
         *,
+        step: bool = False,
         random_route: bool = False,
         with_stats: bool = False,
     ) -> tuple[Tensor | None, RoutedKeysValues | None, AutoregressiveStats | None]:
@@ -315,12 +321,13 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             routed: what the window of the first token of x attends to, if that is known.
             num_q: k' or a share.
             num_kv: k or a share.
+            step: whether more tokens will follow.
             random_route: see `forward`.
             with_stats: whether to return statistics; not with a known `routed`.
 
         Returns:
             [b, n, d], or None if there is no past to attend to; what the open window attends to, if it has
-            tokens; the statistics.
+            tokens and more follow; the statistics.
         """
         heavy, w = self.heavy_attn, self.heavy_window_size
         b, n, _ = x.shape
@@ -334,31 +341,40 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         if self.query_routing == "window" and self.training and not torch.compiler.is_compiling():
             _warn_of_looking_ahead()
 
-        stats = shared = None
+        stats = shared = rows = None
         if routed is None or last > start // w:
             gates, indices, stats = self._route_rows(ended, first, last, k_kv, random_route, with_stats)
-            # Without a mask, a window lacks rows only while it has fewer than k before it.
-            full = ended.mask is None and k_kv <= first * w
-            routed = heavy.gather_keys_values(
-                ended.keys, ended.values, gates, indices, None if full else indices >= 0
-            )
+            rows = (ended.keys, ended.values, gates, indices)
+            routed = None
             shared = overlap(indices.transpose(1, 2)) if with_stats else None
+            if step or heavy.backend != "sdpa":
+                # Without a mask, a window lacks rows only while it has fewer than k before it.
+                full = ended.mask is None and k_kv <= first * w
+                routed = heavy.gather_keys_values(*rows, None if full else indices >= 0)
         queries = self._route_queries(x, ended, opened, first, last, k_q, random_route)
         q = rearrange(
             heavy.queries(queries.tokens, queries), "b h (c k) e -> (b c) h k e", c=last - first + 1
         )
-        out = rearrange(heavy.attend(q, routed), "(b c) k d -> b (c k) d", b=b, c=last - first + 1)
+        past = None  # which windows have one, [b, c]; all, if there is no mask
+        if routed is None:
+            assert rows is not None
+            out = heavy.attend_to_gathered(q, *rows)
+            past = None if ended.mask is None else (rows[-1][:, :, 0] >= 0).any(-1)
+        else:
+            out = heavy.attend(q, routed)
+            if ended.mask is not None and routed.mask is not None:
+                past = routed.mask[:, 0, 0, 1:].any(-1).view(b, last - first + 1)
+        out = rearrange(out, "(b c) k d -> b (c k) d", b=b, c=last - first + 1)
 
         skipped = max(w - start, 0)  # tokens of the first window
         places = queries.indices.sub(start + skipped).masked_fill(queries.indices < 0, -1)
         out = heavy.route_back(x[:, skipped:], out, queries._replace(indices=places))
-        if ended.mask is not None and routed.mask is not None:
-            past = routed.mask[:, 0, 0, 1:].any(-1).view(b, last - first + 1)
+        if past is not None:
             window = torch.arange(start + skipped, total, device=x.device) // w - first
             out = out.masked_fill(~past[:, window, None], 0)
         out = F.pad(out, (0, 0, skipped, 0))
         if stats is None or shared is None:
-            newest = _last_window(routed, last - first + 1) if opened.length else None
+            newest = _last_window(routed, last - first + 1) if routed is not None and opened.length else None
             return out, newest, None
         used = (places >= 0).view(b, last, k_q).sum(-1) / k_q
         return out, None, AutoregressiveStats(used, stats, shared)
@@ -396,7 +412,8 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             stats.append(chosen_stats)
 
         def in_order(parts: Iterable[Tensor]) -> Tensor:
-            return torch.cat([part.flip(2) for part in parts], dim=2)
+            first, *others = [part.flip(2) for part in parts]
+            return torch.cat((first, *others), dim=2) if others else first
 
         return (
             in_order(gates).transpose(1, 2),

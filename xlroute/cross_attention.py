@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from xlroute.attend import AttentionBackend, attend
 from xlroute.backend import pick_backend
-from xlroute.kernels import gated_keys_values, gather_keys_values, scatter_rows
+from xlroute.kernels import gated_keys_values, gather_keys_values, gathered_attention, scatter_rows
 from xlroute.memory import MemoryLayer
 from xlroute.position import rotary_at, rotate
 from xlroute.router import (
@@ -329,6 +329,25 @@ class ConditionalRoutedCrossAttention(nn.Module):
         )
         return RoutedKeysValues(keys, values, self._by_head(None if mask is None else mask.flatten(0, 1)))
 
+    def attend_to_gathered(
+        self, q: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor
+    ) -> Tensor:
+        """Attend from queries [b c, h, n, e] to what `gather_keys_values` gives: [b c, n, d]."""
+        assert self.null_key is not None
+        sizes = (self.sets, self.heads // self.sets, -1)
+        out = gathered_attention(
+            q,
+            keys.to(q.dtype).unflatten(-1, sizes),
+            values.to(q.dtype).unflatten(-1, sizes),
+            gates,
+            indices,
+            self.null_key,
+            self.null_value,
+            gate_keys=self.multiply_keys_by_score,
+            backend=pick_backend(self.kv_router.use_triton, q.device),
+        )
+        return self.to_out(rearrange(out, "b h n e -> b n (h e)"))  # type: ignore[no-any-return]
+
     def _by_head(self, mask: Tensor | None) -> Tensor | None:
         """A mask [b, r, k] for the heads of the sets and with the null key in front, [b, h, 1, 1 + k]."""
         if mask is None:
@@ -381,10 +400,18 @@ class ConditionalRoutedCrossAttention(nn.Module):
     def route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
         """Put the gated outputs of routed queries in their places; others get the learned output, or zero."""
         base = x.new_zeros(()) if self.null_q_token is None else self.null_q_token
+        return self._scatter(base.to(heavy).expand(x.shape), heavy, queries)
+
+    def add_back(self, light: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
+        """What `route_back` gives, on top of the output of a light branch; rounded once."""
+        return self._scatter(light, heavy.to(light), queries, add=True, other=self.null_q_token)
+
+    def _scatter(self, base: Tensor, heavy: Tensor, queries: RouterOutput, **options: Any) -> Tensor:
         return scatter_rows(
-            base.to(heavy).expand(x.shape),
+            base,
             heavy,
             queries.indices,
-            backend=pick_backend(self.kv_router.use_triton, x.device),
+            backend=pick_backend(self.kv_router.use_triton, base.device),
             gates=queries.scores,
+            **options,
         )

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from xlroute.attend import attend
-from xlroute.attention import heavy_attention
+from xlroute.attention import attend_within, heavy_attention
 from xlroute.cross_attention import AttentionStats
 
 
@@ -176,17 +176,17 @@ class ConditionalRoutedImageAttention(nn.Module):
                 f"mask: expected bool {tuple(x.shape[:3])}, got {mask.dtype} {tuple(mask.shape)}"
             )
         places, places_mask = x.flatten(1, 2), None if mask is None else mask.flatten(1, 2)
-        heavy = self.heavy_attn(
+        light = self.light_attn(x, mask)
+        out, stats = attend_within(
+            self.heavy_attn,
             places,
-            places,
+            light.flatten(1, 2),
             num_tokens_q=num_heavy_tokens_q,
             num_tokens_kv=num_heavy_tokens_kv,
             mask=places_mask,
-            context_mask=places_mask,
-            return_stats=return_stats,
+            with_stats=return_stats,
         )
-        heavy, *stats = heavy if return_stats else (heavy,)
-        out = self.light_attn(x, mask) + heavy.view(x.shape)
+        out = out.view(x.shape)
         if self.channel_first:
             out = rearrange(out, "b p q d -> b d p q")
-        return (out, *stats) if return_stats else out
+        return out if stats is None else (out, stats)

@@ -30,11 +30,18 @@ def cases(dtype: str, d: int) -> list[Case]:
         ),
         (kernels.gather_rows_bwd_kernel, types, {"D": d, "BK": kernels.INDICES, "BD": width, "ACC": acc}, 4),
         (kernels.scatter_rows_bwd_kernel, types, {"D": d, "BK": rows, "BD": width, "ACC": acc}, 4),
-        (kernels.scatter_rows_kernel, types, scatter | {"HAS_ROWS": True, "GATED": True, "ADD": True}, 4),
+        (
+            kernels.scatter_rows_kernel,
+            types | {"p_other": f"*{dtype}"},
+            scatter | dict.fromkeys(("HAS_ROWS", "GATED", "ADD", "HAS_OTHER"), True),
+            4,
+        ),
         (
             kernels.scatter_rows_kernel,
             types,
-            scatter | {"HAS_ROWS": False, "GATED": False, "ADD": False, "p_rows": None, "p_gates": None},
+            scatter
+            | dict.fromkeys(("HAS_ROWS", "GATED", "ADD", "HAS_OTHER"), False)
+            | dict.fromkeys(("p_rows", "p_gates", "p_other")),
             4,
         ),
     ]

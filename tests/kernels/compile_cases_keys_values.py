@@ -27,7 +27,7 @@ def cases(dtype: str, h: int, e: int, gate_keys: bool) -> list[Case]:
     rows, width = kernels.block(e, kernels.ELEMENTS // 4)
     found.append((backward, common | {"BK": rows, "BE": width}, 4))
     heads, width = triton.next_power_of_2(h), triton.next_power_of_2(e)
-    taken = max(1, min(16, kernels.SUMMED // (heads * width)))
+    taken = max(1, min(16, kernels.SUMMED // (heads * width * (2 if dtype == "bf16" else 4))))
     found.append((gathered, common | {"HEADS": heads, "BE": width, "TAKEN": taken}, 2))
     return [
         (kernel, {name: types[name] for name in kernel.arg_names if name in types}, constants, warps)

@@ -1,8 +1,9 @@
 """Every kernel compiles for the GPUs it is meant for, on a machine that has none.
 
 Each compile_cases_<op>.py names its kernels and how they are called: CASES, a list of (kernel, types of the
-arguments, constants, warps), with the least compute capability at the end where it is more than 8.0. They are
-compiled in a process of their own, since TRITON_INTERPRET changes what a kernel is:
+arguments, constants, warps), with the least compute capability at the end where it is more than 8.0; constants
+may hold the option num_stages. They are compiled in a process of their own, since TRITON_INTERPRET changes what
+a kernel is:
 
     python tests/kernels/test_compile_gpu_targets.py CASES_FILE CAPABILITY
 """
@@ -56,6 +57,7 @@ def compile_case(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    stages = constants.pop("num_stages", None)
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     # PyTorch's allocations begin at multiples of 16 bytes, and a call tells the compiler so.
     aligned = {
@@ -64,7 +66,10 @@ def compile_case(
         if kind.startswith("*")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    options = {"num_warps": warps}
+    if stages is not None:
+        options["num_stages"] = stages
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

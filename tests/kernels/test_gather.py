@@ -52,25 +52,28 @@ def test_gates_are_gathered_beside_their_rows(shape: tuple[int, ...]) -> None:
     assert torch.equal(straight.isnan(), indices >= 0)
 
 
+@pytest.mark.parametrize("has_other", [False, True])
 @pytest.mark.parametrize("add", [False, True], ids=["replaced", "added"])
 @pytest.mark.parametrize("k", [0, 1, 4])
-def test_scatter_equals_a_loop(k: int, add: bool) -> None:
+def test_scatter_equals_a_loop(k: int, add: bool, has_other: bool) -> None:
     base = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(3, k, 4, dtype=torch.float64, requires_grad=True)
     indices = torch.stack([torch.randperm(6)[:k] for _ in range(3)])
     indices[torch.rand(3, k) < 0.3] = -1
-    expected = base.clone()
+    other = torch.randn(4, dtype=torch.float64, requires_grad=True) if has_other else None
+    expected = base.clone() if other is None else base + other
     for stream in range(3):
         for place, index in enumerate(indices[stream].tolist()):
             if index >= 0:
                 expected[stream, index] = rows[stream, place] + (base[stream, index] if add else 0)
-    given = scatter_rows(base, rows, indices, add=add)
+    given = scatter_rows(base, rows, indices, add=add, other=other)
     cotangent = torch.randn_like(expected)
     assert torch.equal(given, expected)
-    wanted = torch.autograd.grad(expected, (base, rows), cotangent, allow_unused=True)
-    gradients = torch.autograd.grad(given, (base, rows), cotangent)
+    leaves = (base, rows) if other is None else (base, rows, other)
+    wanted = torch.autograd.grad(expected, leaves, cotangent, allow_unused=True)
+    gradients = torch.autograd.grad(given, leaves, cotangent)
     for ours, theirs in zip(gradients, wanted, strict=True):
-        assert torch.equal(ours, torch.zeros_like(ours) if theirs is None else theirs)
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs)
 
 
 def test_scatter_multiplies_rows_by_their_gates() -> None:
@@ -108,8 +111,10 @@ def test_gradcheck() -> None:
         assert check(lambda x, rows: scatter_rows(x, rows, places), (x, rows))
         for add in (False, True):
             assert check(
-                lambda x, rows, gates, add=add: scatter_rows(x, rows, places, gates=gates[:, :2], add=add),
-                (x, rows, gates),
+                lambda x, rows, gates, other, add=add: scatter_rows(
+                    x, rows, places, gates=gates[:, :2], add=add, other=other
+                ),
+                (x, rows, gates, torch.randn(3, dtype=torch.float64, requires_grad=True)),
             )
 
 
@@ -165,6 +170,8 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"rows must have shape \[b, k, d\].* got \(2, 3, 3\) for \(2, 4\)"):
         scatter_rows(x, torch.randn(2, 3, 3), indices)
     rows = torch.randn(2, 4, 3)
+    with pytest.raises(ValueError, match=r"other must have shape \(3,\), got \(2,\)"):
+        scatter_rows(x, rows, indices, other=torch.randn(2))
     with pytest.raises(ValueError, match=r"gates must have the shape of indices, \(2, 4\), got \(2, 4, 1\)"):
         scatter_rows(x, rows, indices, gates=torch.rand(2, 4, 1))
     with pytest.raises(TypeError, match="gates must be a floating-point tensor"):

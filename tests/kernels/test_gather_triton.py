@@ -233,6 +233,18 @@ def test_scatter_of_gated_rows(shape: tuple[int, ...], add: bool, dtype: torch.d
     torch.testing.assert_close(given[3], expected[3])  # a sum over d, in another order
 
 
+@pytest.mark.parametrize("add", [False, True])
+def test_scatter_adds_another_to_the_rest(add: bool) -> None:
+    base, rows, other, places = randn(2, 9, 20), randn(2, 5, 20), randn(20), distinct(2, 9, 5)
+
+    def scatter(base: Tensor, rows: Tensor, other: Tensor, places: Tensor, backend: Any) -> Tensor:
+        return scatter_rows(base, rows, places, backend, add=add, other=other)
+
+    expected, given = both(scatter, (base, rows, other), places)
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_scatter_over_one_vector() -> None:
     vector, rows, places = randn(16), randn(2, 5, 16), distinct(2, 9, 5)
 
@@ -272,11 +284,11 @@ def test_opcheck(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         ops.gather_rows.default, (x.detach()[:, ::2, 1:], None, indices % 3, False, "triton")
     )
     torch.library.opcheck(ops.gather_rows_backward.default, (rows, places, 6, "triton"))
-    torch.library.opcheck(ops.scatter_rows.default, (x, rows, factors, places, True, "triton"))
+    torch.library.opcheck(ops.scatter_rows.default, (x, rows, factors, places, None, True, "triton"))
     grad = x.detach().requires_grad_()
     torch.library.opcheck(ops.scatter_rows_backward.default, (grad, rows, factors, places, "triton"))
     torch.library.opcheck(
-        ops.scatter_rows.default, (x[:1].detach().expand(2, 6, 5), None, None, places, False, "triton")
+        ops.scatter_rows.default, (x[:1].detach().expand(2, 6, 5), None, None, places, None, False, "triton")
     )
 
 
