@@ -139,8 +139,8 @@ def scatter_rows(
         [b, n, d].
 
     Raises:
-        TypeError: ``base``, ``rows``, ``gates`` or ``other`` is not floating point, ``rows`` is of another dtype than
-            ``base``, or ``indices`` is not int64.
+        TypeError: ``base``, ``rows``, ``gates`` or ``other`` is not floating point, ``rows`` is of another
+            dtype than ``base``, or ``indices`` is not int64.
         ValueError: the shapes do not fit, the devices differ, or the backend cannot run here.
         IndexError: an index is outside [-1, n). Only checked on a CPU and outside torch.compile: elsewhere
             the check would have to wait for the device, and Triton drops the row instead.

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from xlroute.kernels import gather_keys_values, gathered_attention
 
+# Said once a process by whatever test comes first.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 is wrong.
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())

@@ -17,6 +17,12 @@ from xlroute import (
     ConditionalRoutedTransformerBlock,
 )
 
+# Said once a process by whatever test comes first.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+]
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 HEADS: dict[str, Any] = {
