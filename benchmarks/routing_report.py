@@ -42,6 +42,7 @@ class Work:
         reach: what xlroute is to reach.
         quantity: which number of a measurement counts.
         floor_bytes: what must be read and written once; None where that bounds nothing.
+        floor_subject: one of the subjects, whose time is the floor instead.
         input_bytes: of the inputs, which stay in a cache that holds them.
         in_table: False for what only the CSV holds.
         measurements: one for each subject.
@@ -52,6 +53,7 @@ class Work:
     reach: str
     quantity: Literal["ms", "MiB", "relative error"] = "ms"
     floor_bytes: int | None = None
+    floor_subject: str | None = None
     input_bytes: int | None = None
     in_table: bool = True
     measurements: list[Measurement] = field(default_factory=list)
@@ -80,9 +82,12 @@ class Machine:
     copy_rate: float
     cache_bytes: int | None
 
-    def floor(self, size: int | None) -> float | None:
-        """Milliseconds that moving so many bytes takes."""
-        return None if size is None else 1e3 * size / self.copy_rate
+    def floor(self, work: Work) -> float | None:
+        """Milliseconds that moving the work's bytes takes, or that its floor's subject took."""
+        if work.floor_bytes is not None:
+            return 1e3 * work.floor_bytes / self.copy_rate
+        timings = [each.timing for each in work.measurements if each.subject == work.floor_subject]
+        return timings[0].median if timings and timings[0] is not None else None
 
 
 def value(work: Work, measurement: Measurement) -> float | None:
@@ -172,7 +177,7 @@ def draw(path: Path, points: list[Point], bytes_a_row: int, machine: Machine) ->
 def _line(work: Work, machine: Machine, others: Sequence[str]) -> tuple[str, ...]:
     by_subject = {each.subject: each for each in work.measurements}
     ours = by_subject[OURS]
-    number, floor = value(work, ours), machine.floor(work.floor_bytes)
+    number, floor = value(work, ours), machine.floor(work)
     spread, memory = "-", "-"
     if work.quantity == "ms" and ours.timing is not None:
         spread = f"{_number(ours.timing.low)} to {_number(ours.timing.high)}"
@@ -214,7 +219,7 @@ def _mebibytes(number: float) -> str:
 
 def _csv_row(work: Work, measurement: Measurement, machine: Machine, m: str) -> dict[str, str]:
     timing = measurement.timing if work.quantity == "ms" else None
-    floor = machine.floor(work.floor_bytes)
+    floor = machine.floor(work)
     cache = ""
     if machine.cache_bytes is not None and work.input_bytes is not None:
         fits = "fit in" if work.input_bytes < machine.cache_bytes else "exceed"
