@@ -43,19 +43,13 @@ class RoutedImageTransformer(nn.Module):
         self, dim: int, *, depth: int, attention: Mapping[str, Any], feedforward: Mapping[str, Any]
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                (
-                    ConditionalRoutedImageAttention(dim, **attention),
-                    ConditionalRoutedFeedForward(dim, **feedforward),
-                )
-            )
-            for _ in range(depth)
-        )
-        for layer in self.layers:
-            null_q_token = layer[0].heavy_attn.null_q_token
-            # A random vector in place of what patches that are not routed get would hide what they are.
-            nn.init.zeros_(null_q_token)
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            layer = ConditionalRoutedImageAttention(dim, **attention)
+            assert layer.heavy_attn.null_q_token is not None
+            # Patches that are not routed all get it: a random one would hide what they are.
+            nn.init.zeros_(layer.heavy_attn.null_q_token)
+            self.layers.append(nn.ModuleList((layer, ConditionalRoutedFeedForward(dim, **feedforward))))
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, return_stats: bool = False
@@ -285,7 +279,7 @@ class ConditionalRoutedViT(nn.Module):
             )
         linear.weight.copy_(rearrange(weight, "d c height width -> d (height width c)"))
         linear.bias.copy_(bias)
-        table = positions[0, rows - p * q :].unflatten(0, (p, q))
+        table = positions[0, rows - p * q :].reshape(p, q, -1)
         self.positions.copy_(resample(table, *self.positions.shape[:2]))
 
     def _check_size(self, name: str, size: tuple[int, ...]) -> None:
