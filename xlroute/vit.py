@@ -54,7 +54,7 @@ class RoutedImageTransformer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, return_stats: bool = False
     ) -> tuple[Tensor, tuple[BlockStats, ...]]:
-        """Maps [b, p, q, d], of which mask, bool [b, p, q], counts: the same, and statistics if asked for."""
+        """[b, p, q, d] -> [b, p, q, d], and how the layers' routings went if asked for; mask [b, p, q]."""
         places_mask = None if mask is None else mask.flatten(1, 2)
         stats = []
         for layer in self.layers:
