@@ -34,6 +34,7 @@ memory: the most GPU memory held beyond what was held before the call, its resul
 reference: the same layer with use_triton=False. dense: attention of every token to all (to all before it, in
 the autoregressive layer) by scaled_dot_product_attention, and the heavy feedforward for every token.
 floor: of the feedforward, its matrix products alone; of the image attention, its light branch alone.
+block: ε of its routers is 1, so that results in bfloat16, which rounds what is routed, can be compared.
 colt5: colt5-attention, with Triton on a GPU."""
 
 

@@ -42,10 +42,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Reach:
-    """What is to be reached; None for what is not to be in the table."""
+    """What is to be reached by forward, forward and backward, and GPU memory; None for no such line."""
 
-    forward: str | None = ""
-    both: str | None = ""
+    forward: str | None
+    both: str
     memory: str | None = None
 
 
@@ -76,12 +76,11 @@ def works(
 
     if reach.forward is not None:
         yield work("forward", reach.forward, lambda each: each.forward)
-    if reach.both is not None:
-        both = work("forward + backward", reach.both, lambda each: each.both)
-        yield both
-        if reach.memory is not None:
-            title = f"{name}, extra GPU memory"
-            yield Work(title, title, reach.memory, quantity="MiB", measurements=list(both.measurements))
+    both = work("forward + backward", reach.both, lambda each: each.both)
+    yield both
+    if reach.memory is not None:
+        title = f"{name}, extra GPU memory"
+        yield Work(title, title, reach.memory, quantity="MiB", measurements=list(both.measurements))
 
 
 def routed(build: Callable[[bool | None], nn.Module], x: Tensor, cotangent: Tensor) -> list[Contender]:
