@@ -82,7 +82,13 @@ def autoregressive(sizes: LayerSizes, device: torch.device, dtype: torch.dtype) 
     }
     attention = DenseSelfAttention(sizes.dim, sizes.heads, sizes.dim_head, causal=True)
     contenders = [
-        *routed(builder(ConditionalRoutedAutoregressiveAttention, options), x, cotangent),
+        *routed(
+            builder(
+                ConditionalRoutedAutoregressiveAttention, {**options, "router_kwargs": {"eps": SMOOTH_EPS}}
+            ),
+            x,
+            cotangent,
+        ),
         dense(attention, x, cotangent),
         *peer("ConditionalRoutedAutoregressiveAttention", x, cotangent, **options),
     ]

@@ -89,9 +89,12 @@ def select_by_sorting(s: Tensor, k: int, mask: Tensor | None) -> Tensor:
     indices = indices.gather(-1, order)
     n_above = above.sum(-1, keepdim=True)
 
+    equal = (s == threshold) & ~invalid
+    if s.device.type == "cpu" and torch.equal(equal.sum(-1, keepdim=True), k - n_above):
+        return indices  # topk has returned all that equal it, too
     # The rest are the first of those that equal it: topk of a key that falls with the index, 0 for no match.
     falling = torch.arange(n, 0, -1, device=s.device)
-    ties = torch.where((s == threshold) & ~invalid, falling, 0).topk(k, dim=-1).values
+    ties = torch.where(equal, falling, 0).topk(k, dim=-1).values
     ties = torch.where(ties > 0, n - ties, -1)
     place = torch.arange(k, device=s.device)
     return torch.where(place < n_above, indices, ties.gather(-1, (place - n_above).clamp(min=0)))

@@ -15,7 +15,7 @@ from xlroute.backend import pick_backend
 from xlroute.cross_attention import AttentionStats, ConditionalRoutedCrossAttention
 from xlroute.kernels import gather_rows
 from xlroute.local_attention import LocalAttention
-from xlroute.router import RouterOutput, check_num_tokens, overlap, rows_to_route
+from xlroute.router import RouterOutput, RoutingStats, check_num_tokens, overlap, rows_to_route
 
 
 class ConditionalRoutedAttention(nn.Module):
@@ -219,23 +219,29 @@ def attend_within(
     if mask is not None and (mask.shape != (b, n) or mask.dtype != torch.bool):
         raise ValueError(f"mask: expected bool {(b, n)}, got {mask.dtype} {tuple(mask.shape)}")
     s = router.scores(x, kv_router)  # [b, 1 + r, n]
-    q_gates, q_indices, q_stats = router.choose(
-        s[:, 0], num_tokens=rows_to_route(num_q, n), mask=mask, with_stats=with_stats
-    )
-    kv_gates, kv_indices, kv_stats = kv_router.choose(
-        s[:, 1:],
-        num_tokens=rows_to_route(num_kv, n),
-        mask=None if mask is None else mask[:, None],
-        with_stats=with_stats,
-    )
-    k = q_indices.shape[-1]
-    both = torch.cat((q_indices, kv_indices.flatten(1)), dim=1)
-    tokens = gather_rows(x, both, pick_backend(router.use_triton, x.device))
-    queries = RouterOutput(q_indices, q_gates, tokens[:, :k], None)
-    there = None if mask is None else kv_indices >= 0
-    routed = RouterOutput(kv_indices, kv_gates, tokens[:, k:].unflatten(1, kv_indices.shape[1:]), there)
+    k_q, k_kv = rows_to_route(num_q, n), rows_to_route(num_kv, n)
+    there = None if mask is None else mask[:, None]
+    q_stats = kv_stats = None
+    if k_q == k_kv and not with_stats:
+        # The routers are built alike, so that one solves for both.
+        gates, indices, _ = router.choose(s, num_tokens=k_q, mask=there)
+        q_gates, kv_gates = gates.split((1, heavy.sets), dim=1)
+        q_indices, kv_indices = indices.split((1, heavy.sets), dim=1)
+    else:
+        q_gates, q_indices, q_stats = router.choose(
+            s[:, :1], num_tokens=k_q, mask=there, with_stats=with_stats
+        )
+        kv_gates, kv_indices, kv_stats = kv_router.choose(
+            s[:, 1:], num_tokens=k_kv, mask=there, with_stats=with_stats
+        )
+    chosen = torch.cat((q_indices.flatten(1), kv_indices.flatten(1)), dim=1)
+    tokens = gather_rows(x, chosen, pick_backend(router.use_triton, x.device))
+    queries = RouterOutput(q_indices[:, 0], q_gates[:, 0], tokens[:, :k_q], None)
+    rows = tokens[:, k_q:].unflatten(1, kv_indices.shape[1:])
+    routed = RouterOutput(kv_indices, kv_gates, rows, None if mask is None else kv_indices >= 0)
     out = heavy.attend(heavy.queries(queries.tokens, queries), heavy.keys_values(routed))
     out = heavy.route_back(x, out, queries) if light is None else heavy.add_back(light, out, queries)
     if q_stats is None or kv_stats is None:
         return out, None
+    q_stats = RoutingStats(*(t[:, 0] for t in q_stats))
     return out, AttentionStats(q_stats, kv_stats, overlap(kv_indices))
