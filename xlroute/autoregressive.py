@@ -6,11 +6,9 @@ rows routed for a window. Positions count from the first token that was read.
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +17,12 @@ from torch import Tensor, nn
 
 from xlroute.attention import heavy_attention
 from xlroute.backend import pick_backend
+from xlroute.causal_routing import QueryRouting, check_query_routing, places_in_window, route_newest
 from xlroute.cross_attention import RoutedKeysValues
-from xlroute.kernels import gather_rows, water_levels
+from xlroute.kernels import gather_rows
 from xlroute.local_attention import LocalAttention, LocalCache
 from xlroute.position import rotary_at, rotate
-from xlroute.router import RouterOutput, RoutingStats, check_num_tokens, overlap, rows_to_route
-
-QueryRouting = Literal["threshold", "window"]
+from xlroute.router import RouterOutput, RoutingStats, overlap
 
 
 class ReadTokens(NamedTuple):
@@ -160,8 +157,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         query_routing: QueryRouting = "threshold",
     ) -> None:
         super().__init__()
-        if query_routing not in ("threshold", "window"):
-            raise ValueError(f"query_routing: expected 'threshold' or 'window', got {query_routing!r}")
+        check_query_routing(query_routing)
         if light_window_size < 1:
             raise ValueError(f"light_window_size: expected at least 1, got {light_window_size}")
         if heavy_window_size is not None and heavy_window_size < 1:
@@ -324,15 +320,13 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         """
         heavy, w = self.heavy_attn, self.heavy_window_size
         b, n, _ = x.shape
-        k_q = min(_places("num_heavy_tokens_q", num_q, w), w)
-        k_kv = _places("num_heavy_tokens_kv", num_kv, w)
+        k_q = min(places_in_window("num_heavy_tokens_q", num_q, w), w)
+        k_kv = places_in_window("num_heavy_tokens_kv", num_kv, w)
         total = ended.length + opened.length
         start = total - n
         first, last = max(start // w, 1), (total - 1) // w
         if n == 0 or last < 1:
             return None, routed, self._no_stats(x) if with_stats else None
-        if self.query_routing == "window" and self.training and not torch.compiler.is_compiling():
-            _warn_of_looking_ahead()
 
         stats = shared = None
         if routed is None or last > start // w:
@@ -341,14 +335,13 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             full = ended.mask is None and k_kv <= first * w
             routed = self._gather(ended, gates, indices, None if full else indices >= 0)
             shared = overlap(indices.transpose(1, 2)) if with_stats else None
-        queries = self._route_queries(x, ended, opened, first, last, k_q, random_route)
-        q = rearrange(
-            heavy.queries(queries.tokens, queries), "b h (c k) e -> (b c) h k e", c=last - first + 1
-        )
+        queries = self._route_queries(x, ended, opened, first, k_q, random_route)
+        q = heavy.queries(queries.tokens, queries._replace(indices=queries.indices + start))
+        q = rearrange(q, "b h (c k) e -> (b c) h k e", c=last - first + 1)
         out = rearrange(heavy.attend(q, routed), "(b c) k d -> b (c k) d", b=b, c=last - first + 1)
 
         skipped = max(w - start, 0)  # tokens of the first window
-        places = queries.indices.sub(start + skipped).masked_fill(queries.indices < 0, -1)
+        places = queries.indices.sub(skipped).masked_fill(queries.indices < 0, -1)
         out = heavy.route_back(x[:, skipped:], out, queries._replace(indices=places))
         if ended.mask is not None and routed.mask is not None:
             past = routed.mask[:, 0, 0, 1:].any(-1).view(b, last - first + 1)
@@ -430,78 +423,29 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         ended: ReadTokens,
         opened: ReadTokens,
         first: int,
-        last: int,
         k: int,
         random_route: bool,
     ) -> RouterOutput:
-        """Which of the newest tokens x [b, n, d] attend, in windows `first` to `last`: at most k of each.
+        """Which of the newest tokens x [b, n, d] attend, from window `first` on: at most k of each.
 
         Returns:
-            Their positions [b, c k], -1 for places that are not used, gates and tokens; in order of windows.
+            Their places in x [b, c k], -1 where none is used, gates and tokens; in order of windows.
         """
-        w = self.heavy_window_size
-        router = self.heavy_attn.q_router
+        router, begin = self.heavy_attn.q_router, (first - 1) * self.heavy_window_size
         assert router is not None
-        n = x.shape[1]
-        total = ended.length + opened.length
-        begin = (first - 1) * w
-        fill = (last + 1) * w - total
-
-        def windows(of_ended: Tensor, of_opened: Tensor) -> Tensor:
-            strip = F.pad(torch.cat((of_ended[:, begin:], of_opened), dim=1), (0, fill))
-            return rearrange(strip, "b (c w) -> b c w", w=w)
-
-        s = windows(ended.q_scores, opened.q_scores)  # [b, 1 + c, w]
-        if random_route:
-            s = torch.rand_like(s)
-        if ended.mask is None or opened.mask is None:
-            valid = (torch.arange(begin, begin + s.shape[1] * w, device=x.device) < total).view(-1, w)
-            valid = valid.expand(s.shape)
-        else:
-            valid = windows(ended.mask, opened.mask)
-        positions = torch.arange(first * w, (last + 1) * w, device=x.device).view(-1, w)
-        if self.query_routing == "window":
-            gates, places, _ = router.choose(
-                s[:, 1:], num_tokens=k, mask=valid[:, 1:], random_route=random_route
-            )
-        else:
-            gates, kept = self._above_threshold(s, valid, k, random_route)
-            kept = kept & (positions >= total - n)
-            places = torch.argsort((~kept).to(torch.uint8), dim=-1, stable=True)[..., : min(k, n)]
-            places = places.masked_fill(~kept.gather(-1, places), -1)
-            gates = gates.gather(-1, places.clamp(min=0)).masked_fill(places < 0, 0)
-        indices = torch.where(places < 0, -1, places + positions[:, :1]).flatten(1)
-        local = indices.sub(total - n).masked_fill(indices < 0, -1)
-        tokens = gather_rows(x, local, pick_backend(router.use_triton, x.device))
-        return RouterOutput(indices, gates.flatten(1), tokens, None)
-
-    def _above_threshold(self, s: Tensor, valid: Tensor, k: int, random_route: bool) -> tuple[Tensor, Tensor]:
-        """Gates of all tokens, and which are routed, of the windows after the first in s [b, 1 + c, w]."""
-        router, w = self.heavy_attn.q_router, self.heavy_window_size
-        assert router is not None
-        own, before = s[:, 1:], s[:, :-1]
-        if k == w:
-            return torch.ones_like(own), valid[:, 1:]
-        count = valid[:, :-1].sum(-1)
-        wanted = -(-count * k // w)
-        best = before.detach().masked_fill(~valid[:, :-1], -math.inf).topk(k, dim=-1).values
-        threshold = best.gather(-1, (wanted - 1).clamp(min=0)[..., None])
-        threshold = threshold.masked_fill((wanted == 0)[..., None], math.inf)
-        reached = valid[:, 1:] & (own >= threshold)
-        kept = reached & (reached.cumsum(-1) <= k)
-        if random_route:
-            return torch.ones_like(own), kept
-        budget = k * router.fetch_k_ratio
-        levels = water_levels(
-            before,
-            k=(count.to(torch.float64) * budget / w).clamp(max=count),
-            eps=router.eps,
-            mask=valid[:, :-1],
-            backend=pick_backend(router.use_triton, s.device),
-            largest=math.ceil(budget),
+        mask = None
+        if ended.mask is not None and opened.mask is not None:
+            mask = torch.cat((ended.mask[:, begin:], opened.mask), dim=1)
+        return route_newest(
+            router,
+            x,
+            torch.cat((ended.q_scores[:, begin:], opened.q_scores), dim=1),
+            mask,
+            window=self.heavy_window_size,
+            num_tokens=k,
+            query_routing=self.query_routing,
+            random_route=random_route,
         )
-        gates = ((own + levels[..., None]) / router.eps).clamp(max=0).exp()
-        return (gates - gates.detach() + 1 if router.straight_through else gates), kept
 
     def _no_stats(self, x: Tensor) -> AutoregressiveStats:
         """Of no windows."""
@@ -514,18 +458,3 @@ def _last_window(routed: RoutedKeysValues, c: int) -> RoutedKeysValues:
     last = slice(c - 1, None, c)
     mask = None if routed.mask is None else routed.mask[last].clone()
     return RoutedKeysValues(routed.keys[last].clone(), routed.values[last].clone(), mask)
-
-
-def _places(name: str, number: int | float, w: int) -> int:
-    """A number of rows; a float is a share of w."""
-    check_num_tokens(name, number)
-    return rows_to_route(number, w) if isinstance(number, float) else number
-
-
-@functools.cache
-def _warn_of_looking_ahead() -> None:
-    warnings.warn(
-        "query_routing='window' looks ahead: which tokens are routed depends on later ones, so that the loss "
-        "in training is not that of generation; 'threshold' does not",
-        stacklevel=2,
-    )

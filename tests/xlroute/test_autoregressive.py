@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import xlroute.autoregressive as autoregressive
+import xlroute.causal_routing as causal_routing
 from xlroute import AutoregressiveCache, ConditionalRoutedAutoregressiveAttention
 
 W = 4
@@ -285,7 +285,7 @@ def test_routed_queries_keep_to_their_places_and_the_first_of_them_come_first() 
 
 
 def test_window_routing_warns_once_in_training() -> None:
-    autoregressive._warn_of_looking_ahead.cache_clear()
+    causal_routing._warn_of_looking_ahead.cache_clear()
     layer = build(query_routing="window")
     x = torch.randn(2, 11, 12)
     layer.eval()(x)
