@@ -57,7 +57,7 @@ class ReadTokens(NamedTuple):
 class AutoregressiveCache(NamedTuple):
     """What the layer remembers of the tokens read. A step leaves the one that it is given as it was."""
 
-    light: LocalCache
+    light: LocalCache | None  # None without a light branch
     ended: ReadTokens  # the tokens of all windows that have ended
     opened: ReadTokens  # those of the window that has not, fewer than w
     routed: RoutedKeysValues | None  # what that window attends to, [b, ...]; None before its first token
@@ -105,6 +105,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         num_heavy_tokens_kv: k, rows that each routing token picks for a window; a float in (0, 1] is a share
             of w, as memory would grow with n² if it were one of the past.
         num_routed_kv: r; the heavy heads are shared out evenly over the r sets.
+        has_light_attn: whether there is a light branch.
         light_dim_head: e of the light branch.
         light_heads: h of the light branch.
         light_window_size: window of the light branch, see `LocalAttention`.
@@ -128,6 +129,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         query_routing: "threshold", see above; or "window", the top-k of each window, as in colt5-attention.
             That one is not causal: whether a token is routed depends on the rest of its window, which in
             generation is not there. In training it warns, once.
+        dropout: probability with which an attention weight of the heavy branch is dropped in training.
 
     Raises:
         ValueError: for arguments out of range.
@@ -140,6 +142,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         num_heavy_tokens_q: int | float,
         num_heavy_tokens_kv: int | float,
         num_routed_kv: int = 1,
+        has_light_attn: bool = True,
         light_dim_head: int = 64,
         light_heads: int = 8,
         light_window_size: int = 128,
@@ -155,6 +158,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         use_flash_attn: bool = True,
         rotary_emb: bool = False,
         query_routing: QueryRouting = "threshold",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_query_routing(query_routing)
@@ -168,9 +172,11 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         self.num_heavy_tokens_kv = num_heavy_tokens_kv
         self.heavy_window_size = light_window_size if heavy_window_size is None else heavy_window_size
         self.query_routing = query_routing
-        self.light_attn = LocalAttention(
-            dim, window_size=light_window_size, dim_head=light_dim_head, heads=light_heads, causal=True
-        )
+        self.light_attn: LocalAttention | None = None
+        if has_light_attn:
+            self.light_attn = LocalAttention(
+                dim, window_size=light_window_size, dim_head=light_dim_head, heads=light_heads, causal=True
+            )
         self.heavy_attn = heavy_attention(
             dim,
             num_heavy_tokens_q=num_heavy_tokens_q,
@@ -186,6 +192,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             use_null_q_tokens=use_null_q_tokens,
             use_flash_attn=use_flash_attn,
             rotary_emb=rotary_emb,
+            dropout=dropout,
         )
 
     def forward(
@@ -214,7 +221,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         Raises:
             ValueError: for shapes and options that do not fit together.
         """
-        light = self.light_attn(x, mask)
+        light = None if self.light_attn is None else self.light_attn(x, mask)
         read = self._read(x, mask, start=0)
         whole = read.length // self.heavy_window_size * self.heavy_window_size
         heavy, _, stats = self._attend_to_past(
@@ -227,7 +234,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             random_route=random_route,
             with_stats=return_stats,
         )
-        out = light if heavy is None else light + heavy
+        out = heavy if light is None else light + heavy
         return out if stats is None else (out, stats)
 
     def step(
@@ -254,24 +261,45 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
                 "query_routing: expected 'threshold' in a layer that reads step by step, "
                 f"got {self.query_routing!r}"
             )
-        out, light = self.light_attn.step(x, None if cache is None else cache.light, mask)
+        return self.read_on(x, cache, mask=mask)
+
+    def read_on(
+        self, x: Tensor, cache: AutoregressiveCache | None = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, AutoregressiveCache]:
+        """Do what `step` does, but with `query_routing="window"` too.
+
+        Then the best of each window are picked out of those of x alone.
+        """
+        light = light_cache = None
+        if self.light_attn is not None:
+            light, light_cache = self.light_attn.step(x, None if cache is None else cache.light, mask)
+        ended, opened = self._windows_after(x, cache, mask)
+        routed = None if cache is None else cache.routed
+        heavy, routed, _ = self._attend_to_past(
+            x, ended, opened, routed, self.num_heavy_tokens_q, self.num_heavy_tokens_kv
+        )
+        out = heavy if light is None else light + heavy
+        return out, AutoregressiveCache(light_cache, ended, opened, routed)
+
+    def remember(self, x: Tensor, *, mask: Tensor | None = None) -> AutoregressiveCache:
+        """The cache after tokens [b, n, d] that nobody attends from."""
+        light = None if self.light_attn is None else self.light_attn.step(x, mask=mask)[1]
+        return AutoregressiveCache(light, *self._windows_after(x, None, mask), None)
+
+    def _windows_after(
+        self, x: Tensor, cache: AutoregressiveCache | None, mask: Tensor | None
+    ) -> tuple[ReadTokens, ReadTokens]:
+        """The tokens of all windows that have ended with x [b, n, d], and those of the window that has not."""
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if cache is None:
             opened = self._read(x, mask, start=0)
-            ended, routed = opened.cut(0, 0), None
+            ended = opened.cut(0, 0)
         else:
-            ended, routed = cache.ended, cache.routed
+            ended = cache.ended
             opened = cache.opened.followed_by(self._read(x, mask, ended.length + cache.opened.length))
         whole = opened.length // self.heavy_window_size * self.heavy_window_size
-        ended, opened = ended.followed_by(opened.cut(0, whole)), opened.cut(whole)
-        heavy, routed, _ = self._attend_to_past(
-            x, ended, opened, routed, self.num_heavy_tokens_q, self.num_heavy_tokens_kv
-        )
-        return (
-            out if heavy is None else out + heavy,
-            AutoregressiveCache(light, ended, opened, routed),
-        )
+        return ended.followed_by(opened.cut(0, whole)), opened.cut(whole)
 
     def _read(self, x: Tensor, mask: Tensor | None, start: int) -> ReadTokens:
         """Score and project tokens [b, n, d], the first of which is at position `start`."""
@@ -301,7 +329,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         *,
         random_route: bool = False,
         with_stats: bool = False,
-    ) -> tuple[Tensor | None, RoutedKeysValues | None, AutoregressiveStats | None]:
+    ) -> tuple[Tensor, RoutedKeysValues | None, AutoregressiveStats | None]:
         """The heavy branch, for the newest tokens.
 
         Args:
@@ -315,7 +343,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             with_stats: whether to return statistics; not with a known `routed`.
 
         Returns:
-            [b, n, d], or None if there is no past to attend to; what the open window attends to, if it has
+            [b, n, d], zero for tokens without a past to attend to; what the open window attends to, if it has
             tokens; the statistics.
         """
         heavy, w = self.heavy_attn, self.heavy_window_size
@@ -326,7 +354,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         start = total - n
         first, last = max(start // w, 1), (total - 1) // w
         if n == 0 or last < 1:
-            return None, routed, self._no_stats(x) if with_stats else None
+            return torch.zeros_like(x), routed, self._no_stats(x) if with_stats else None
 
         stats = shared = None
         if routed is None or last > start // w:
