@@ -289,7 +289,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
     def _windows_after(
         self, x: Tensor, cache: AutoregressiveCache | None, mask: Tensor | None
     ) -> tuple[ReadTokens, ReadTokens]:
-        """The tokens of all windows that have ended with x [b, n, d], and those of the window that has not."""
+        """All tokens of windows that have ended with x [b, n, d], and those of the window that has not."""
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if cache is None:

@@ -94,6 +94,44 @@ def route_newest(
     return RouterOutput(indices, gates.flatten(1), tokens, None)
 
 
+def route_on(
+    router: CoordinateDescentRouter,
+    x: Tensor,
+    before: Tensor,
+    *,
+    window: int,
+    num_tokens: int | float,
+    query_routing: QueryRouting = "threshold",
+) -> tuple[RouterOutput, Tensor]:
+    """Score the next tokens and pick among them.
+
+    Args:
+        router: with one routing token.
+        x: the next tokens [b, n, d].
+        before: scores [b, t] of the tokens before them, the last w + i of them or some whole windows more if
+            i < w tokens of the present window have been read; -inf for tokens that there are not.
+        window: w.
+        num_tokens: places for them in each window; a float is a share of w.
+        query_routing: see `route_newest`.
+
+    Returns:
+        What `route_newest` does, and the scores [b, n].
+    """
+    s = router.scores(x)[:, 0]
+    begin = before.shape[1] // window * window - window
+    strip = torch.cat((before[:, begin:], s), dim=1)
+    routed = route_newest(
+        router,
+        x,
+        strip,
+        strip > -math.inf,
+        window=window,
+        num_tokens=min(places_in_window("num_tokens", num_tokens, window), window),
+        query_routing=query_routing,
+    )
+    return routed, s
+
+
 def _above_threshold(
     router: CoordinateDescentRouter, s: Tensor, valid: Tensor, k: int, random_route: bool
 ) -> tuple[Tensor, Tensor]:
