@@ -80,14 +80,7 @@ def queries_by_hand(
             [i for i in range(start, min(start + W, len(x))) if mask is None or mask[i]]
             for start in (begin, begin - W)
         )
-        if k >= W:
-            routed.update({i: s.new_ones(()) for i in own})
-        elif before:
-            wanted = -(-k * len(before) // W)
-            threshold = s[before].sort(descending=True).values[wanted - 1]
-            budget = min(k * router.fetch_k_ratio * len(before) / W, len(before))
-            gates = by_hand.gates(s, s[before], budget, router)
-            routed.update({i: gates[i] for i in [i for i in own if s[i] >= threshold][:k]})
+        routed.update(by_hand.picked(router, s, own, before, k, W))
     return routed
 
 
