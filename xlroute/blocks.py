@@ -275,7 +275,7 @@ class Block(nn.Module):
         """
         t = opened.shape[1]
         near = self.attention.window_size or 0  # -0 is the first row
-        states = torch.cat((window, opened), dim=1)
+        states = torch.cat((window, opened), dim=1) if t else window
         mask = F.pad(window_mask, (0, t), value=True)
         heavy = None
         if self.heavy_attention is not None:

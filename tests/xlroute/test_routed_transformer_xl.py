@@ -378,6 +378,20 @@ def test_without_a_memory_and_after_one_that_was_filled_before(
     assert read(model, state, tokens, [9, 11])[0].isfinite().all()
 
 
+def test_nothing_beyond_the_lengths_is_read(build_model: BuildModel, routed: dict[str, Any]) -> None:
+    """Streams whose segments are shorter than others read as if each were alone, with segments of its own."""
+    model = build_model(**routed)
+    lengths = torch.tensor([[7, 2, 7, 0, 5, 7], [1, 7, 3, 7, 4, 7]])
+    state, alone = fresh(model), [fresh(model, 1) for _ in range(2)]
+    for of_streams in lengths.T:
+        tokens = torch.randint(50, (2, 7))
+        logits, state = model(tokens, state, lengths=of_streams)
+        for i, length in enumerate(of_streams.tolist()):
+            if length:
+                expected, alone[i] = model(tokens[i : i + 1, :length], alone[i])
+                torch.testing.assert_close(logits[i : i + 1, :length], expected)
+
+
 def test_a_document_that_ends_leaves_no_scores(build_model: BuildModel, routed_all: dict[str, Any]) -> None:
     model = build_model(**routed_all)
     _, state = model(torch.randint(50, (2, 9)), fresh(model), ends=torch.tensor([True, False]))
