@@ -160,7 +160,7 @@ def run_mode(mode: str, run: Run) -> list[dict[str, Any]]:
         emptied = evaluate("emptied", training.model, run, forget=True)
         changes = [abs(a - b) for a, b in zip(result.segment_nats, emptied.segment_nats, strict=True)]
         rows.append(
-            table_row("emptied", training, emptied, run.corpus, work)
+            table_row("emptied", training, emptied, run.corpus, None)
             | {"peak_bytes": peak.bytes(), "change": sum(changes) / math.log(2) / run.corpus.bytes}
         )
     write_json(finished, rows)
@@ -173,7 +173,7 @@ def pad_choice(chosen: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.int6
 
 
 def table_row(
-    mode: str, training: Training, result: Evaluation, corpus: Corpus, multiply_adds: int
+    mode: str, training: Training, result: Evaluation, corpus: Corpus, multiply_adds: int | None
 ) -> dict[str, Any]:
     """What the table and the pictures say about one mode."""
     gates = {

@@ -36,10 +36,11 @@ class RoutedRows(NamedTuple):
 class BlockContext(NamedTuple):
     """Everything that a block looks at besides the tokens it is given."""
 
-    keys: Tensor  # [b, h, w + t, e], of the XL window and of earlier tokens of an open segment, not rotated
+    # Of the XL window, or what the light attention sees of it, and of earlier tokens of an open segment.
+    keys: Tensor  # [b, h, w + t, e], not rotated
     values: Tensor  # [b, h, w + t, e]
     mask: Tensor  # bool [b, w + t]
-    heavy: AutoregressiveCache | None  # the same rows, for routed self-attention
+    heavy: AutoregressiveCache | None  # all of them, for the heavy attention
     memory: RoutedKeysValues | None
     memory_bias: Tensor | None  # [b, h, 1, k]
     scores: Tensor  # [b, v + t, 2], of the tokens before as memory queries and for the feedforward, or empty
@@ -187,7 +188,8 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
 class Block(nn.Module):
     """Pre-norm block: self-attention, on memory layers gated routed cross-attention, feedforward.
 
-    Self-attention and feedforward may have a heavy branch for routed tokens.
+    Self-attention and feedforward may have a heavy branch for routed tokens. Tokens are routed in windows of
+    v, the first of which begins with the segment.
 
     Args:
         dim: d.

@@ -1,9 +1,10 @@
 """RoutedTransformerXL: reads documents of any length segment by segment, with a routed long-term memory.
 
 It has: causal attention over [XL window, segment] (Dai et al., arXiv 1901.02860) with rotary positions, gated
-cross-attention to the rows that a router picks out of everything read before, per-stream document ends, and
-generation over cached keys and values. It has not: any state of its own. What has been read lives in the
-`TransformerXLState` that goes in and comes out.
+cross-attention to the rows that a router picks out of everything read before, on request light and heavy
+branches of attention and feedforward with the heavy ones for routed tokens (CoLT5, arXiv 2303.09752),
+per-stream document ends, and generation over cached keys and values. It has not: any state of its own. What
+has been read lives in the `TransformerXLState` that goes in and comes out.
 
 Shapes: b streams, n tokens in a segment, w = mem_len rows of the XL window, d dim, r routing tokens, k rows
 routed, L = depth blocks, l memory layers, v tokens in a routing window.
@@ -70,7 +71,8 @@ class RoutedTransformerXL(nn.Module):
         depth: L, number of blocks.
         heads: attention heads.
         dim_head: width of a head, even.
-        mem_len: w, states of each block that are kept and attended to densely; 0 for none.
+        mem_len: w, states of each block that are kept and attended to, densely or by `routed_self_attention`;
+            0 for none.
         memory_layers: blocks, counted from 1, that attend to the long-term memory; store layer i holds the
             states that enter block `memory_layers[i]`.
         num_tokens_kv: k, rows that each routing token chooses.
@@ -78,7 +80,7 @@ class RoutedTransformerXL(nn.Module):
             None: every query does, without a router for them.
         kv_routing_tokens: r; the heads are shared out over the sets of rows.
         segment_len: tokens in a segment, where `generate` cuts.
-        ff_mult: width of the feedforward over `dim`.
+        ff_mult: width of the feedforward over `dim`, of its heavy branch if it has two.
         dropout: of attention weights and of each branch's output.
         tie_embeddings: the output projection is the embedding, transposed.
         gradient_checkpointing: recompute each block in the backward instead of keeping its activations.
@@ -86,8 +88,8 @@ class RoutedTransformerXL(nn.Module):
             a wide edge of the choice, so that many rows tell the router where better ones are.
         routed_self_attention: light attention of all tokens to the near ones, and heavy attention of routed
             tokens to routed rows of XL window and segment, as in `ConditionalRoutedAutoregressiveAttention`.
-        routed_feedforward: a light feedforward for all tokens, and a heavy one, `ff_mult` wide, for routed
-            tokens.
+        routed_feedforward: a light feedforward for all tokens, and a heavy one for routed tokens, as in
+            `ConditionalRoutedFeedForward`.
         routing_window: v, see above; None for a quarter of `segment_len`.
         query_routing: "threshold", see above; or "window", the best tokens of each window. That looks ahead:
             such a model warns of it in training, once, and does not generate.
@@ -117,7 +119,7 @@ class RoutedTransformerXL(nn.Module):
         mem_len: int = 512,
         memory_layers: Sequence[int] = (4, 6),
         num_tokens_kv: int = 1024,
-        num_tokens_q: int | None = None,
+        num_tokens_q: int | float | None = None,
         kv_routing_tokens: int = 2,
         segment_len: int = 512,
         *,
