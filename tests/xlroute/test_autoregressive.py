@@ -213,6 +213,26 @@ def test_a_step_leaves_its_cache_as_it_was_and_has_a_gradient() -> None:
     )
 
 
+@pytest.mark.parametrize("has_light_attn", [True, False])
+def test_tokens_that_are_only_remembered_are_seen_all_the_same(has_light_attn: bool) -> None:
+    layer = build(has_light_attn=has_light_attn).double()
+    x = torch.randn(2, 25, 12).double()
+    mask = torch.rand(2, 25) < 0.8
+    for start in (3, 4, 14):
+        cache = layer.remember(x[:, :start], mask=mask[:, :start])
+        out, _ = layer.read_on(x[:, start:], cache, mask=mask[:, start:])
+        torch.testing.assert_close(out, layer(x, mask=mask)[:, start:])
+
+
+def test_without_a_light_branch_it_is_the_heavy_one() -> None:
+    layer, heavy = build().double(), build(has_light_attn=False).double()
+    heavy.load_state_dict(layer.state_dict(), strict=False)
+    x = torch.randn(2, 15, 12).double()
+    assert layer.light_attn is not None
+    torch.testing.assert_close(heavy(x), layer(x) - layer.light_attn(x))
+    assert not heavy(x[:, :W]).any()
+
+
 @pytest.mark.parametrize("query_routing", ["threshold", "window"])
 def test_padding_in_front_changes_nothing(query_routing: str) -> None:
     layer = build(light_window_size=W, query_routing=query_routing).double().eval()
