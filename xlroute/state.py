@@ -203,7 +203,8 @@ def load_state(
             f"got depth={depth}, mem_len={mem_len}, dim={dim}"
         )
     # States that were saved before tokens could be routed have no scores.
-    scores = tensors.get("scores", none := model.no_scores(streams, device))
+    none = model.no_scores(streams, device)
+    scores = tensors.get("scores", none)
     if scores.shape != none.shape:
         raise ValueError(
             f"{folder / STATE_FILE}: expected scores {tuple(none.shape)}, got {tuple(scores.shape)}"
