@@ -40,7 +40,7 @@ import numpy.typing as npt
 import torch
 from filelock import FileLock, Timeout
 from pg19_data import ByteTokenizer, Corpus, JsonTokenizer, UserError, load_corpus
-from pg19_evaluate import Evaluation, evaluate, prove_persistence, read_on, write_sample
+from pg19_evaluate import Evaluation, evaluate, multiply_adds, prove_persistence, read_on, write_sample
 from pg19_report import Routing, draw_curves, draw_routing, table, word_perplexity
 from pg19_settings import (
     FILES,
@@ -148,7 +148,8 @@ def run_mode(mode: str, run: Run) -> list[dict[str, Any]]:
     training = train(mode, run)
     training.model.save_pretrained(folder / "model")
     result = evaluate(mode, training.model, run)
-    rows = [table_row(mode, training, result, run.corpus)]
+    work = multiply_adds(mode, run.settings, run.tokenizer.vocab_size + 1)
+    rows = [table_row(mode, training, result, run.corpus, work)]
     if mode == "routed":
         np.savez(
             folder / "routing.npz",
@@ -159,7 +160,7 @@ def run_mode(mode: str, run: Run) -> list[dict[str, Any]]:
         emptied = evaluate("emptied", training.model, run, forget=True)
         changes = [abs(a - b) for a, b in zip(result.segment_nats, emptied.segment_nats, strict=True)]
         rows.append(
-            table_row("emptied", training, emptied, run.corpus)
+            table_row("emptied", training, emptied, run.corpus, None)
             | {"peak_bytes": peak.bytes(), "change": sum(changes) / math.log(2) / run.corpus.bytes}
         )
     write_json(finished, rows)
@@ -171,7 +172,9 @@ def pad_choice(chosen: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.int6
     return np.pad(chosen, ((0, 0), (0, width - chosen.shape[1])), constant_values=-1)
 
 
-def table_row(mode: str, training: Training, result: Evaluation, corpus: Corpus) -> dict[str, Any]:
+def table_row(
+    mode: str, training: Training, result: Evaluation, corpus: Corpus, multiply_adds: int | None
+) -> dict[str, Any]:
     """What the table and the pictures say about one mode."""
     gates = {
         name: float(parameter.detach().tanh())
@@ -189,6 +192,7 @@ def table_row(mode: str, training: Training, result: Evaluation, corpus: Corpus)
         "memory_rows": result.memory_rows,
         "peak_bytes": training.peak_bytes,
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
+        "multiply_adds": multiply_adds,
         "memory_gates": gates,
         "gate_sum": mean(result.gate_sums) if result.gate_sums else None,
         "gradient_share": mean(result.gradient_shares) if result.gradient_shares else None,

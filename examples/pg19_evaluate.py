@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ import numpy.typing as npt
 import torch
 from pg19_data import Book, Tokens, UserError, segments, with_start
 from pg19_settings import Settings, write_json
-from pg19_train import Run, autocast, initial_state, memory_rows, token_nats
+from pg19_train import Run, autocast, build_model, initial_state, memory_rows, token_nats
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from xlroute import RoutedTransformerXL, TransformerXLState
@@ -109,6 +111,21 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
             progress.set_postfix_str(f"{memory_rows(state):,} memory rows", refresh=False)
             progress.update(int(lengths.sum()))
     return result
+
+
+@torch.no_grad()
+def multiply_adds(mode: str, settings: Settings, vocab_size: int) -> int:
+    """Multiply-adds of the matrix products for a token, when XL window and memory are full."""
+    model = build_model(mode, replace(settings, device="cpu"), vocab_size).eval()
+    state = model.initial_state(streams=1)
+    if model.memory_layers:
+        memory = model.create_memory(streams=1)
+        memory.append(torch.zeros(memory.layers, 1, settings.num_tokens_kv, settings.dim))
+        state = model.initial_state(streams=1, memory=memory)
+    # The plain formula of attention is made of products, which can be counted.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, settings.segment_len, dtype=torch.int64), state)
+    return int(counter.get_total_flops()) // (2 * settings.segment_len)
 
 
 @contextmanager

@@ -47,9 +47,9 @@ class Routing:
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as text, one line for each mode."""
     header = ("mode", "bits per byte", "word perplexity", "trained/s", "read/s", "memory rows", "peak memory")
-    lines = [(*header, "parameters")]
+    lines = [(*header, "parameters", "multiply-adds")]
     for row in rows:
-        trained = row["tokens_per_second"]
+        trained, work = row["tokens_per_second"], row["multiply_adds"]
         lines.append(
             (
                 LABELS[row["mode"]],
@@ -60,6 +60,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{row['memory_rows']:,}",
                 f"{row['peak_bytes'] / 2**20:,.0f} MiB",
                 f"{row['parameters']:,}",
+                "" if work is None else f"{work:,}",
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

@@ -43,6 +43,8 @@ class Settings:
     num_tokens_kv: int = 256
     routing_tokens: int = 2
     capacity: int = 2048
+    routed_self_attention: bool = False
+    routed_feedforward: bool = False
     dropout: float = 0.0
     learning_rate: float = 3e-3
 
@@ -161,6 +163,16 @@ def parse(arguments: list[str] | None = None) -> Command:
     add("--num-tokens-kv", type=_number(1), help="memory rows that each routing token chooses")
     add("--routing-tokens", type=_number(1), help="sets of memory rows; divides the heads")
     add("--capacity", type=_number(1), help="memory rows kept of each stream and layer")
+    for name, what in (
+        ("self-attention", "attention to the near tokens, and of few to routed rows"),
+        ("feedforward", "a light feedforward, and a heavy one for few tokens"),
+    ):
+        add(
+            f"--routed-{name}",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help=f"{what}, in all modes (CoLT5)",
+        )
     add("--dropout", type=float)
     add("--learning-rate", type=float)
     # The second process of the proof of persistence is this script again.

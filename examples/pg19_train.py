@@ -63,6 +63,8 @@ def _random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTrans
         kv_routing_tokens=settings.routing_tokens,
         segment_len=settings.segment_len,
         dropout=settings.dropout,
+        routed_self_attention=settings.routed_self_attention,
+        routed_feedforward=settings.routed_feedforward,
     )
 
 

@@ -27,6 +27,32 @@ def pytest_report_header() -> str:
     return f"XLROUTE_TEST_SEED={SEED}"
 
 
+# What `build_model` takes to route tokens, in small windows that no segment is a multiple of.
+ROUTED: dict[str, dict[str, Any]] = {
+    "attention": {
+        "routed_self_attention": True,
+        "num_heavy_attn_tokens_q": 2,
+        "num_heavy_attn_tokens_kv": 2,
+        "routing_window": 3,
+    },
+    "feedforward": {"routed_feedforward": True, "num_heavy_ff_tokens": 0.5, "routing_window": 3},
+    "queries": {"num_tokens_q": 1, "routing_window": 3},
+}
+ROUTED["all"] = {name: value for options in ROUTED.values() for name, value in options.items()}
+
+
+@pytest.fixture(params=ROUTED)
+def routed(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Options of a model that routes tokens in one way, and in all."""
+    return ROUTED[request.param]
+
+
+@pytest.fixture(scope="session")
+def routed_all() -> dict[str, Any]:
+    """Options of a model that routes tokens in every way."""
+    return ROUTED["all"]
+
+
 @pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> None:
     seed = SEED + zlib.crc32(request.node.nodeid.encode())

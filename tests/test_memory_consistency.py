@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,18 +75,20 @@ def fresh(model: RoutedTransformerXL, streams: int, **options: object) -> Transf
 # ---- Saving and reading on ----
 
 
-@given(cuts=cuts_of, stops=st.sets(st.integers(0, 5)), on_disk=st.booleans(), seed=seeds)
+@given(cuts=cuts_of, stops=st.sets(st.integers(0, 5)), on_disk=st.booleans(), route=st.booleans(), seed=seeds)
 @a_few
 def test_reading_on_from_a_saved_state_equals_never_having_stopped(
     build_model: BuildModel,
+    routed_all: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
     cuts: list[int],
     stops: set[int],
     on_disk: bool,
+    route: bool,
     seed: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("reading")
-    model = build_model(dtype=torch.float32)
+    model = build_model(dtype=torch.float32, **(routed_all if route else {}))
     model.save_pretrained(folder / "model")
     tokens = random_tokens(seed, 2, sum(cuts))
     expected, _ = read(model, fresh(model, 2), tokens, cuts)
@@ -314,17 +317,20 @@ def _fit(cuts: list[int], total: int) -> list[int]:
         max_size=8,
     ),
     capacity=st.sampled_from([None, 4, 11]),
+    route=st.booleans(),
     seed=seeds,
 )
 @a_few
 def test_each_stream_reads_as_if_alone_and_holds_its_own_document(
     build_model: BuildModel,
+    routed_all: dict[str, Any],
     segments: list[tuple[list[int], list[bool]]],
     capacity: int | None,
+    route: bool,
     seed: int,
 ) -> None:
     """Ragged segments, documents that end at different times, eviction: a batch equals its streams alone."""
-    model = build_model()
+    model = build_model(**(routed_all if route else {}))
     n = 9
     tokens = random_tokens(seed, 3, n * len(segments))
     pieces = tokens.split(n, dim=1)

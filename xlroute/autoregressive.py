@@ -6,11 +6,9 @@ rows routed for a window. Positions count from the first token that was read.
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from xlroute.attention import heavy_attention
-from xlroute.backend import pick_backend
+from xlroute.causal_routing import QueryRouting, check_query_routing, places_in_window, route_newest
 from xlroute.cross_attention import RoutedKeysValues
-from xlroute.kernels import gather_rows, water_levels
 from xlroute.local_attention import LocalAttention, LocalCache
 from xlroute.position import rotary_at, rotate
-from xlroute.router import RouterOutput, RoutingStats, check_num_tokens, overlap, rows_to_route
-
-QueryRouting = Literal["threshold", "window"]
+from xlroute.router import RouterOutput, RoutingStats, overlap
 
 
 class ReadTokens(NamedTuple):
@@ -60,7 +55,7 @@ class ReadTokens(NamedTuple):
 class AutoregressiveCache(NamedTuple):
     """What the layer remembers of the tokens read. A step leaves the one that it is given as it was."""
 
-    light: LocalCache
+    light: LocalCache | None  # None without a light branch
     ended: ReadTokens  # the tokens of all windows that have ended
     opened: ReadTokens  # those of the window that has not, fewer than w
     routed: RoutedKeysValues | None  # what that window attends to, [b, ...]; None before its first token
@@ -108,6 +103,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         num_heavy_tokens_kv: k, rows that each routing token picks for a window; a float in (0, 1] is a share
             of w, as memory would grow with n² if it were one of the past.
         num_routed_kv: r; the heavy heads are shared out evenly over the r sets.
+        has_light_attn: whether there is a light branch.
         light_dim_head: e of the light branch.
         light_heads: h of the light branch.
         light_window_size: window of the light branch, see `LocalAttention`.
@@ -131,6 +127,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         query_routing: "threshold", see above; or "window", the top-k of each window, as in colt5-attention.
             That one is not causal: whether a token is routed depends on the rest of its window, which in
             generation is not there. In training it warns, once.
+        dropout: probability with which an attention weight of the heavy branch is dropped in training.
 
     Raises:
         ValueError: for arguments out of range.
@@ -143,6 +140,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         num_heavy_tokens_q: int | float,
         num_heavy_tokens_kv: int | float,
         num_routed_kv: int = 1,
+        has_light_attn: bool = True,
         light_dim_head: int = 64,
         light_heads: int = 8,
         light_window_size: int = 128,
@@ -158,10 +156,10 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         use_flash_attn: bool = True,
         rotary_emb: bool = False,
         query_routing: QueryRouting = "threshold",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if query_routing not in ("threshold", "window"):
-            raise ValueError(f"query_routing: expected 'threshold' or 'window', got {query_routing!r}")
+        check_query_routing(query_routing)
         if light_window_size < 1:
             raise ValueError(f"light_window_size: expected at least 1, got {light_window_size}")
         if heavy_window_size is not None and heavy_window_size < 1:
@@ -172,14 +170,16 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         self.num_heavy_tokens_kv = num_heavy_tokens_kv
         self.heavy_window_size = light_window_size if heavy_window_size is None else heavy_window_size
         self.query_routing = query_routing
-        self.light_attn = LocalAttention(
-            dim,
-            window_size=light_window_size,
-            dim_head=light_dim_head,
-            heads=light_heads,
-            causal=True,
-            use_triton=use_triton,
-        )
+        self.light_attn: LocalAttention | None = None
+        if has_light_attn:
+            self.light_attn = LocalAttention(
+                dim,
+                window_size=light_window_size,
+                dim_head=light_dim_head,
+                heads=light_heads,
+                causal=True,
+                use_triton=use_triton,
+            )
         self.heavy_attn = heavy_attention(
             dim,
             num_heavy_tokens_q=num_heavy_tokens_q,
@@ -195,6 +195,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             use_null_q_tokens=use_null_q_tokens,
             use_flash_attn=use_flash_attn,
             rotary_emb=rotary_emb,
+            dropout=dropout,
         )
 
     def forward(
@@ -223,7 +224,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         Raises:
             ValueError: for shapes and options that do not fit together.
         """
-        light = self.light_attn(x, mask)
+        light = None if self.light_attn is None else self.light_attn(x, mask)
         read = self._read(x, mask, start=0)
         whole = read.length // self.heavy_window_size * self.heavy_window_size
         heavy, _, stats = self._attend_to_past(
@@ -236,7 +237,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             random_route=random_route,
             with_stats=return_stats,
         )
-        out = light if heavy is None else light + heavy
+        out = heavy if light is None else light + heavy
         return out if stats is None else (out, stats)
 
     def step(
@@ -263,24 +264,45 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
                 "query_routing: expected 'threshold' in a layer that reads step by step, "
                 f"got {self.query_routing!r}"
             )
-        out, light = self.light_attn.step(x, None if cache is None else cache.light, mask)
+        return self.read_on(x, cache, mask=mask)
+
+    def read_on(
+        self, x: Tensor, cache: AutoregressiveCache | None = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, AutoregressiveCache]:
+        """Do what `step` does, but with `query_routing="window"` too.
+
+        Then the best of each window are picked out of those of x alone.
+        """
+        light = light_cache = None
+        if self.light_attn is not None:
+            light, light_cache = self.light_attn.step(x, None if cache is None else cache.light, mask)
+        ended, opened = self._windows_after(x, cache, mask)
+        routed = None if cache is None else cache.routed
+        heavy, routed, _ = self._attend_to_past(
+            x, ended, opened, routed, self.num_heavy_tokens_q, self.num_heavy_tokens_kv, step=True
+        )
+        out = heavy if light is None else light + heavy
+        return out, AutoregressiveCache(light_cache, ended, opened, routed)
+
+    def remember(self, x: Tensor, *, mask: Tensor | None = None) -> AutoregressiveCache:
+        """The cache after tokens [b, n, d] that nobody attends from."""
+        light = None if self.light_attn is None else self.light_attn.step(x, mask=mask)[1]
+        return AutoregressiveCache(light, *self._windows_after(x, None, mask), None)
+
+    def _windows_after(
+        self, x: Tensor, cache: AutoregressiveCache | None, mask: Tensor | None
+    ) -> tuple[ReadTokens, ReadTokens]:
+        """All tokens of windows that have ended with x [b, n, d], and those of the window that has not."""
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if cache is None:
             opened = self._read(x, mask, start=0)
-            ended, routed = opened.cut(0, 0), None
+            ended = opened.cut(0, 0)
         else:
-            ended, routed = cache.ended, cache.routed
+            ended = cache.ended
             opened = cache.opened.followed_by(self._read(x, mask, ended.length + cache.opened.length))
         whole = opened.length // self.heavy_window_size * self.heavy_window_size
-        ended, opened = ended.followed_by(opened.cut(0, whole)), opened.cut(whole)
-        heavy, routed, _ = self._attend_to_past(
-            x, ended, opened, routed, self.num_heavy_tokens_q, self.num_heavy_tokens_kv, step=True
-        )
-        return (
-            out if heavy is None else out + heavy,
-            AutoregressiveCache(light, ended, opened, routed),
-        )
+        return ended.followed_by(opened.cut(0, whole)), opened.cut(whole)
 
     def _read(self, x: Tensor, mask: Tensor | None, start: int) -> ReadTokens:
         """Score and project tokens [b, n, d], the first of which is at position `start`."""
@@ -311,7 +333,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         step: bool = False,
         random_route: bool = False,
         with_stats: bool = False,
-    ) -> tuple[Tensor | None, RoutedKeysValues | None, AutoregressiveStats | None]:
+    ) -> tuple[Tensor, RoutedKeysValues | None, AutoregressiveStats | None]:
         """The heavy branch, for the newest tokens.
 
         Args:
@@ -326,20 +348,18 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             with_stats: whether to return statistics; not with a known `routed`.
 
         Returns:
-            [b, n, d], or None if there is no past to attend to; what the open window attends to, if it has
+            [b, n, d], zero for tokens without a past to attend to; what the open window attends to, if it has
             tokens and more follow; the statistics.
         """
         heavy, w = self.heavy_attn, self.heavy_window_size
         b, n, _ = x.shape
-        k_q = min(_places("num_heavy_tokens_q", num_q, w), w)
-        k_kv = _places("num_heavy_tokens_kv", num_kv, w)
+        k_q = min(places_in_window("num_heavy_tokens_q", num_q, w), w)
+        k_kv = places_in_window("num_heavy_tokens_kv", num_kv, w)
         total = ended.length + opened.length
         start = total - n
         first, last = max(start // w, 1), (total - 1) // w
         if n == 0 or last < 1:
-            return None, routed, self._no_stats(x) if with_stats else None
-        if self.query_routing == "window" and self.training and not torch.compiler.is_compiling():
-            _warn_of_looking_ahead()
+            return torch.zeros_like(x), routed, self._no_stats(x) if with_stats else None
 
         stats = shared = rows = None
         if routed is None or last > start // w:
@@ -347,34 +367,38 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             rows = (ended.keys, ended.values, gates, indices)
             routed = None
             shared = overlap(indices.transpose(1, 2)) if with_stats else None
-            if step or heavy.backend != "sdpa":
-                # Without a mask, a window lacks rows only while it has fewer than k before it.
-                full = ended.mask is None and k_kv <= first * w
-                routed = heavy.gather_keys_values(*rows, None if full else indices >= 0)
-        queries = self._route_queries(x, ended, opened, first, last, k_q, random_route)
-        q = rearrange(
-            heavy.queries(queries.tokens, queries), "b h (c k) e -> (b c) h k e", c=last - first + 1
-        )
-        past = None  # which windows have one, [b, c]; all, if there is no mask
+            # Without a mask, a window lacks rows only while it has fewer than k before it.
+            there = None if ended.mask is None and k_kv <= first * w else indices >= 0
+            if heavy.backend != "sdpa" or (heavy.dropout > 0 and self.training):
+                routed = heavy.gather_keys_values(*rows, there)
+        queries = self._route_queries(x, ended, opened, first, k_q, random_route)
+        q = heavy.queries(queries.tokens, queries._replace(indices=queries.indices + start))
+        q = rearrange(q, "b h (c k) e -> (b c) h k e", c=last - first + 1)
+        past = newest = None  # which windows have a past [b, c], where some have none
         if routed is None:
             assert rows is not None
             out = heavy.attend_to_gathered(q, *rows)
-            past = None if ended.mask is None else (rows[-1][:, :, 0] >= 0).any(-1)
+            if ended.mask is not None and there is not None:
+                past = there[:, :, 0].any(-1)
+            if step and opened.length:
+                own = None if there is None else there[:, -1:]
+                newest = heavy.gather_keys_values(*rows[:2], gates[:, -1:], indices[:, -1:], own)
         else:
             out = heavy.attend(q, routed)
             if ended.mask is not None and routed.mask is not None:
                 past = routed.mask[:, 0, 0, 1:].any(-1).view(b, last - first + 1)
+            if step and opened.length:
+                newest = _last_window(routed, last - first + 1)
         out = rearrange(out, "(b c) k d -> b (c k) d", b=b, c=last - first + 1)
 
         skipped = max(w - start, 0)  # tokens of the first window
-        places = queries.indices.sub(start + skipped).masked_fill(queries.indices < 0, -1)
+        places = queries.indices.sub(skipped).masked_fill(queries.indices < 0, -1)
         out = heavy.route_back(x[:, skipped:], out, queries._replace(indices=places))
         if past is not None:
             window = torch.arange(start + skipped, total, device=x.device) // w - first
             out = out.masked_fill(~past[:, window, None], 0)
         out = F.pad(out, (0, 0, skipped, 0))
         if stats is None or shared is None:
-            newest = _last_window(routed, last - first + 1) if routed is not None and opened.length else None
             return out, newest, None
         used = (places >= 0).view(b, last, k_q).sum(-1) / k_q
         return out, None, AutoregressiveStats(used, stats, shared)
@@ -427,78 +451,29 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         ended: ReadTokens,
         opened: ReadTokens,
         first: int,
-        last: int,
         k: int,
         random_route: bool,
     ) -> RouterOutput:
-        """Which of the newest tokens x [b, n, d] attend, in windows `first` to `last`: at most k of each.
+        """Which of the newest tokens x [b, n, d] attend, from window `first` on: at most k of each.
 
         Returns:
-            Their positions [b, c k], -1 for places that are not used, gates and tokens; in order of windows.
+            Their places in x [b, c k], -1 where none is used, gates and tokens; in order of windows.
         """
-        w = self.heavy_window_size
-        router = self.heavy_attn.q_router
+        router, begin = self.heavy_attn.q_router, (first - 1) * self.heavy_window_size
         assert router is not None
-        n = x.shape[1]
-        total = ended.length + opened.length
-        begin = (first - 1) * w
-        fill = (last + 1) * w - total
-
-        def windows(of_ended: Tensor, of_opened: Tensor) -> Tensor:
-            strip = F.pad(torch.cat((of_ended[:, begin:], of_opened), dim=1), (0, fill))
-            return rearrange(strip, "b (c w) -> b c w", w=w)
-
-        s = windows(ended.q_scores, opened.q_scores)  # [b, 1 + c, w]
-        if random_route:
-            s = torch.rand_like(s)
-        if ended.mask is None or opened.mask is None:
-            valid = (torch.arange(begin, begin + s.shape[1] * w, device=x.device) < total).view(-1, w)
-            valid = valid.expand(s.shape)
-        else:
-            valid = windows(ended.mask, opened.mask)
-        positions = torch.arange(first * w, (last + 1) * w, device=x.device).view(-1, w)
-        if self.query_routing == "window":
-            gates, places, _ = router.choose(
-                s[:, 1:], num_tokens=k, mask=valid[:, 1:], random_route=random_route
-            )
-        else:
-            gates, kept = self._above_threshold(s, valid, k, random_route)
-            kept = kept & (positions >= total - n)
-            places = torch.argsort((~kept).to(torch.uint8), dim=-1, stable=True)[..., : min(k, n)]
-            places = places.masked_fill(~kept.gather(-1, places), -1)
-            gates = gates.gather(-1, places.clamp(min=0)).masked_fill(places < 0, 0)
-        indices = torch.where(places < 0, -1, places + positions[:, :1]).flatten(1)
-        local = indices.sub(total - n).masked_fill(indices < 0, -1)
-        tokens = gather_rows(x, local, pick_backend(router.use_triton, x.device))
-        return RouterOutput(indices, gates.flatten(1), tokens, None)
-
-    def _above_threshold(self, s: Tensor, valid: Tensor, k: int, random_route: bool) -> tuple[Tensor, Tensor]:
-        """Gates of all tokens, and which are routed, of the windows after the first in s [b, 1 + c, w]."""
-        router, w = self.heavy_attn.q_router, self.heavy_window_size
-        assert router is not None
-        own, before = s[:, 1:], s[:, :-1]
-        if k == w:
-            return torch.ones_like(own), valid[:, 1:]
-        count = valid[:, :-1].sum(-1)
-        wanted = -(-count * k // w)
-        best = before.detach().masked_fill(~valid[:, :-1], -math.inf).topk(k, dim=-1).values
-        threshold = best.gather(-1, (wanted - 1).clamp(min=0)[..., None])
-        threshold = threshold.masked_fill((wanted == 0)[..., None], math.inf)
-        reached = valid[:, 1:] & (own >= threshold)
-        kept = reached & (reached.cumsum(-1) <= k)
-        if random_route:
-            return torch.ones_like(own), kept
-        budget = k * router.fetch_k_ratio
-        levels = water_levels(
-            before,
-            k=(count.to(torch.float64) * budget / w).clamp(max=count),
-            eps=router.eps,
-            mask=valid[:, :-1],
-            backend=pick_backend(router.use_triton, s.device),
-            largest=math.ceil(budget),
+        mask = None
+        if ended.mask is not None and opened.mask is not None:
+            mask = torch.cat((ended.mask[:, begin:], opened.mask), dim=1)
+        return route_newest(
+            router,
+            x,
+            torch.cat((ended.q_scores[:, begin:], opened.q_scores), dim=1),
+            mask,
+            window=self.heavy_window_size,
+            num_tokens=k,
+            query_routing=self.query_routing,
+            random_route=random_route,
         )
-        gates = ((own + levels[..., None]) / router.eps).clamp(max=0).exp()
-        return (gates - gates.detach() + 1 if router.straight_through else gates), kept
 
     def _no_stats(self, x: Tensor) -> AutoregressiveStats:
         """Of no windows."""
@@ -511,18 +486,3 @@ def _last_window(routed: RoutedKeysValues, c: int) -> RoutedKeysValues:
     last = slice(c - 1, None, c)
     mask = None if routed.mask is None else routed.mask[last].clone()
     return RoutedKeysValues(routed.keys[last].clone(), routed.values[last].clone(), mask)
-
-
-def _places(name: str, number: int | float, w: int) -> int:
-    """A number of rows; a float is a share of w."""
-    check_num_tokens(name, number)
-    return rows_to_route(number, w) if isinstance(number, float) else number
-
-
-@functools.cache
-def _warn_of_looking_ahead() -> None:
-    warnings.warn(
-        "query_routing='window' looks ahead: which tokens are routed depends on later ones, so that the loss "
-        "in training is not that of generation; 'threshold' does not",
-        stacklevel=2,
-    )

@@ -1,24 +1,28 @@
 """The block of the Transformer-XL: self-attention over [window, segment], routed memory, feedforward.
 
-Shapes: b streams, n tokens in a segment, w rows of the XL window, d dim, h heads, e dim_head, r routing
-tokens, k rows routed. Everything here is a function of tensors alone, so that a block can be compiled and
-checkpointed; the memory store is read outside.
+Shapes: b streams, n tokens in a segment, w rows of the XL window, t tokens of an open segment, v tokens in a
+routing window, d dim, h heads, e dim_head, r routing tokens, k rows routed. Everything here is a function of
+tensors alone, so that a block can be compiled and checkpointed; the memory store is read outside.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from xlroute.attend import attend
+from xlroute.autoregressive import AutoregressiveCache, ConditionalRoutedAutoregressiveAttention
+from xlroute.causal_routing import QueryRouting, route_on
 from xlroute.cross_attention import ConditionalRoutedCrossAttention, RoutedKeysValues
-from xlroute.feedforward import FeedForward
+from xlroute.feedforward import ConditionalRoutedFeedForward, FeedForward
 from xlroute.position import AGE_BUCKETS, rotary_table, rotate
-from xlroute.router import RouterOutput
+from xlroute.router import CoordinateDescentRouter, RouterOutput
 
 
 class RoutedRows(NamedTuple):
@@ -30,22 +34,31 @@ class RoutedRows(NamedTuple):
 
 
 class BlockContext(NamedTuple):
-    """Everything that a block looks at besides the tokens it is given, as keys and values."""
+    """Everything that a block looks at besides the tokens it is given."""
 
-    keys: Tensor  # [b, h, w, e], of the XL window and of earlier tokens of an open segment, not rotated
-    values: Tensor  # [b, h, w, e]
-    mask: Tensor  # bool [b, w]
+    # Of the XL window, or what the light attention sees of it, and of earlier tokens of an open segment.
+    keys: Tensor  # [b, h, w + t, e], not rotated
+    values: Tensor  # [b, h, w + t, e]
+    mask: Tensor  # bool [b, w + t]
+    heavy: AutoregressiveCache | None  # all of them, for the heavy attention
     memory: RoutedKeysValues | None
     memory_bias: Tensor | None  # [b, h, 1, k]
+    scores: Tensor  # [b, v + t, 2], of the tokens before as memory queries and for the feedforward, or empty
 
 
 class SelfAttention(nn.Module):
-    """Causal attention over earlier rows and the tokens themselves, with rotary positions."""
+    """Causal attention over earlier rows and the tokens themselves, with rotary positions.
 
-    def __init__(self, dim: int, *, heads: int, dim_head: int, dropout: float) -> None:
+    With `window_size`, a token sees only so many rows before it, and the work grows with those alone.
+    """
+
+    def __init__(
+        self, dim: int, *, heads: int, dim_head: int, dropout: float, window_size: int | None = None
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
+        self.window_size = window_size
         self.norm = nn.RMSNorm(dim)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
@@ -69,33 +82,67 @@ class SelfAttention(nn.Module):
         kv = rearrange(self.to_kv(self.norm(states)), "b n (two h e) -> two b h n e", two=2, h=self.heads)
         return kv[0] + self.k_bias.to(kv.dtype), kv[1]
 
-    def forward(self, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, context: BlockContext) -> tuple[Tensor, BlockContext]:
         """Attend from x [b, n, d] to the context and to x up to each token.
 
         Returns:
-            The output [b, n, d], and the keys and values [b, h, n, e] of x.
+            The output [b, n, d], and the context with the keys and values of x in it.
         """
-        n, w = x.shape[1], context.keys.shape[2]
         q = rearrange(self.to_q(self.norm(x)), "b n (h e) -> b h n e", h=self.heads)
         q = q + self.q_bias.to(q.dtype)
         keys, values = self.keys_values(x)
-        all_keys = torch.cat((context.keys.to(keys.dtype), keys), dim=2)
-        all_values = torch.cat((context.values.to(values.dtype), values), dim=2)
+        context = context._replace(
+            keys=torch.cat((context.keys.to(keys.dtype), keys), dim=2),
+            values=torch.cat((context.values.to(values.dtype), values), dim=2),
+            mask=F.pad(context.mask, (0, x.shape[1]), value=True),
+        )
+        attend_from = self._attend if self.window_size is None else self._attend_nearby
+        out = attend_from(q, context.keys, context.values, context.mask)
+        return self.to_out(rearrange(out, "b h n e -> b n (h e)")), context
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Attend from queries [b, h, n, e] to all rows [b, h, w + n, e] up to each token."""
+        n, w = q.shape[2], keys.shape[2] - q.shape[2]
         # Positions count from the first place of the window. Only differences matter, so the same numbers
         # serve every segment.
         table = rotary_table(w + n, q.shape[-1], device=q.device, dtype=q.dtype)
-        causal = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
-        mask = torch.cat(
-            (context.mask[:, None, :].expand(-1, n, -1), causal.expand(x.shape[0], -1, -1)), dim=-1
-        )
-        out = attend(
+        causal = torch.ones(n, w + n, dtype=torch.bool, device=q.device).tril(w)
+        return attend(
             rotate(q, table[:, w:]),
-            rotate(all_keys, table),
-            all_values,
-            mask=mask[:, None],
+            rotate(keys, table),
+            values,
+            mask=(mask[:, None] & causal)[:, None],
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.to_out(rearrange(out, "b h n e -> b n (h e)")), keys, values
+
+    def _attend_nearby(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Attend to the token itself and `window_size` rows before it, from chunks of queries at a time."""
+        assert self.window_size is not None
+        n, s = q.shape[2], self.window_size
+        chunk = min(n, s)
+        lacking, fill = max(s + n - keys.shape[2], 0), -n % chunk
+
+        def last(rows: Tensor) -> Tensor:
+            return F.pad(rows[:, :, -(s + n) :], (0, 0, lacking, fill))
+
+        def chunks(rows: Tensor) -> Tensor:
+            return rearrange(rows.unfold(2, s + chunk, chunk), "b h c e s -> (b c) h s e")
+
+        table = rotary_table(s + n + fill, q.shape[-1], device=q.device, dtype=q.dtype)
+        q = rotate(F.pad(q, (0, 0, 0, fill)), table[:, s:])
+        distance = (
+            s + torch.arange(chunk, device=q.device)[:, None] - torch.arange(s + chunk, device=q.device)
+        )
+        present = F.pad(mask[:, -(s + n) :], (lacking, fill)).unfold(1, s + chunk, chunk)  # [b, c, s + chunk]
+        visible = present[:, :, None] & (distance >= 0) & (distance <= s)
+        out = attend(
+            rearrange(q, "b h (c q) e -> (b c) h q e", q=chunk),
+            chunks(rotate(last(keys), table)),
+            chunks(last(values)),
+            mask=visible.flatten(0, 1)[:, None],
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return rearrange(out, "(b c) h q e -> b h (c q) e", b=len(mask))[:, :, :n]
 
 
 class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
@@ -110,8 +157,10 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
     model starts close to one without memory.
     """
 
-    def __init__(self, dim: int, *, heads: int, **options: Any) -> None:
-        super().__init__(dim, num_tokens_q=None, heads=heads, share_qk=True, qk_norm=True, **options)
+    def __init__(
+        self, dim: int, *, heads: int, num_tokens_q: int | float | None = None, **options: Any
+    ) -> None:
+        super().__init__(dim, num_tokens_q=num_tokens_q, heads=heads, share_qk=True, qk_norm=True, **options)
         self.memory_gate = nn.Parameter(torch.zeros(()))
         self.age_bias = nn.Embedding(AGE_BUCKETS, heads)
 
@@ -124,13 +173,38 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         bias = per_set.expand(b, -1, -1, -1).gather(-1, buckets)
         return self.keys_values(rows.routed, rows.followers), bias.reshape(b, self.heads, 1, k)
 
-    def gated(self, x: Tensor, keys_values: RoutedKeysValues, bias: Tensor) -> Tensor:
-        """The gated output [b, n, d] for x [b, n, d]."""
-        return self.memory_gate.tanh() * self.attend(self.queries(x), keys_values, bias)
+    def gated(
+        self, x: Tensor, keys_values: RoutedKeysValues, bias: Tensor, queries: RouterOutput | None
+    ) -> Tensor:
+        """The gated output [b, n, d] for x [b, n, d], of which all tokens attend, or the routed ones."""
+        if queries is None:
+            out = self.attend(self.queries(x), keys_values, bias)
+        else:
+            out = self.attend(self.queries(queries.tokens, queries), keys_values, bias)
+            out = self.route_back(x, out, queries)
+        return self.memory_gate.tanh() * out
 
 
 class Block(nn.Module):
-    """Pre-norm block: self-attention, on memory layers gated routed cross-attention, feedforward."""
+    """Pre-norm block: self-attention, on memory layers gated routed cross-attention, feedforward.
+
+    Self-attention and feedforward may have a heavy branch for routed tokens. Tokens are routed in windows of
+    v, the first of which begins with the segment.
+
+    Args:
+        dim: d.
+        heads: of self-attention, or of its light branch.
+        dim_head: e.
+        dropout: of attention weights, of hidden units and of each branch's output.
+        ff_mult: hidden width of the feedforward over d, or of its heavy branch.
+        memory_heads: of the attention to the memory.
+        memory_options: further arguments of that; None for a block without it.
+        routing_window: v.
+        query_routing: how tokens are routed, see `route_newest`.
+        heavy_options: arguments of the heavy branch of self-attention; None for none.
+        light_window_size: rows that a token sees before itself; None for all.
+        feedforward_options: further arguments of a routed feedforward; None for a plain one.
+    """
 
     def __init__(
         self,
@@ -138,38 +212,137 @@ class Block(nn.Module):
         *,
         heads: int,
         dim_head: int,
-        ff_mult: int,
         dropout: float,
+        ff_mult: int,
+        memory_heads: int,
         memory_options: Mapping[str, Any] | None,
+        routing_window: int,
+        query_routing: QueryRouting,
+        heavy_options: Mapping[str, Any] | None,
+        light_window_size: int | None,
+        feedforward_options: Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
-        self.attention = SelfAttention(dim, heads=heads, dim_head=dim_head, dropout=dropout)
+        self.routing_window = routing_window
+        self.query_routing = query_routing
+        self.attention = SelfAttention(
+            dim, heads=heads, dim_head=dim_head, dropout=dropout, window_size=light_window_size
+        )
+        self.heavy_attention: ConditionalRoutedAutoregressiveAttention | None = None
+        if heavy_options is not None:
+            self.heavy_attention = ConditionalRoutedAutoregressiveAttention(
+                dim,
+                has_light_attn=False,
+                heavy_window_size=routing_window,
+                heavy_dim_head=dim_head,
+                rotary_emb=True,
+                query_routing=query_routing,
+                dropout=dropout,
+                **heavy_options,
+            )
         self.memory: RoutedMemoryAttention | None = None
         if memory_options is not None:
             self.memory = RoutedMemoryAttention(
-                dim, heads=heads, dim_head=dim_head, dropout=dropout, **memory_options
+                dim, heads=memory_heads, dim_head=dim_head, dropout=dropout, **memory_options
             )
-        self.feedforward = FeedForward(dim, mult=ff_mult, dropout=dropout)
+        self.feedforward: FeedForward | ConditionalRoutedFeedForward
+        if feedforward_options is None:
+            self.feedforward = FeedForward(dim, mult=ff_mult, dropout=dropout)
+        else:
+            self.feedforward = ConditionalRoutedFeedForward(
+                dim, heavy_ff_mult=ff_mult, dropout=dropout, **feedforward_options
+            )
         self.dropout = nn.Dropout(dropout)
 
-    def context(self, window: Tensor, window_mask: Tensor, rows: RoutedRows | None) -> BlockContext:
-        """Project the XL window [b, w, d] (mask bool [b, w]) and routed rows to keys and values."""
-        keys, values = self.attention.keys_values(window)
-        if rows is None:
-            return BlockContext(keys, values, window_mask, None, None)
-        assert self.memory is not None
-        return BlockContext(keys, values, window_mask, *self.memory.context(rows))
+    def last_projections(self) -> list[nn.Linear]:
+        """Those that join the residual stream, but for that of the memory."""
+        feedforward, found = self.feedforward, [self.attention.to_out]
+        if self.heavy_attention is not None:
+            found.append(self.heavy_attention.heavy_attn.to_out)
+        if isinstance(feedforward, ConditionalRoutedFeedForward):
+            return [*found, feedforward.light_ff.to_out, feedforward.heavy_ff.to_out]
+        return [*found, feedforward.to_out]
 
-    def read(self, x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Read tokens x [b, n, d]: the output [b, n, d], and the keys and values [b, h, n, e] of x."""
-        out, keys, values = self.attention(x, context)
+    def context(
+        self, window: Tensor, window_mask: Tensor, opened: Tensor, rows: RoutedRows | None, scores: Tensor
+    ) -> BlockContext:
+        """What the block looks at before the next token.
+
+        Args:
+            window: states [b, w, d] of the XL window.
+            window_mask: bool [b, w].
+            opened: states [b, t, d] of the tokens of an open segment.
+            rows: those of the memory that were routed to the block; None without a memory.
+            scores: [b, s, 2], of at least the last v + t % v tokens, -inf where there are none; or empty.
+        """
+        t = opened.shape[1]
+        near = self.attention.window_size or 0  # -0 is the first row
+        states = torch.cat((window, opened), dim=1) if t else window
+        mask = F.pad(window_mask, (0, t), value=True)
+        heavy = None
+        if self.heavy_attention is not None:
+            # The segment begins with a window of its own.
+            lacking = -window.shape[1] % self.routing_window
+            heavy = self.heavy_attention.remember(
+                F.pad(states, (0, 0, lacking, 0)), mask=F.pad(mask, (lacking, 0))
+            )
+        memory = memory_bias = None
+        if rows is not None:
+            assert self.memory is not None
+            memory, memory_bias = self.memory.context(rows)
+        return BlockContext(
+            *self.attention.keys_values(states[:, -near:]),
+            mask[:, -near:],
+            heavy,
+            memory,
+            memory_bias,
+            scores[:, -(self.routing_window + t % self.routing_window) :],
+        )
+
+    def read(self, x: Tensor, context: BlockContext) -> tuple[Tensor, BlockContext]:
+        """Read tokens x [b, n, d]: the output [b, n, d], and what to look at after them."""
+        out, after = self.attention(x, context)
+        if self.heavy_attention is not None:
+            heavy, cache = self.heavy_attention.read_on(x, context.heavy)
+            out, after = out + heavy, after._replace(heavy=cache)
         x = x + self.dropout(out)
+        scores = context.scores.new_full((*x.shape[:2], context.scores.shape[-1]), -math.inf)
         if context.memory is not None:
             assert self.memory is not None
             assert context.memory_bias is not None
-            x = x + self.dropout(self.memory.gated(x, context.memory, context.memory_bias))
-        return x + self.dropout(self.feedforward(x)), keys, values
+            queries = None
+            if self.memory.q_router is not None:
+                assert self.memory.num_tokens_q is not None
+                queries, scores[..., 0] = self._route(
+                    self.memory.q_router, self.memory.num_tokens_q, x, context.scores[..., 0]
+                )
+            x = x + self.dropout(self.memory.gated(x, context.memory, context.memory_bias, queries))
+        if isinstance(self.feedforward, ConditionalRoutedFeedForward):
+            routed, scores[..., 1] = self._route(
+                self.feedforward.router, self.feedforward.num_heavy_tokens, x, context.scores[..., 1]
+            )
+            x = x + self.dropout(self.feedforward.both_branches(x, routed))
+        else:
+            x = x + self.dropout(self.feedforward(x))
+        return x, after._replace(scores=torch.cat((context.scores, scores), dim=1))
 
-    def forward(self, x: Tensor, window: Tensor, window_mask: Tensor, rows: RoutedRows | None) -> Tensor:
-        """Read a whole segment: x [b, n, d] -> [b, n, d]."""
-        return self.read(x, self.context(window, window_mask, rows))[0]
+    def _route(
+        self, router: CoordinateDescentRouter, num_tokens: int | float, x: Tensor, before: Tensor
+    ) -> tuple[RouterOutput, Tensor]:
+        """Pick among tokens x [b, n, d] by the scores of those before them; their own, without gradient."""
+        routed, scores = route_on(
+            router,
+            x,
+            before,
+            window=self.routing_window,
+            num_tokens=num_tokens,
+            query_routing=self.query_routing,
+        )
+        return routed, scores.detach()
+
+    def forward(
+        self, x: Tensor, window: Tensor, window_mask: Tensor, rows: RoutedRows | None, scores: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Read a whole segment x [b, n, d]: the output [b, n, d], and the scores [b, n, 2] of its tokens."""
+        x, after = self.read(x, self.context(window, window_mask, x[:, :0], rows, scores))
+        return x, after.scores[:, -x.shape[1] :]

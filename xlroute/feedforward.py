@@ -14,6 +14,7 @@ from xlroute.backend import pick_backend
 from xlroute.kernels import scatter_rows
 from xlroute.router import (
     CoordinateDescentRouter,
+    RouterOutput,
     RoutingStats,
     check_num_tokens,
     route,
@@ -37,6 +38,11 @@ class FeedForward(nn.Sequential):
             nn.Linear(hidden, dim, bias=bias),
         )
 
+    @property
+    def to_out(self) -> nn.Linear:
+        """The projection back."""
+        return self[-1]  # type: ignore[return-value]
+
 
 class ConditionalRoutedFeedForward(nn.Module):
     """A light feedforward for all tokens, and a heavy one for the few that a router picks.
@@ -45,7 +51,7 @@ class ConditionalRoutedFeedForward(nn.Module):
     Only they are projected by the heavy branch. Gradient reaches the router through the gates.
 
     The routed tokens are the best of the whole sequence, so a token's output depends on later ones: this is
-    no layer for causal models.
+    no layer for causal models, unless they pick the tokens themselves and call `both_branches`.
 
     Args:
         dim: width d of the tokens.
@@ -58,6 +64,7 @@ class ConditionalRoutedFeedForward(nn.Module):
             saturating. Those of colt5-attention are `n_iters=20, eps=0.03, eps_init=4.0, eps_decay=0.7,
             score_scale=None`.
         use_triton: whether routing runs in Triton; None picks by device.
+        dropout: of the hidden units of both branches.
 
     Raises:
         ValueError: for arguments out of range.
@@ -73,6 +80,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         router_straight_through: bool = True,
         router_kwargs: Mapping[str, Any] = {},
         use_triton: bool | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_num_tokens("num_heavy_tokens", num_heavy_tokens)
@@ -81,8 +89,8 @@ class ConditionalRoutedFeedForward(nn.Module):
             dim,
             **router_options(router_kwargs, straight_through=router_straight_through, use_triton=use_triton),
         )
-        self.light_ff = FeedForward(dim, mult=light_ff_mult, bias=True)
-        self.heavy_ff = FeedForward(dim, mult=heavy_ff_mult, bias=True)
+        self.light_ff = FeedForward(dim, mult=light_ff_mult, dropout=dropout, bias=True)
+        self.heavy_ff = FeedForward(dim, mult=heavy_ff_mult, dropout=dropout, bias=True)
 
     def forward(
         self,
@@ -109,16 +117,19 @@ class ConditionalRoutedFeedForward(nn.Module):
         if x.ndim != 3:
             raise ValueError(f"x: expected tokens [b, n, d], got {tuple(x.shape)}")
         num_tokens = self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens
-        light = self.light_ff(x)
         if rows_to_route(num_tokens, x.shape[1]) == x.shape[1] and mask is None and not return_stats:
-            return light + self.heavy_ff(x)  # type: ignore[no-any-return]
+            return self.light_ff(x) + self.heavy_ff(x)  # type: ignore[no-any-return]
         routed, stats = route(self.router, x, with_stats=return_stats, num_tokens=num_tokens, mask=mask)
-        out = scatter_rows(
-            light,
+        out = self.both_branches(x, routed)
+        return out if stats is None else (out, stats)
+
+    def both_branches(self, x: Tensor, routed: RouterOutput) -> Tensor:
+        """Feed all tokens x [b, n, d] forward, and those of them that were routed by both branches."""
+        return scatter_rows(
+            self.light_ff(x),
             self.heavy_ff(routed.tokens),
             routed.indices,
             pick_backend(self.router.use_triton, x.device),
             gates=routed.scores,
             add=True,
         )
-        return out if stats is None else (out, stats)

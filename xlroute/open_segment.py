@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from xlroute.blocks import BlockContext
 from xlroute.state import TransformerXLState
@@ -55,26 +54,34 @@ class OpenSegment:
         if not self.contexts:
             self._open_contexts()
         x = self.model.embedding(tokens)
-        entering = []
-        for i, block in enumerate(self.model.typed_blocks()):
+        entering, contexts = [], []
+        for block, context in zip(self.model.typed_blocks(), self.contexts, strict=True):
             entering.append(x)
-            x, keys, values = block.read(x, self.contexts[i])
-            self.contexts[i] = _extended(self.contexts[i], keys, values)
+            x, context = block.read(x, context)
+            contexts.append(context)
         logits = self.model.to_logits(self.model.norm(x))
         # Nothing is kept before all blocks have read the piece.
+        self.contexts = contexts
         self.states.append(torch.stack(entering))
         self.length += tokens.shape[1]
         self.state.positions = self.state.positions + tokens.shape[1]
+        scores = torch.stack([context.scores[:, -tokens.shape[1] :] for context in contexts])
+        self.state.scores = torch.cat((self.state.scores, scores), dim=2)[:, :, scores.shape[2] :]
         return logits  # type: ignore[no-any-return]
 
     def _open_contexts(self) -> None:
         opened = torch.cat(self.states, dim=2)
         mask = self.model.window_mask(self.state)
-        for i, (block, routed) in enumerate(self.model.route(self.state)):
-            context = block.context(self.state.window[i], mask, None if routed is None else routed[0])
-            if self.length:
-                context = _extended(context, *block.attention.keys_values(opened[i]))
-            self.contexts.append(context)
+        self.contexts = [
+            block.context(
+                self.state.window[i],
+                mask,
+                opened[i],
+                None if routed is None else routed[0],
+                self.state.scores[i],
+            )
+            for i, (block, routed) in enumerate(self.model.route(self.state))
+        ]
 
     def _end_segment(self) -> None:
         self.leave()
@@ -82,12 +89,3 @@ class OpenSegment:
         self.states = [self.state.open]
         self.length = 0
         self.contexts = []
-
-
-def _extended(context: BlockContext, keys: Tensor, values: Tensor) -> BlockContext:
-    """The context with the keys and values [b, h, n, e] of tokens just read."""
-    return context._replace(
-        keys=torch.cat((context.keys, keys), dim=2),
-        values=torch.cat((context.values, values), dim=2),
-        mask=pad(context.mask, (0, keys.shape[2]), value=True),
-    )

@@ -1,6 +1,7 @@
-"""The state of a model that reads: XL window, positions, open segment, and the long-term memory.
+"""The state of a model that reads: XL window, positions, open segment, scores, and the long-term memory.
 
-Shapes: b streams, w rows of the XL window, t tokens of the open segment, d dim, L blocks.
+Shapes: b streams, w rows of the XL window, t tokens of the open segment, v tokens in a routing window, d dim,
+L blocks.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class TransformerXLState:
         window_lengths: rows of the window in use, int64 [b], on the CPU.
         positions: tokens read of the current document, int64 [b], on the CPU.
         open: states entering each block for the tokens of a segment that `generate` left open, [L, b, t, d].
+        scores: by which the last 2 v tokens read were routed, as memory queries and to the feedforward,
+            [L, b, 2 v, 2], right-aligned, -inf where there are none; empty for a model that routes neither.
         memory: the long-term memory; None for XL memory alone.
     """
 
@@ -59,6 +62,7 @@ class TransformerXLState:
     window_lengths: Tensor
     positions: Tensor
     open: Tensor
+    scores: Tensor
     memory: MemoryStore | None
     model: RoutedTransformerXL = field(repr=False)
     _consumed: bool = field(default=False, init=False, repr=False)
@@ -79,9 +83,7 @@ class TransformerXLState:
         """
         self.check()
         memory = None if self.memory is None else self.memory.fork()
-        return TransformerXLState(
-            self.window, self.window_lengths, self.positions, self.open, memory, self.model
-        )
+        return self._with(memory)
 
     def clear_memory(self) -> None:
         """Forget the long-term memory of every stream, and keep the XL window."""
@@ -123,6 +125,7 @@ class TransformerXLState:
             "window_lengths": self.window_lengths,
             "positions": self.positions,
             "open": self.open,
+            "scores": self.scores,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         temporary = folder / f"{STATE_FILE}.tmp"
@@ -157,8 +160,12 @@ class TransformerXLState:
     def hand_over(self) -> TransformerXLState:
         """The next state, of the same content; this one counts as consumed."""
         self._consumed = True
+        return self._with(self.memory)
+
+    def _with(self, memory: MemoryStore | None) -> TransformerXLState:
+        """A state of the same content with that memory."""
         return TransformerXLState(
-            self.window, self.window_lengths, self.positions, self.open, self.memory, self.model
+            self.window, self.window_lengths, self.positions, self.open, self.scores, memory, self.model
         )
 
     def note_memory(self) -> None:
@@ -195,6 +202,13 @@ def load_state(
             f"{folder / STATE_FILE}: expected depth={model.depth}, mem_len={model.mem_len}, dim={model.dim}, "
             f"got depth={depth}, mem_len={mem_len}, dim={dim}"
         )
+    # States that were saved before tokens could be routed have no scores.
+    none = model.no_scores(streams, device)
+    scores = tensors.get("scores", none)
+    if scores.shape != none.shape:
+        raise ValueError(
+            f"{folder / STATE_FILE}: expected scores {tuple(none.shape)}, got {tuple(scores.shape)}"
+        )
     memory = None
     if header["memory"] is not None:
         path = _find_store(header["memory"], folder)
@@ -217,6 +231,7 @@ def load_state(
         window_lengths=tensors["window_lengths"],
         positions=tensors["positions"],
         open=tensors["open"].to(device, weight.dtype),
+        scores=scores.to(none),
         memory=memory,
         model=model,
     )

@@ -1,18 +1,20 @@
 """RoutedTransformerXL: reads documents of any length segment by segment, with a routed long-term memory.
 
 It has: causal attention over [XL window, segment] (Dai et al., arXiv 1901.02860) with rotary positions, gated
-cross-attention to the rows that a router picks out of everything read before, per-stream document ends, and
-generation over cached keys and values. It has not: any state of its own. What has been read lives in the
-`TransformerXLState` that goes in and comes out.
+cross-attention to the rows that a router picks out of everything read before, on request light and heavy
+branches of attention and feedforward with the heavy ones for routed tokens (CoLT5, arXiv 2303.09752),
+per-stream document ends, and generation over cached keys and values. It has not: any state of its own. What
+has been read lives in the `TransformerXLState` that goes in and comes out.
 
 Shapes: b streams, n tokens in a segment, w = mem_len rows of the XL window, d dim, r routing tokens, k rows
-routed, L = depth blocks, l memory layers.
+routed, L = depth blocks, l memory layers, v tokens in a routing window.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xlroute.blocks import Block, RoutedRows
+from xlroute.causal_routing import QueryRouting, check_query_routing
+from xlroute.cross_attention import ConditionalRoutedCrossAttention
 from xlroute.memory import Eviction, FingerprintError, MemoryLayer, MemoryStore, ReadOnlyError, S3Path
 from xlroute.open_segment import OpenSegment
 from xlroute.position import age_bucket
@@ -34,7 +38,7 @@ from xlroute.state import TransformerXLState, load_state
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_VERSION = 1
-MEMORY_EPS = 0.5  # temperature of the choice of memory rows, in scores whose spread is about 1
+ROUTING_EPS = 0.5  # temperature of the choice of rows and tokens, in scores whose spread is about 1
 
 
 class Routing(NamedTuple):
@@ -52,25 +56,54 @@ class Routing(NamedTuple):
 class RoutedTransformerXL(nn.Module):
     """A Transformer-XL with a routed long-term memory.
 
+    Tokens may be routed too: as queries of the memory (`num_tokens_q`), of self-attention, or to the heavy
+    feedforward. None of it looks ahead. A segment is cut into routing windows of v tokens, of which the last
+    may be shorter. In each a router has a number of places; a token takes one, first come first served, if
+    its score reaches the level of the v tokens before the window, those of earlier segments among them (for
+    self-attention, as far as the XL window holds them). Where there are fewer, the level is that of those,
+    and where there are none, as at the start of a document, no token is routed. Level and gates are those of
+    `ConditionalRoutedAutoregressiveAttention`; for memory queries and feedforward, no gradient goes through
+    the scores of earlier segments.
+
     Args:
         vocab_size: number of tokens.
         dim: d, width of the states and of the memory rows.
         depth: L, number of blocks.
         heads: attention heads.
         dim_head: width of a head, even.
-        mem_len: w, states of each block that are kept and attended to densely; 0 for none.
+        mem_len: w, states of each block that are kept and attended to, densely or by `routed_self_attention`;
+            0 for none.
         memory_layers: blocks, counted from 1, that attend to the long-term memory; store layer i holds the
             states that enter block `memory_layers[i]`.
         num_tokens_kv: k, rows that each routing token chooses.
-        num_tokens_q: None: every query attends to the routed rows.
+        num_tokens_q: queries that attend to them in each routing window; a float in (0, 1] is a share of it.
+            None: every query does, without a router for them.
         kv_routing_tokens: r; the heads are shared out over the sets of rows.
         segment_len: tokens in a segment, where `generate` cuts.
-        ff_mult: width of the feedforward over `dim`.
+        ff_mult: width of the feedforward over `dim`, of its heavy branch if it has two.
         dropout: of attention weights and of each branch's output.
         tie_embeddings: the output projection is the embedding, transposed.
         gradient_checkpointing: recompute each block in the backward instead of keeping its activations.
         router_kwargs: further arguments of `CoordinateDescentRouter`; JSON values. `eps` is 0.5 unless given:
             a wide edge of the choice, so that many rows tell the router where better ones are.
+        routed_self_attention: light attention of all tokens to the near ones, and heavy attention of routed
+            tokens to routed rows of XL window and segment, as in `ConditionalRoutedAutoregressiveAttention`.
+        routed_feedforward: a light feedforward for all tokens, and a heavy one for routed tokens, as in
+            `ConditionalRoutedFeedForward`.
+        routing_window: v, see above; None for a quarter of `segment_len`.
+        query_routing: "threshold", see above; or "window", the best tokens of each window. That looks ahead:
+            such a model warns of it in training, once, and does not generate.
+        light_window_size: tokens before itself that a token sees in the light attention, as far as XL window
+            and segment hold them; None for v. With fewer, a token late in its routing window sees nothing
+            of what lies between its light window and that window's start.
+        light_heads: heads of the light attention; None for half of `heads`.
+        heavy_heads: heads of the heavy attention, divisible by `num_routed_kv`; None for the other half.
+        num_heavy_attn_tokens_q: places for queries of the heavy attention in a routing window; or a share.
+        num_heavy_attn_tokens_kv: rows that each routing token picks as its keys and values; a float is a
+            share of v.
+        num_routed_kv: routing tokens of those.
+        light_ff_mult: width of the light feedforward over `dim`.
+        num_heavy_ff_tokens: places for tokens of the heavy feedforward in a routing window; or a share.
 
     Raises:
         ValueError: for arguments out of range.
@@ -86,7 +119,7 @@ class RoutedTransformerXL(nn.Module):
         mem_len: int = 512,
         memory_layers: Sequence[int] = (4, 6),
         num_tokens_kv: int = 1024,
-        num_tokens_q: int | None = None,
+        num_tokens_q: int | float | None = None,
         kv_routing_tokens: int = 2,
         segment_len: int = 512,
         *,
@@ -95,6 +128,18 @@ class RoutedTransformerXL(nn.Module):
         tie_embeddings: bool = True,
         gradient_checkpointing: bool = False,
         router_kwargs: Mapping[str, Any] | None = None,
+        routed_self_attention: bool = False,
+        routed_feedforward: bool = False,
+        routing_window: int | None = None,
+        query_routing: QueryRouting = "threshold",
+        light_window_size: int | None = None,
+        light_heads: int | None = None,
+        heavy_heads: int | None = None,
+        num_heavy_attn_tokens_q: int | float = 1 / 8,
+        num_heavy_attn_tokens_kv: int | float = 1.0,
+        num_routed_kv: int = 1,
+        light_ff_mult: float = 0.5,
+        num_heavy_ff_tokens: int | float = 1 / 8,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -106,8 +151,12 @@ class RoutedTransformerXL(nn.Module):
             ("mem_len", mem_len, 0),
             ("segment_len", segment_len, 1),
             ("ff_mult", ff_mult, 1),
+            ("routing_window", routing_window, 1),
+            ("light_window_size", light_window_size, 1),
+            ("light_heads", light_heads, 1),
+            ("heavy_heads", heavy_heads, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         if dim_head % 2:
             raise ValueError(
@@ -115,11 +164,7 @@ class RoutedTransformerXL(nn.Module):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
-        if num_tokens_q is not None:
-            raise ValueError(
-                "num_tokens_q: expected None, since choosing queries by a top-k of the segment looks ahead, "
-                f"got {num_tokens_q}"
-            )
+        check_query_routing(query_routing)
         memory_layers = tuple(memory_layers)
         if memory_layers != tuple(sorted(set(memory_layers))) or not all(
             1 <= i <= depth for i in memory_layers
@@ -144,6 +189,18 @@ class RoutedTransformerXL(nn.Module):
             "tie_embeddings": tie_embeddings,
             "gradient_checkpointing": gradient_checkpointing,
             "router_kwargs": dict(router_kwargs or {}),
+            "routed_self_attention": routed_self_attention,
+            "routed_feedforward": routed_feedforward,
+            "routing_window": routing_window,
+            "query_routing": query_routing,
+            "light_window_size": light_window_size,
+            "light_heads": light_heads,
+            "heavy_heads": heavy_heads,
+            "num_heavy_attn_tokens_q": num_heavy_attn_tokens_q,
+            "num_heavy_attn_tokens_kv": num_heavy_attn_tokens_kv,
+            "num_routed_kv": num_routed_kv,
+            "light_ff_mult": light_ff_mult,
+            "num_heavy_ff_tokens": num_heavy_ff_tokens,
         }
         self.vocab_size = vocab_size
         self.dim = dim
@@ -153,20 +210,51 @@ class RoutedTransformerXL(nn.Module):
         self.segment_len = segment_len
         self.gradient_checkpointing = gradient_checkpointing
 
+        self.query_routing = query_routing
+        self.routing_window = max(segment_len // 4, 1) if routing_window is None else routing_window
+        self.routes_by_scores = routed_feedforward or (num_tokens_q is not None and bool(memory_layers))
+
+        router_options = {"eps": ROUTING_EPS, **(router_kwargs or {})}
         memory_options = {
+            "num_tokens_q": num_tokens_q,
             "num_tokens_kv": num_tokens_kv,
             "kv_routing_tokens": kv_routing_tokens,
-            "router_kwargs": {"eps": MEMORY_EPS, **(router_kwargs or {})},
+            "router_kwargs": router_options,
+        }
+        # Windows are small: blocks are for the memory.
+        window_options = {name: value for name, value in router_options.items() if name != "route_block_size"}
+        half = max(heads // 2, 1)
+        attention_options: dict[str, Any] = {"heads": heads, "light_window_size": None, "heavy_options": None}
+        if routed_self_attention:
+            attention_options = {
+                "heads": half if light_heads is None else light_heads,
+                "light_window_size": self.routing_window if light_window_size is None else light_window_size,
+                "heavy_options": {
+                    "num_heavy_tokens_q": num_heavy_attn_tokens_q,
+                    "num_heavy_tokens_kv": num_heavy_attn_tokens_kv,
+                    "num_routed_kv": num_routed_kv,
+                    "heavy_heads": max(heads - half, 1) if heavy_heads is None else heavy_heads,
+                    "router_kwargs": window_options,
+                },
+            }
+        feedforward_options = {
+            "num_heavy_tokens": num_heavy_ff_tokens,
+            "light_ff_mult": light_ff_mult,
+            "router_kwargs": window_options,
         }
         self.embedding = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(
             Block(
                 dim,
-                heads=heads,
                 dim_head=dim_head,
-                ff_mult=ff_mult,
                 dropout=dropout,
+                ff_mult=ff_mult,
+                memory_heads=heads,
                 memory_options=memory_options if number in memory_layers else None,
+                routing_window=self.routing_window,
+                query_routing=query_routing,
+                feedforward_options=feedforward_options if routed_feedforward else None,
+                **attention_options,
             )
             for number in range(1, depth + 1)
         )
@@ -183,20 +271,25 @@ class RoutedTransformerXL(nn.Module):
         Projections keep the scale of what they are given; those that join the residual stream share its
         scale among the branches. The memory branch adds nothing at first: its last projection is zero, so
         that it is learned before it disturbs, and its gate lets 10% through, so that gradient reaches what
-        lies behind.
+        lies behind. Nor does anything that is looked at in place of rows, or given to tokens not routed.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, ConditionalRoutedCrossAttention):
+                nn.init.zeros_(module.null_value)
+                if module.null_q_token is not None:
+                    nn.init.zeros_(module.null_q_token)
         nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
         for block in self.typed_blocks():
-            for branch in (block.attention.to_out, block.feedforward[-1]):
+            for branch in block.last_projections():
                 branch.weight.data *= (2 * self.depth) ** -0.5
             block.attention.look_back()
             if block.memory is not None:
                 nn.init.zeros_(block.memory.to_out.weight)
                 nn.init.zeros_(block.memory.age_bias.weight)
-                nn.init.zeros_(block.memory.null_value)
                 nn.init.constant_(block.memory.memory_gate, 0.1)
 
     # ---- State ----
@@ -267,6 +360,7 @@ class RoutedTransformerXL(nn.Module):
             window_lengths=torch.zeros(streams, dtype=torch.int64, device="cpu"),
             positions=positions,
             open=weight.new_zeros(self.depth, streams, 0, self.dim),
+            scores=self.no_scores(streams, weight.device),
             memory=memory,
             model=self,
         )
@@ -435,19 +529,24 @@ class RoutedTransformerXL(nn.Module):
         self.end_open_segment(state)
         x = self.dropout(self.embedding(tokens))
         mask = self.window_mask(state)
-        entering, report = [], []
+        entering, scores, report = [], [], []
         for i, (block, routed) in enumerate(self.route(state)):
             entering.append(x.detach())
             rows = None
             if routed is not None:
                 rows, routing = routed
                 report.append(routing)
+            inputs = (x, state.window[i], mask, rows, state.scores[i])
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, state.window[i], mask, rows, use_reentrant=False)
+                x, block_scores = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, state.window[i], mask, rows)
+                x, block_scores = block(*inputs)
+            scores.append(block_scores)
         logits = self.to_logits(self.norm(x))
         self._shift(state, torch.stack(entering), lengths, ends)
+        state.scores = _slices(
+            torch.cat((state.scores, torch.stack(scores)), dim=2), lengths, state.scores.shape[2]
+        ).masked_fill(ends.to(x.device)[:, None, None], -math.inf)
         state.positions = torch.where(ends, 0, state.positions + lengths)
         state = state.hand_over()
         return (logits, state, tuple(report)) if return_routing else (logits, state)
@@ -488,6 +587,11 @@ class RoutedTransformerXL(nn.Module):
             ValueError, TypeError: for arguments that do not fit, or a consumed state.
         """
         self._check_segment(prompt, state, None, None)
+        if self.query_routing != "threshold":
+            raise ValueError(
+                "query_routing: expected 'threshold' in a model that generates, since the other looks ahead, "
+                f"got {self.query_routing!r}"
+            )
         segment_len = self.segment_len if segment_len is None else segment_len
         for name, value in (("length", length), ("segment_len", segment_len)):
             if not isinstance(value, int) or value < 1:
@@ -512,6 +616,12 @@ class RoutedTransformerXL(nn.Module):
     def typed_blocks(self) -> list[Block]:
         """The blocks, with their type."""
         return list(self.blocks)  # type: ignore[arg-type]
+
+    def no_scores(self, streams: int, device: torch.device) -> Tensor:
+        """The scores of a state that has read nothing, [L, b, 2 v, 2]; empty if none are needed."""
+        shape = (2 * self.routing_window, 2) if self.routes_by_scores else (0, 0)
+        dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
+        return torch.full((self.depth, streams, *shape), -math.inf, dtype=dtype, device=device)
 
     def window_mask(self, state: TransformerXLState) -> Tensor:
         """Which places of the XL window are in use, bool [b, w]; they are the last ones."""

@@ -193,6 +193,32 @@ def main(modules: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> M
     return call
 
 
+def test_routed_layers(
+    modules: Callable[[str], Any],
+    main: Main,
+    finished: tuple[Path, str],
+    books: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(modules("pg19_evaluate"), "SAMPLE_LEN", 5)
+    out = tmp_path / "run"
+    switches = ("--routed-self-attention", "--routed-feedforward", "--modes", "routed", "--steps", "2")
+    # The last of two options of one name counts.
+    code, error = main("--data", books, "--out", out, *SIZES, *switches)
+    assert code == 0, error
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["settings"]["routed_self_attention"]
+    assert results["settings"]["routed_feedforward"]
+    assert results["persistence"]["identical"]
+    plain = json.loads((finished[0] / "results.json").read_text(encoding="utf-8"))
+    dense = {row["mode"]: row for row in plain["rows"]}["routed"]
+    routed, emptied = results["rows"]
+    assert routed["parameters"] > dense["parameters"]
+    assert routed["multiply_adds"] < dense["multiply_adds"]
+    assert emptied["multiply_adds"] is None
+
+
 def test_a_finished_run_reports_again(main: Main, finished: tuple[Path, str]) -> None:
     before = metrics(finished[0])
     assert main("--resume", "--out", finished[0]) == (0, "")

@@ -60,6 +60,21 @@ class ByHand:
         return gates + (1 - gates).detach() if router.straight_through else gates
 
     @staticmethod
+    def picked(
+        router: CoordinateDescentRouter, s: Tensor, own: list[int], before: list[int], k: int, w: int
+    ) -> dict[int, Tensor]:
+        """Which tokens `own` of a window of w are routed by the level of those `before`, and their gates."""
+        if k >= w:
+            return {i: s.new_ones(()) for i in own}
+        if not before:
+            return {}
+        wanted = -(-k * len(before) // w)
+        threshold = s[before].sort(descending=True).values[wanted - 1]
+        budget = min(k * router.fetch_k_ratio * len(before) / w, len(before))
+        gates = ByHand.gates(s, s[before], budget, router)
+        return {i: gates[i] for i in [i for i in own if s[i] >= threshold][:k]}
+
+    @staticmethod
     def query(
         layer: ConditionalRoutedCrossAttention, x: Tensor, i: int, gate: Tensor, sets: list[dict[int, Tensor]]
     ) -> Tensor:

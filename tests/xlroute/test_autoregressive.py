@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import xlroute.autoregressive as autoregressive
+import xlroute.causal_routing as causal_routing
 from xlroute import AutoregressiveCache, ConditionalRoutedAutoregressiveAttention
 
 W = 4
@@ -80,14 +80,7 @@ def queries_by_hand(
             [i for i in range(start, min(start + W, len(x))) if mask is None or mask[i]]
             for start in (begin, begin - W)
         )
-        if k >= W:
-            routed.update({i: s.new_ones(()) for i in own})
-        elif before:
-            wanted = -(-k * len(before) // W)
-            threshold = s[before].sort(descending=True).values[wanted - 1]
-            budget = min(k * router.fetch_k_ratio * len(before) / W, len(before))
-            gates = by_hand.gates(s, s[before], budget, router)
-            routed.update({i: gates[i] for i in [i for i in own if s[i] >= threshold][:k]})
+        routed.update(by_hand.picked(router, s, own, before, k, W))
     return routed
 
 
@@ -220,6 +213,26 @@ def test_a_step_leaves_its_cache_as_it_was_and_has_a_gradient() -> None:
     )
 
 
+@pytest.mark.parametrize("has_light_attn", [True, False])
+def test_tokens_that_are_only_remembered_are_seen_all_the_same(has_light_attn: bool) -> None:
+    layer = build(has_light_attn=has_light_attn).double()
+    x = torch.randn(2, 25, 12).double()
+    mask = torch.rand(2, 25) < 0.8
+    for start in (3, 4, 14):
+        cache = layer.remember(x[:, :start], mask=mask[:, :start])
+        out, _ = layer.read_on(x[:, start:], cache, mask=mask[:, start:])
+        torch.testing.assert_close(out, layer(x, mask=mask)[:, start:])
+
+
+def test_without_a_light_branch_it_is_the_heavy_one() -> None:
+    layer, heavy = build().double(), build(has_light_attn=False).double()
+    heavy.load_state_dict(layer.state_dict(), strict=False)
+    x = torch.randn(2, 15, 12).double()
+    assert layer.light_attn is not None
+    torch.testing.assert_close(heavy(x), layer(x) - layer.light_attn(x))
+    assert not heavy(x[:, :W]).any()
+
+
 @pytest.mark.parametrize("query_routing", ["threshold", "window"])
 def test_padding_in_front_changes_nothing(query_routing: str) -> None:
     layer = build(light_window_size=W, query_routing=query_routing).double().eval()
@@ -285,7 +298,7 @@ def test_routed_queries_keep_to_their_places_and_the_first_of_them_come_first() 
 
 
 def test_window_routing_warns_once_in_training() -> None:
-    autoregressive._warn_of_looking_ahead.cache_clear()
+    causal_routing._warn_of_looking_ahead.cache_clear()
     layer = build(query_routing="window")
     x = torch.randn(2, 11, 12)
     layer.eval()(x)

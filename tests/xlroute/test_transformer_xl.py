@@ -378,7 +378,6 @@ def test_the_fingerprint_sees_every_weight(build_model: BuildModel) -> None:
             r"memory_layers: expected increasing block numbers from 1 to 3, got \(0, 1\)",
         ),
         ({"memory_layers": (3, 2)}, r"memory_layers: expected increasing block numbers from 1 to 3"),
-        ({"num_tokens_q": 5}, "num_tokens_q: expected None, since choosing queries by a top-k"),
         ({"dropout": 1.0}, "dropout: expected at least 0 and less than 1, got 1.0"),
         ({"mem_len": -1}, "mem_len: expected at least 0, got -1"),
     ],
