@@ -162,7 +162,8 @@ class MemoryStore:
             TypeError: An argument is of the wrong type.
             ValueError: A number is below 1 or enormous, `capacity_bytes` is less than a row of each layer and
                 stream takes, the dtype or the eviction is another one, `keep_every` does not go with it, a
-                policy has no capacity to go with, or there is no such device.
+                policy has no capacity to go with, `host_bytes` no `device_bytes` or no path, or there is no
+                such device.
             ImportError: The path is a url, and obstore is not installed.
             StoreExistsError: There is something at the path.
             StoreWriteError: The operating system, or the object store, refused to write.
@@ -188,11 +189,12 @@ class MemoryStore:
             keep_every=keep_every,
         )
         device = _checked_device(device)
+        if root is None and host_bytes is not None:
+            raise ValueError(f"host_bytes: expected None for a store in memory, got {host_bytes}")
+        _check_tiers(device_bytes, host_bytes)
         if root is not None:
             create_at(root, layout, fingerprint)
             return cls.open(root, mode="r+", device=device, device_bytes=device_bytes, host_bytes=host_bytes)
-        if host_bytes is not None:
-            raise ValueError(f"host_bytes: expected None for a store in memory, got {host_bytes}")
         tiers = _tiers(layout, device_bytes, host_bytes)
         rows: list[list[Rows]] = [
             [
@@ -231,9 +233,9 @@ class MemoryStore:
             host_bytes: Memory that rows may take on the host besides; it goes with `device_bytes`.
 
         Raises:
-            TypeError: `device` or `fingerprint` is of the wrong type.
-            ValueError: `mode` is another one, `commit` cannot be an id, there is no such device, or the path
-                is a url of another kind.
+            TypeError: `device`, `fingerprint` or a number of bytes is of the wrong type.
+            ValueError: `mode` is another one, `commit` cannot be an id, there is no such device, a number of
+                bytes is below 1, `host_bytes` comes alone, or the path is a url of another kind.
             ImportError: The path is a url, and obstore is not installed.
             StoreNotFoundError: There is nothing at the path.
             FormatError: There is something else, or a store of a newer format; or rows are in shards, in an
@@ -250,6 +252,7 @@ class MemoryStore:
             raise ValueError(f"mode: expected 'r' or 'r+', got {mode!r}")
         _check_fingerprint(fingerprint)
         device = _checked_device(device)
+        _check_tiers(device_bytes, host_bytes)
         root = store_path(path)
         disk = open_disk(root, commit=commit, writable=mode == "r+", fingerprint=fingerprint)
         try:
@@ -959,26 +962,22 @@ def _capacity(rows: int | None, total_bytes: int | None, bytes_of_one: int) -> i
     return share if rows is None else min(rows, share)
 
 
-def _tiers(layout: Layout, device_bytes: int | None, host_bytes: int | None) -> Tiers | None:
-    """How many rows of each layer and stream may be where; None for no bound.
-
-    Raises:
-        TypeError: A number is no integer.
-        ValueError: It is below 1, or there are only `host_bytes`.
-    """
-    if device_bytes is None and host_bytes is None:
-        return None
-    if device_bytes is None:
-        raise ValueError(f"device_bytes: expected a number beside host_bytes={host_bytes}, got None")
-    rows = []
+def _check_tiers(device_bytes: int | None, host_bytes: int | None) -> None:
+    """Raises TypeError or ValueError unless each is None or at least 1, and the first one is given too."""
     for name, given in (("device_bytes", device_bytes), ("host_bytes", host_bytes)):
         if given is not None:
             check_positive(name, given)
-        # A buffer that grows has room for twice the rows that it held when it was made.
-        share = 2 * layout.layers * layout.streams * layout.row_bytes
-        rows.append(None if given is None else max(1, given // share))
-    assert rows[0] is not None
-    return Tiers(rows[0], rows[1])
+    if device_bytes is None and host_bytes is not None:
+        raise ValueError(f"device_bytes: expected a number beside host_bytes={host_bytes}, got None")
+
+
+def _tiers(layout: Layout, device_bytes: int | None, host_bytes: int | None) -> Tiers | None:
+    """How many rows of each layer and stream may be where; None for no bound."""
+    if device_bytes is None:
+        return None
+    # A buffer that grows has room for twice the rows that it held when it was made.
+    share = 2 * layout.layers * layout.streams * layout.row_bytes
+    return Tiers(max(1, device_bytes // share), None if host_bytes is None else max(1, host_bytes // share))
 
 
 def _checked_device(device: object) -> torch.device:
