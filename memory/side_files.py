@@ -61,6 +61,11 @@ class SideFiles:
         """Notes that a file may not be on the medium."""
         self._unsynced.update((self._folder / name, self._folder, self._root))
 
+    def mark_present_unsynced(self) -> None:
+        """Notes that none of the files that are there may be on the medium."""
+        for name in self._present:
+            self.mark_named_unsynced(name)
+
     def sync(self) -> None:
         """Waits until everything written so far is on the medium.
 

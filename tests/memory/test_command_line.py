@@ -79,6 +79,7 @@ capacity     1,200 rows a stream, 230,400 bytes of rows
 eviction     oldest first
 fingerprint  f
 rows held    1,207 in each layer, 77,248 bytes
+routes       not recorded
 on disk      [\d.,]+ KiB allocated, [\d.,]+ KiB apparent
 chunk files  52, of up to 100 rows
 
@@ -292,9 +293,40 @@ def test_a_plot_of_an_empty_store_and_of_many_streams(
 ) -> None:
     with MemoryStore.create(tmp_path / "s", layers=1, streams=streams, dim=2, chunk_bytes=8) as store:
         store.append(torch.randn(1, streams, rows, 2))
+        store.record_routes()
+        store.layer(0).take_routed(torch.full((streams, 1), -1 if rows == 0 else 0))
         store.commit()
     assert run(capsys, "plot", tmp_path / "s", tmp_path / "a.png")[0] == 0
     assert matplotlib.image.imread(tmp_path / "a.png").shape[0] < 5000
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_info_and_plot_show_what_was_routed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layers: int
+) -> None:
+    with MemoryStore.create(tmp_path / "s", layers=layers, streams=2, dim=2, chunk_bytes=800) as store:
+        store.append(torch.randn(layers, 2, 100, 2), [100, 60])
+        store.record_routes()
+        for layer in range(layers):  # the first half of stream 0 once, the last half of stream 1 ten times
+            store.layer(layer).take_routed(torch.stack([torch.arange(50), torch.full((50,), -1)]))
+            store.layer(layer).take_routed(
+                torch.stack([torch.full((300,), -1), torch.arange(30, 60).repeat(10)])
+            )
+        store.commit()
+    assert f"\nroutes       {layers * 350:,} in all layers\n" in run(capsys, "info", tmp_path / "s")[1]
+    assert run_json(capsys, "info", tmp_path / "s")[1]["routed"] == [layers * 50, layers * 300]
+    assert run(capsys, "plot", tmp_path / "s", tmp_path / "a.png")[0] == 0
+    pixels = matplotlib.image.imread(tmp_path / "a.png")[..., :3]
+    pixels = pixels[:, : int(0.85 * pixels.shape[1])]  # without the bar that explains the colours
+    shades = matplotlib.colormaps["plasma_r"]
+    few, many = (np.abs(pixels - np.array(shades(end)[:3])).max(-1) < 0.02 for end in (0.0, 1.0))
+    panels = 1 if layers > 4 else layers
+    # Each has a strip in each panel, which lies where the rows do.
+    strips = [np.flatnonzero(colour.sum(1) > 100) for colour in (few, many)]
+    assert [len(np.flatnonzero(np.diff(lines, prepend=-9) > 1)) for lines in strips] == [panels, panels]
+    first, last = few[strips[0][0]].nonzero()[0], many[strips[1][0]].nonzero()[0]
+    assert len(last) / len(first) == pytest.approx(30 / 50, rel=0.03)
+    assert (last[0] - first[0]) / len(first) == pytest.approx(30 / 50, rel=0.03)
 
 
 def test_what_cannot_be_done_is_said_in_one_line(
