@@ -94,9 +94,9 @@ def _arrays(
     for stream, log in enumerate(logs):
         yield _Array(f"stream-{stream}.positions", "int64", (log.held,), 8, _positions(log))
     for stream, document in enumerate(documents):
-        log, routed = logs[stream], document.rows
+        log = logs[stream]
         if document.total:
-            for layer, rows in enumerate(routed):
+            for layer, rows in enumerate(document.rows):
                 name = layout.array_name(layer, stream, "routed")
                 yield _Array(name, "int64", (log.held,), 8, _times(log, rows))
     for layer in range(layout.layers):

@@ -16,7 +16,8 @@ from xlroute.memory.commits import CommittedRoutes
 from xlroute.memory.layer import positions_of
 from xlroute.memory.log import StreamLog
 
-_MOST_WAITING = 1 << 20  # indices that are not added up yet: 8 MiB
+_MOST_WAITING = 8 * 2**20  # bytes of what is not added up yet
+_CALL_BYTES = 1024  # that a call takes up besides its indices
 
 
 class RoutedRows(NamedTuple):
@@ -57,7 +58,7 @@ class DocumentRoutes:
         read: Reads that, by layer, or gives None if it is lost; called once, when it is needed.
 
     Attributes:
-        committed: What a commit can say of them as they are; None where nothing has been written yet.
+        committed: What a commit can say of them as they are; None if they are not written yet, or lost.
     """
 
     def __init__(
@@ -81,8 +82,6 @@ class DocumentRoutes:
     @property
     def total(self) -> int:
         """How often any of them was routed."""
-        if self.committed is not None:
-            return self.committed.total
         return int(sum(each.counts.sum() for each in self.rows))
 
     @property
@@ -125,9 +124,9 @@ class RouteCounts:
     A row keeps its count when it is evicted. When its stream is reset, the counts of the stream begin anew:
     they are those of the document that is being read. A row that was ever routed takes 16 bytes.
 
-    For rows on a GPU, routing does not wait: indices are copied while it goes on, and added up once there are
-    a million of them, or when somebody asks. What is routed in a CUDA graph is not counted. What is routed
-    again in the backward, because a layer is checkpointed, is counted again.
+    For rows on a GPU, routing does not wait: indices are copied while it goes on, and added up once they take
+    up 8 MiB, or when somebody asks. What is routed in a CUDA graph is not counted. What is routed again in
+    the backward, because a layer is checkpointed, is counted again.
 
     Args:
         layers: Memory layers.
@@ -142,7 +141,7 @@ class RouteCounts:
         self._layers = layers
         self._documents = (*documents,)
         self._waiting: deque[_Routing] = deque()
-        self._indices = 0  # that wait
+        self._waiting_bytes = 0
 
     def of(self, layer: int, stream: int) -> tuple[Tensor, Tensor]:
         """The rows of a layer and stream that were routed since the stream's reset, held or not.
@@ -169,8 +168,8 @@ class RouteCounts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the counts in memory, and of the indices that are not added up yet."""
-        return sum(document.nbytes for document in self._documents) + 8 * self._indices
+        """Bytes of the counts in memory, and of what is not added up yet."""
+        return sum(document.nbytes for document in self._documents) + self._waiting_bytes
 
     @property
     def documents(self) -> tuple[DocumentRoutes, ...]:
@@ -218,17 +217,17 @@ class RouteCounts:
         if there is not None:
             there.record(torch.cuda.current_stream(indices.device))
         self._waiting.append(_Routing(layer, logs, documents, copy, there))
-        self._indices += copy.numel()
-        if self._indices > _MOST_WAITING:
+        self._waiting_bytes += copy.nbytes + _CALL_BYTES
+        if self._waiting_bytes > _MOST_WAITING:
             # The older half has been there for long.
             self._add_up(_MOST_WAITING // 2)
 
     def _add_up(self, left: int) -> None:
-        """Adds up the oldest routings that wait, until so many of their indices are left, or fewer."""
+        """Adds up the oldest routings that wait, until they take up so many bytes, or fewer."""
         found: dict[tuple[DocumentRoutes, int], list[NDArray[np.int64]]] = {}
-        while self._indices > left:
+        while self._waiting_bytes > left:
             layer, logs, documents, indices, there = self._waiting.popleft()
-            self._indices -= indices.numel()
+            self._waiting_bytes -= indices.nbytes + _CALL_BYTES
             if there is not None:
                 there.synchronize()
             positions = positions_of(indices.reshape(len(logs), -1), logs)

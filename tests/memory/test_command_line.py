@@ -329,6 +329,38 @@ def test_info_and_plot_show_what_was_routed(
     assert (last[0] - first[0]) / len(first) == pytest.approx(30 / 50, rel=0.03)
 
 
+def test_damage_to_what_nobody_needs_is_told_apart(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MemoryStore.open(path, mode="r+") as store:
+        store.layer(1).scores(torch.randn(2, 8), normalize=None, scale=1.0)
+        store.record_routes()
+        store.layer(0).take_routed(torch.tensor([[3], [-1], [-1]]))
+        last = store.commit()
+    [counts] = (path / "routes").glob("stream-0.1.*")
+    [scores] = (path / "scores").glob("layer-1.*")
+    counts.write_bytes(b"")
+    file = scores / "layer-0.stream-0.rows" / "c.3.0"
+    file.write_bytes(b"")
+    status, out, _ = run(capsys, "verify", path)
+    assert status == 0
+    assert out.splitlines()[2:] == [
+        "no damage",
+        "stored scores damaged, which are computed anew:",
+        f"  {file.relative_to(path)}: rows 300 to 399: expected a chunk file of 800 bytes, got 0",
+        "counts of what was routed damaged, which are left out:",
+        f"  {counts.relative_to(path)}: expected checksum {counts.name[-8:]}, got 00000000: "
+        "the file is damaged",
+    ]
+    document = run_json(capsys, "verify", path)[1]
+    assert [len(document[name]) for name in ("damage", "scores", "routes")] == [0, 1, 1]
+    assert run(capsys, "repair", path) == (
+        0,
+        f"{path}: commit {last} stands as it was\n"
+        f"damaged scores and counts of what was routed, removed:\n  {counts}\n  {scores}\n",
+        "",
+    )
+    assert run(capsys, "verify", path)[1].endswith("no damage\n")
+
+
 def test_what_cannot_be_done_is_said_in_one_line(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
