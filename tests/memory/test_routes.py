@@ -7,6 +7,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +374,44 @@ def test_what_cannot_be_written_is_no_reason_for_a_commit_to_fail(
         store.commit(durable=True)
     with MemoryStore.open(path) as store:
         check(store, expected)
+
+
+@pytest.mark.parametrize("survived", range(5))
+def test_a_commit_that_is_interrupted_has_all_counts_or_those_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int
+) -> None:
+    """The files of two streams, metadata, and the record get their names: so many of them, and no more."""
+    path = tmp_path / "s"
+    expected, real = nothing(), os.replace
+    with MemoryStore.create(path, **SHAPE) as store:
+        append(store, [9, 9, 0])
+        store.commit()
+        store.record_routes()
+        route(store, 0, expected)
+        renamed: list[Path] = []
+
+        def replace(source: Path, target: Path) -> None:
+            if len(renamed) == survived:
+                raise KeyboardInterrupt
+            real(source, target)
+            renamed.append(target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            patch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process tidies nothing up
+            with pytest.raises(KeyboardInterrupt) if survived < 4 else nullcontext():
+                store.commit()
+    with MemoryStore.open(path, mode="r+") as store:
+        assert store.info().routed == (None if survived < 4 else store.routes.totals)  # type: ignore[union-attr]
+        if survived < 4:
+            expected = nothing()
+        store.record_routes()
+        check(store, expected)
+        route(store, 1, expected)
+        store.commit()
+        check(store, expected)
+    assert len([*(path / "routes").iterdir()]) == 1 + 2 * (1 if survived < 4 else 2)
+    assert MemoryStore.verify(path).routes == ()
 
 
 def test_durable_waits_for_what_an_earlier_commit_has_written(
