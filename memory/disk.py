@@ -449,9 +449,14 @@ class Disk(ABC):
         *,
         durable: bool,
     ) -> str:
-        """Commits what the streams hold, and the scores that are kept of it, for every layer and stream.
+        """Commits what the streams hold, the scores that are kept of it, and what was counted of routings.
 
-        And, for every stream of which any was counted, how often its rows were routed.
+        Args:
+            logs: What each stream holds.
+            fingerprint: Of the weights that wrote the rows.
+            kept: The scores, for every layer and stream.
+            documents: How often the rows of each stream were routed; empty if that was never counted.
+            durable: Whether to wait until all of it is on the medium.
 
         Raises:
             StoreWriteError: The operating system refused to write; there is no such commit.

@@ -116,13 +116,14 @@ class _Routing(NamedTuple):
 class RouteCounts:
     """How often routers have fetched each row of a store, by layer, stream and position.
 
-    `MemoryStore.record_routes` begins to count, and `MemoryStore.routes` has what was counted. A routing
-    counts a row as often as it fetches it: with several routing tokens, once for each that has chosen it.
-    Rows that anybody gathers are not counted, nor those that a model reads because the row before was routed.
-    Padding is no row.
+    `MemoryStore.record_routes` begins to count, and `MemoryStore.routes` has what was counted. A row counts
+    as often as a router fetches it, by `MemoryLayer.take_routed`: with several routing tokens, once for each
+    that has chosen it. Rows that anybody gathers are not counted, nor those that a model reads because the
+    row before was routed. Padding is no row.
 
     A row keeps its count when it is evicted. When its stream is reset, the counts of the stream begin anew:
-    they are those of the document that is being read. A row that was ever routed takes 16 bytes.
+    they are those of the document that is being read. A row that was ever routed takes 16 bytes, and on disk
+    12, which a commit writes anew for every stream that was routed since the last one.
 
     For rows on a GPU, routing does not wait: indices are copied while it goes on, and added up once they take
     up 8 MiB, or when somebody asks. What is routed in a CUDA graph is not counted. What is routed again in
