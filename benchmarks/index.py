@@ -2,6 +2,7 @@
 
     python benchmarks/index.py                    1,000,000 clustered rows of width 128; some minutes
     python benchmarks/index.py --rows FILE.npy    hidden states of a model, [m, d]
+    python benchmarks/index.py --peer FOLDER      with KNNMemory, which is in requirements-peers-memory.txt
     python benchmarks/index.py --tiny             to see that it runs: its numbers mean nothing
 
 Queries come one at a time. They are rows like the others, taken out before, so that none finds itself. The
@@ -14,18 +15,24 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.metadata
 import itertools
+import math
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from knn_memory import NAME as KNN
+from knn_memory import knn_memory
 from measurement import Check, Measurement, close, equal, measure
 from torch import Tensor
 
@@ -53,9 +60,14 @@ REACHES = {"ivf": "0.95 at 10 x exact"}
 NOTES = """\
 x exact: how many times as fast as MemoryIndex with kind="exact".
 x fastest exact: as the fastest of those that find the k best rows for sure: plain PyTorch, exact and flat."""
+KNN_NOTE = """\
+KNNMemory: that of memorizing-transformers-pytorch, a graph of faiss (HNSW); it gives the keys that it finds,
+and their values, out of a memmap."""
 CLUSTERS = 2000
 # Rows that are copied to float64 at a time.
 ROWS_AT_ONCE = 1 << 17
+# Of which all scores are in memory at once, in float64.
+QUERIES_AT_ONCE = 20
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ class Options:
     kinds: tuple[IndexKind, ...]
     nprobe: int | None
     threads: int
+    peer: Path | None
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,10 @@ def parse(arguments: list[str] | None) -> Options:
     parser.add_argument(
         "--threads", type=int, default=1, help="of PyTorch and of faiss, for queries; default: 1"
     )
+    parser.add_argument("--peer", type=Path, help="where KNNMemory was installed")
     given = parser.parse_args(arguments)
+    if given.peer is not None and not given.peer.is_dir():
+        parser.error(f"--peer: expected a folder, got {given.peer}")
     if given.rows is not None and not given.rows.is_file():
         parser.error(f"--rows: expected a file, got {given.rows}")
     for name in ("threads", "nprobe"):
@@ -143,7 +159,9 @@ def parse(arguments: list[str] | None) -> Options:
             parser.error(f"--{name}: expected at least 1, got {getattr(given, name)}")
     count, dim, queries, k = (6000, 32, 20, 64) if given.tiny else (1_000_000, 128, 200, 1024)
     kinds = tuple(given.kinds)
-    return Options(given.out, given.rows, count, dim, queries, k, kinds, given.nprobe, given.threads)
+    return Options(
+        given.out, given.rows, count, dim, queries, k, kinds, given.nprobe, given.threads, given.peer
+    )
 
 
 def set_threads(count: int) -> None:
@@ -198,7 +216,55 @@ def run(rows: Tensor, queries: Tensor, options: Options) -> list[Result]:
         recall = index.recall(0, queries, options.k)
         set_threads(options.threads)
         results.append(timed(kind, searcher(index, options.k), queries, truth, options.k, recall, built))
+    if options.peer is not None:
+        print(f"building {KNN}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(run_peer(options.peer, Path(folder), rows, queries, truth, options))
     return results
+
+
+def run_peer(
+    peer: Path, folder: Path, rows: Tensor, queries: Tensor, truth: Tensor, options: Options
+) -> Result:
+    """Measure KNNMemory; where it breaks, the result says how."""
+    try:
+        set_threads(os.cpu_count() or 1)
+        start = time.perf_counter()
+        memory = knn_memory(peer, rows.shape[1], rows.shape[0], folder / "knn")
+        for first in range(0, rows.shape[0], ROWS_AT_ONCE):
+            keys = rows[first : first + ROWS_AT_ONCE]
+            # Each value says which row it belongs to; float32 can count as far as 2^24.
+            values = torch.zeros_like(keys)
+            values[:, 0] = torch.arange(first, first + keys.shape[0])
+            memory.add(torch.stack((keys, values), dim=1)[None])
+        built = time.perf_counter() - start
+        search = peer_searcher(memory, options.k)
+        recall = share_found(search, rows, queries, options.k)
+        set_threads(options.threads)
+        return timed(KNN, search, queries, truth, options.k, recall, built)
+    except Exception as error:  # the others have been measured
+        return Result(KNN, math.nan, math.nan, Measurement.broken(KNN, error))
+
+
+def peer_searcher(memory: Any, k: int) -> Search:
+    """Asks KNNMemory for one query [d]; scores and indices are those of the keys and values it gives."""
+
+    def search(query: Tensor) -> Found:
+        found, exist = (each[0, 0] for each in memory.search(query[None, None], k))
+        scores = torch.mv(found[:, 0], query).masked_fill(~exist, -math.inf)
+        return scores, found[:, 1, 0].long().masked_fill(~exist, -1)
+
+    return search
+
+
+def share_found(search: Search, rows: Tensor, queries: Tensor, k: int) -> float:
+    """The recall of a search as `MemoryIndex.recall` has it, by scores in float64."""
+    hits = 0
+    for some in queries.split(QUERIES_AT_ONCE):  # type: ignore[no-untyped-call]
+        for query, scores in zip(some, exact_scores(rows, some), strict=True):
+            _, found = search(query)
+            hits += int((scores[found[found >= 0]] >= scores.topk(k).values[-1]).sum())
+    return hits / (len(queries) * k)
 
 
 def searcher(index: MemoryIndex, k: int) -> Search:
@@ -274,6 +340,7 @@ def describe(rows: Tensor, queries: Tensor, options: Options) -> dict[str, str]:
         "device": f"CPU {platform.machine()}",
         "PyTorch": torch.__version__,
         "faiss": version_of_faiss(),
+        **({} if options.peer is None else {KNN: version_of_peer(options.peer)}),
         "Python": platform.python_version(),
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
     }
@@ -288,6 +355,12 @@ def version_of_faiss() -> str:
     return str(faiss.__version__)
 
 
+def version_of_peer(peer: Path) -> str:
+    """Of the package that KNNMemory is in."""
+    found = importlib.metadata.distributions(name="memorizing-transformers-pytorch", path=[str(peer)])
+    return next((each.version for each in found), "of unknown version")
+
+
 def table(results: list[Result], facts: dict[str, str]) -> str:
     """The results as text, one line for each search."""
     lines = [COLUMNS, *(_line(each, results) for each in results)]
@@ -297,7 +370,8 @@ def table(results: list[Result], facts: dict[str, str]) -> str:
         for line in lines
     ]
     on = "; ".join(f"{name} {fact}" for name, fact in facts.items())
-    return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:], "", on, NOTES])
+    notes = [NOTES, *([KNN_NOTE] if KNN in facts else [])]
+    return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:], "", on, *notes])
 
 
 def _line(result: Result, results: list[Result]) -> tuple[str, ...]:
@@ -328,14 +402,14 @@ def write_csv(path: Path, results: list[Result], facts: dict[str, str]) -> None:
 
 def _csv_row(result: Result, results: list[Result]) -> dict[str, str]:
     timing = result.measurement.timing
-    row = {"search": result.name, "recall": f"{result.recall:.6f}"}
+    row = {"search": result.name, "recall": "" if math.isnan(result.recall) else f"{result.recall:.6f}"}
     for quantile in ("median", "low", "high"):
         row[f"{quantile}_ms"] = "" if timing is None else f"{getattr(timing, quantile):.6g}"
     of_exact, of_fastest = ("" if each == "-" else each for each in speedups(result, results))
     return row | {
         "x_exact": of_exact,
         "x_fastest_exact": of_fastest,
-        "built_s": f"{result.built:.3f}",
+        "built_s": "" if math.isnan(result.built) else f"{result.built:.3f}",
         "method": "" if timing is None else timing.method,
         "checks": "; ".join(map(str, result.measurement.checks)),
         "failure": result.measurement.failure or "",

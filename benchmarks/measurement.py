@@ -56,6 +56,12 @@ class Measurement:
     checks: tuple[Check, ...] = ()
     failure: str | None = None
 
+    @classmethod
+    def broken(cls, subject: str, error: Exception, checks: tuple[Check, ...] = ()) -> Measurement:
+        """Of a subject that raises an error."""
+        first = next(iter(str(error).splitlines()), "")
+        return cls(subject, checks=checks, failure=f"{type(error).__name__}: {first}")
+
     def to_json(self) -> dict[str, Any]:
         """As plain values, for `from_json`."""
         return asdict(self)
@@ -102,8 +108,7 @@ def measure(
         flushed = time_call(call, device, graph=graph, cold=True) if cold and device.type == "cuda" else None
         return Measurement(subject, timing, flushed, extra, checks)
     except Exception as error:  # one that breaks must not hide what the others do
-        first = next(iter(str(error).splitlines()), "")
-        return Measurement(subject, checks=checks, failure=f"{type(error).__name__}: {first}")
+        return Measurement.broken(subject, error, checks)
 
 
 def _poison(device: torch.device) -> None:

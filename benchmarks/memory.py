@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib
 import os
 import platform
 import sys
@@ -30,10 +29,12 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import zarr
+from knn_memory import NAME as KNN
+from knn_memory import knn_memory
 from measurement import Check, Measurement, equal, measure
 from memory_large import build_large
 from memory_tiers import DRAWS, gather_tiers, route_large
-from memory_work import CPU, KNN, OURS, RAW, TINY, ZARR, Sizes, Work
+from memory_work import CPU, OURS, RAW, TINY, ZARR, Sizes, Work
 from numpy.typing import NDArray
 from timing import on_one_stream
 from torch import Tensor
@@ -146,11 +147,7 @@ def _commit(store: MemoryStore, states: Tensor, durable: bool) -> None:
 
 def _knn_memory(peer: Path, sizes: Sizes, folder: Path) -> Measurement:
     """A segment added to the memory of another library, as keys and as values."""
-    sys.path.append(str(peer))
-    peer_module = importlib.import_module("memorizing_transformers_pytorch")
-    memory = peer_module.KNNMemory(
-        sizes.dim, 64 * sizes.segment, 1, str(folder / "knn"), multiprocessing=False
-    )
+    memory = knn_memory(peer, sizes.dim, 64 * sizes.segment, folder / "knn")
     rows = torch.randn(1, sizes.segment, 2, sizes.dim)
 
     def verify(_: object) -> list[Check]:

@@ -8,7 +8,7 @@ import torch
 from measurement import Measurement
 
 CPU = torch.device("cpu")
-OURS, RAW, ZARR, KNN = "xlroute", "raw", "zarr", "KNNMemory"
+OURS, RAW, ZARR = "xlroute", "raw", "zarr"
 
 
 @dataclass(frozen=True)

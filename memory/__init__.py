@@ -22,6 +22,7 @@ from xlroute.memory.info import CommitInfo, MemoryInfo
 from xlroute.memory.layer import MemoryLayer
 from xlroute.memory.layout import Eviction
 from xlroute.memory.repair import RepairReport, StreamLoss
+from xlroute.memory.routes import RouteCounts
 from xlroute.memory.s3 import S3Path
 from xlroute.memory.store import MemoryStore
 from xlroute.memory.verify import VerifyReport
@@ -45,6 +46,7 @@ __all__ = [
     "NoPathError",
     "ReadOnlyError",
     "RepairReport",
+    "RouteCounts",
     "S3Path",
     "StoreClosedError",
     "StoreExistsError",

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         ("compact", _compact, "rewrite full chunk files into shards: fewer files, smaller ones with --zstd"),
         ("unlock", _unlock, "take a store at s3:// from its writer, who can commit no more"),
         ("export", _export, "write the rows and their positions to a file"),
-        ("plot", _plot, "draw which rows have been read and which are held, as a PNG"),
+        ("plot", _plot, "draw which rows were read, are held and were routed, as a PNG"),
     ):
         command = commands.add_parser(
             name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EPILOG
@@ -189,6 +189,7 @@ def _info_text(info: MemoryInfo, now: datetime) -> str:
         ("eviction", eviction or f"positions that are multiples of {info.keep_every} last"),
         ("fingerprint", info.fingerprint or "none"),
         ("rows held", f"{sum(info.rows):,} in each layer, {info.rows_bytes:,} bytes"),
+        ("routes", "not recorded" if info.routed is None else f"{sum(info.routed):,} in all layers"),
         ("on disk", f"{_bytes(disk.allocated_bytes)} allocated, {_bytes(disk.apparent_bytes)} apparent"),
         ("chunk files", f"{disk.chunk_files:,}, of up to {disk.chunk_rows:,} rows"),
     ]
@@ -244,6 +245,9 @@ def _verify_text(report: VerifyReport) -> str:
     if report.scores:
         lines.append("stored scores damaged, which are computed anew:")
         lines += _damage_lines(report.path, report.scores)[1:]
+    if report.routes:
+        lines.append("counts of what was routed damaged, which are left out:")
+        lines += _damage_lines(report.path, report.routes)[1:]
     if report.leftovers:
         work = f", or the work of {report.writer}" if report.writer else ""
         lines.append(f"left behind, needed by no commit{work}:")
@@ -275,6 +279,7 @@ def _repair_text(report: RepairReport) -> str:
         ("written anew", report.restored),
         ("set aside as damaged", report.set_aside),
         ("left behind, removed", report.removed),
+        ("damaged scores and counts of what was routed, removed", report.derived),
     ):
         if paths:
             lines += [f"{title}:", *(f"  {path}" for path in paths)]

@@ -36,6 +36,7 @@ _SEAL = "crc32c"
 MAX_ROW = 1 << 48
 MAX_GENERATION = 10**12 - 1
 _MAX_BYTES = 1 << 60
+MAX_ROUTES = 1 << 62
 _MAX_COLUMNS = 1 << 16
 
 
@@ -55,6 +56,19 @@ class CommittedScores:
 
 
 @dataclass(frozen=True)
+class CommittedRoutes:
+    """What a file says of how often the rows of a stream were routed.
+
+    Attributes:
+        total: How often any of them was, at least 1.
+        crc32c: Of the file, in 8 hexadecimal digits.
+    """
+
+    total: int
+    crc32c: str
+
+
+@dataclass(frozen=True)
 class Commit:
     """What a commit record says.
 
@@ -66,6 +80,7 @@ class Commit:
         logs: What each stream holds.
         scores: For each layer, what it has of scores; empty if no layer has any.
         shards: For each stream, the shards that some of its rows are in; empty if no stream has any.
+        routes: For each stream, what there is of routed counts; empty if no stream has any.
         format: Version of the format of the record.
     """
 
@@ -76,11 +91,16 @@ class Commit:
     logs: tuple[StreamLog, ...]
     scores: tuple[CommittedScores | None, ...] = ()
     shards: tuple[tuple[Shard, ...], ...] = ()
+    routes: tuple[CommittedRoutes | None, ...] = ()
     format: int = FORMAT
 
     def shards_of(self, stream: int) -> tuple[Shard, ...]:
         """The shards that rows of a stream are in."""
         return self.shards[stream] if self.shards else ()
+
+    def routes_of(self, stream: int) -> CommittedRoutes | None:
+        """What there is of a stream's routed counts."""
+        return self.routes[stream] if self.routes else None
 
     def in_files(self, stream: int) -> Iterable[Extent]:
         """What a stream holds in chunk files."""
@@ -121,6 +141,8 @@ class Commit:
                 ]
                 for shards in self.shards
             ]
+        if self.routes:
+            document["routes"] = [None if each is None else [each.total, each.crc32c] for each in self.routes]
         return document
 
     def sealed(self) -> dict[str, Any]:
@@ -230,6 +252,10 @@ def parse_commit(
         if "shards" in document:
             shards = zip(document["shards"], commit.logs, strict=True)
             commit = replace(commit, shards=tuple(_shards(each, log, layout) for each, log in shards))
+        if "routes" in document:
+            commit = replace(commit, routes=tuple(map(_routes, document["routes"])))
+            if len(commit.routes) != layout.streams:
+                raise ValueError(f"routes of {len(commit.routes)} streams")
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptionError(f"{path}: expected a commit record, got another document: {error!r}") from error
     if commit.document() != document or commit.id != commit_id or len(commit.logs) != layout.streams:
@@ -320,6 +346,17 @@ def _scores(entry: dict[str, Any] | None, logs: tuple[StreamLog, ...]) -> Commit
         if not first <= stop <= log.held:
             raise ValueError(f"scores of rows {first} to {stop}, of {log.held} held")
     return CommittedScores(stamp, columns, spans)
+
+
+def _routes(entry: list[Any] | None) -> CommittedRoutes | None:
+    """What a record says of a stream's routed counts; ValueError if no writer can have written it."""
+    if entry is None:
+        return None
+    total, crc32c = entry
+    routes = CommittedRoutes(_number(total, MAX_ROUTES), _of_types(crc32c, str))
+    if not (total and _CRC.fullmatch(crc32c)):
+        raise ValueError(f"impossible routes {entry!r:.100}")
+    return routes
 
 
 def _shards(entries: list[dict[str, Any]], log: StreamLog, layout: Layout) -> tuple[Shard, ...]:

@@ -24,9 +24,9 @@ class Damage:
         path: The file or folder. Where a row does not have its checksum, either of two files is damaged: this
             is the file of rows, and `problem` names the other.
         problem: What was expected there and what was found.
-        array: Name of the array that the file belongs to; None for metadata of the store, commit records and
-            positions.
-        stream: The stream of the array, or of the positions; else None.
+        array: Name of the array that the file belongs to; None for metadata of the store, commit records,
+            positions and routed counts.
+        stream: The stream of the array, of the positions or of the counts; else None.
         chunk: Number of the chunk, or of the inner chunk of a shard, which counts those of all layers; None
             for metadata, commit records, positions and whole shards.
         rows: The rows of the log that cannot be read, or whose positions cannot, as ranges [start, stop)

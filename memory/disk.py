@@ -52,11 +52,20 @@ from xlroute.memory.layout import COMMITS, DTYPES, KINDS, Layout, raise_format, 
 from xlroute.memory.lock import WriterLock, pin_lock
 from xlroute.memory.log import Extent, StreamLog, survivors_of
 from xlroute.memory.place import StorePath
+from xlroute.memory.route_files import (
+    ROUTES,
+    ROUTES_NAME,
+    committed_documents,
+    named_routes,
+    write_routes,
+)
+from xlroute.memory.routes import DocumentRoutes
 from xlroute.memory.rows_bytes import Bytes, as_bytes
 from xlroute.memory.score_files import CommittedStreamScores, ScoreChunks, ScoreFiles, write_scores
 from xlroute.memory.scores import KeptScores, StoredScores
 from xlroute.memory.sealed import TEMPORARY, sync
 from xlroute.memory.shards import Shard, ShardArray, in_shards, with_rows
+from xlroute.memory.side_files import SideFiles, SideObjects
 from xlroute.memory.survivors import PositionFiles, Positions, Survivors
 
 CHUNK_BYTES = 64 * 2**20  # of a file of rows, unless a user says otherwise
@@ -194,6 +203,7 @@ def copy_store(
     held: Sequence[StreamLog],
     fingerprint: str | None,
     kept: Sequence[Sequence[KeptScores | None]],
+    documents: Sequence[DocumentRoutes],
     durable: bool,
 ) -> str:
     """Makes a store with one commit that holds the given rows; all of it or nothing.
@@ -205,6 +215,7 @@ def copy_store(
         held: The logs of the streams where the rows come from, [b].
         fingerprint: Of the weights that wrote the rows.
         kept: The scores of the rows, for every layer and stream.
+        documents: What was counted of each stream of routings, if anything was.
         durable: Whether to wait until all of it is on the medium.
 
     Returns:
@@ -227,12 +238,16 @@ def copy_store(
         scores = tuple(
             write_scores(score_files, layer, logs, streams, None) for layer, streams in enumerate(kept)
         )
+        route_files = SideFiles(root, ROUTES, ROUTES_NAME)
+        routes = write_routes(route_files, documents)
         if durable:
             files.mark_unsynced([log.extents for log in logs])
             files.sync()
             positions.sync()
             score_files.sync()
-        commit = Commit(1, None, fingerprint, durable, logs, scores if any(scores) else ())
+            with suppress(OSError):
+                route_files.sync()
+        commit = Commit(1, None, fingerprint, durable, logs, scores if any(scores) else (), routes=routes)
         write_commit(root, commit)
     if durable:
         try:
@@ -259,6 +274,7 @@ class Disk(ABC):
         layout: The layout of the store.
         fingerprint: The fingerprint that the commit records.
         logs: What each stream holds.
+        documents: What the commit has of routed counts, by stream; None for nothing.
 
     Raises:
         StoreNotFoundError: There is nothing at the path.
@@ -272,7 +288,8 @@ class Disk(ABC):
 
     files: Chunks
     _score_files: ScoreChunks[Any]
-    _positions: Positions  # of a writer
+    _positions: Positions  # of a writer, as the next
+    _route_files: SideFiles | SideObjects
 
     def __init__(
         self, root: StorePath, *, commit: str | None, writable: bool, fingerprint: str | None
@@ -297,6 +314,7 @@ class Disk(ABC):
         self.fingerprint = opened.fingerprint
         self.logs = opened.logs
         self._scores = opened.scores
+        self.documents = committed_documents(root, opened, self.layout.layers) if opened.routes else None
 
     def _open_for_writing(self, commit: str | None, fingerprint: str | None) -> Commit:
         commit_id, opened = self._read(commit)
@@ -332,7 +350,7 @@ class Disk(ABC):
         if commit_id != max(self._commits):
             logs = [replace(log, end=end) for log, end in zip(opened.logs, self._ends, strict=True)]
             self._set_scored(logs, opened.scores)
-            self.commit(logs, opened.fingerprint, [[None] * len(logs)] * self.layout.layers, durable=False)
+            self._commit_again(opened, logs, durable=False)
             opened = replace(opened, logs=tuple(logs))
         return opened
 
@@ -427,10 +445,18 @@ class Disk(ABC):
         logs: Sequence[StreamLog],
         fingerprint: str | None,
         kept: Sequence[Sequence[KeptScores | None]],
+        documents: Sequence[DocumentRoutes],
         *,
         durable: bool,
     ) -> str:
-        """Commits what the streams hold, and the scores that are kept of it, for every layer and stream.
+        """Commits what the streams hold, the scores that are kept of it, and what was counted of routings.
+
+        Args:
+            logs: What each stream holds.
+            fingerprint: Of the weights that wrote the rows.
+            kept: The scores, for every layer and stream.
+            documents: How often the rows of each stream were routed; empty if that was never counted.
+            durable: Whether to wait until all of it is on the medium.
 
         Raises:
             StoreWriteError: The operating system refused to write; there is no such commit.
@@ -450,6 +476,7 @@ class Disk(ABC):
                 for layer, streams in enumerate(kept)
             )
             self._set_scored(logs, scores)
+            routes = write_routes(self._route_files, documents)
             self._finish_writing(logs, durable)
             self._generation += 1
             scores = scores if any(scores) else ()
@@ -464,6 +491,7 @@ class Disk(ABC):
                 tuple(logs),
                 scores,
                 shards if any(shards) else (),
+                routes,
             )
             self._commits[commit.id] = commit
             try:
@@ -480,6 +508,12 @@ class Disk(ABC):
         with suppress(OSError):
             self._drop_old()
         return commit.id
+
+    def _commit_again(self, commit: Commit, logs: Sequence[StreamLog], *, durable: bool) -> str:
+        """Commits what another commit holds, by these logs."""
+        nothing_kept: list[list[KeptScores | None]] = [[None] * len(logs)] * self.layout.layers
+        documents = committed_documents(self.root, commit, self.layout.layers)
+        return self.commit(logs, commit.fingerprint, nothing_kept, documents, durable=durable)
 
     def _set_scored(self, logs: Sequence[StreamLog], scores: Sequence[CommittedScores | None]) -> None:
         """Notes what is on disk of scores, in numbers that stay the same while rows come and go."""
@@ -629,7 +663,7 @@ class Disk(ABC):
 
     @abstractmethod
     def _drop_unnamed(self, commits: Sequence[Commit]) -> None:
-        """Deletes the positions and the shards that none of the commits names, which are all there are."""
+        """Deletes positions, shards and routed counts that no commit names; these are all there are."""
 
     @abstractmethod
     def _add_pin(self, commit: str) -> str:
@@ -643,6 +677,7 @@ class FolderDisk(Disk):
     files: ChunkFiles
     _score_files: ScoreFiles
     _positions: PositionFiles
+    _route_files: SideFiles
 
     def usage(self, logs: Sequence[StreamLog]) -> DiskUsage:
         """See `Disk`."""
@@ -709,8 +744,7 @@ class FolderDisk(Disk):
         last, before = self.last(), self.files.shards
         self.files.shards = [sorted([*old, *new]) for old, new in zip(before, shards, strict=True)]
         try:
-            nothing_kept: list[list[KeptScores | None]] = [[None] * len(last.logs)] * self.layout.layers
-            return self.commit(last.logs, last.fingerprint, nothing_kept, durable=True)
+            return self._commit_again(last, last.logs, durable=True)
         except BaseException:
             self.files.shards = before
             raise
@@ -725,6 +759,7 @@ class FolderDisk(Disk):
             for left in (self.root / COMMITS).glob(f"{TEMPORARY}*"):
                 left.unlink()
             self._positions = PositionFiles(self.root, survivors_of(opened.logs))
+            self._route_files = SideFiles(self.root, ROUTES, ROUTES_NAME, named_routes([opened]))
 
     def _lock(self) -> None:
         self._held = WriterLock(self.root)
@@ -745,9 +780,12 @@ class FolderDisk(Disk):
                 self.files.mark_unsynced([log.extents for log in logs])
                 for stream, survivors in survivors_of(logs):
                     self._positions.mark_unsynced(stream, survivors)
+                self._route_files.mark_present_unsynced()
             self.files.sync()
             self._positions.sync()
             self._score_files.sync()
+            with suppress(OSError):
+                self._route_files.sync()
 
     def _publish(self, commit: Commit) -> None:
         write_commit(self.root, commit)
@@ -764,6 +802,7 @@ class FolderDisk(Disk):
     def _drop_unnamed(self, commits: Sequence[Commit]) -> None:
         self.files.release_shards(self.named_shards())
         self._positions.keep(each for commit in commits for each in survivors_of(commit.logs))
+        self._route_files.keep_named(named_routes(commits))
 
     def _add_pin(self, commit: str) -> str:
         with pin_lock(self.root):

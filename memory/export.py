@@ -15,6 +15,7 @@ from xlroute.memory.chunks import Chunks
 from xlroute.memory.log import StreamLog
 from xlroute.memory.new_file import new_file
 from xlroute.memory.place import StorePath
+from xlroute.memory.routes import DocumentRoutes, RoutedRows
 from xlroute.memory.storage import open_disk
 from xlroute.memory.verify import Meter, Progress
 
@@ -45,8 +46,9 @@ def export_store(
     """Writes all rows that a commit holds, and their positions, to a file. Every row is checked.
 
     The file has an array `layer-<i>.stream-<j>.rows` [m, d] for each layer and stream, oldest row first, and
-    `stream-<j>.positions`, int64 [m], for each stream. It appears whole or not at all, and is never in memory
-    as a whole.
+    `stream-<j>.positions`, int64 [m], for each stream. For streams of which the commit has routed counts it
+    has `layer-<i>.stream-<j>.routed`, int64 [m], too: how often each row was routed. It appears whole or not
+    at all, and is never in memory as a whole.
 
     Args:
         path: Where the store is.
@@ -72,7 +74,7 @@ def export_store(
     commit_id = disk.files.record.stem
     held = sum(log.held for log in disk.logs)
     meter = Meter(progress, disk.layout.layers * disk.layout.row_bytes * held)
-    arrays = [*_arrays(disk.files, disk.logs, meter.advance)]
+    arrays = [*_arrays(disk.files, disk.logs, disk.documents or (), meter.advance)]
     with new_file(target) as file:
         if target.suffix == NPZ:
             _write_npz(file, arrays)
@@ -81,11 +83,22 @@ def export_store(
     return commit_id
 
 
-def _arrays(files: Chunks, logs: Sequence[StreamLog], advance: Callable[[int], None]) -> Iterator[_Array]:
+def _arrays(
+    files: Chunks,
+    logs: Sequence[StreamLog],
+    documents: Sequence[DocumentRoutes],
+    advance: Callable[[int], None],
+) -> Iterator[_Array]:
     """All arrays; those of 8 bytes a number come first, so that all numbers are aligned in the file."""
     layout = files.layout
     for stream, log in enumerate(logs):
         yield _Array(f"stream-{stream}.positions", "int64", (log.held,), 8, _positions(log))
+    for stream, document in enumerate(documents):
+        log = logs[stream]
+        if document.total:
+            for layer, rows in enumerate(document.rows):
+                name = layout.array_name(layer, stream, "routed")
+                yield _Array(name, "int64", (log.held,), 8, _times(log, rows))
     for layer in range(layout.layers):
         for stream, log in enumerate(logs):
             blocks = _counted(files.blocks(layer, stream, log.extents), advance)
@@ -98,6 +111,11 @@ def _positions(log: StreamLog) -> Iterator[NDArray[Any]]:
     yield log.own_positions().numpy().astype("<i8")
     for low in range(log.appended - log.held + log.surviving, log.appended, _BLOCK_POSITIONS):
         yield np.arange(low, min(log.appended, low + _BLOCK_POSITIONS), dtype="<i8")
+
+
+def _times(log: StreamLog, routed: RoutedRows) -> Iterator[NDArray[Any]]:
+    for positions in _positions(log):
+        yield routed.at(positions).astype("<i8")
 
 
 def _counted(blocks: Iterator[NDArray[Any]], advance: Callable[[int], None]) -> Iterator[NDArray[Any]]:

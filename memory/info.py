@@ -58,8 +58,10 @@ class MemoryInfo:
         evicted: Those of them that it does not hold any more, [b].
         positions: The position of the oldest row that each stream holds, and the one after the newest, [b].
         rows_bytes: Bytes of the rows that all layers and streams hold now.
-        memory_bytes: Bytes of the tensors that the store keeps: rows, with room for rows to come, scores, and
-            positions that do not follow from the number of rows.
+        memory_bytes: Bytes of what the store keeps: rows, with room for rows to come, scores, positions that
+            do not follow from the number of rows, and counts of what was routed.
+        routed: How often any row of a stream was routed since its reset, in all layers together, [b]; None
+            where that was never recorded.
         disk: What it takes up on disk; None for a store in memory.
         commits: The commits that can be opened, oldest first.
     """
@@ -80,6 +82,7 @@ class MemoryInfo:
     positions: tuple[tuple[int, int], ...]
     rows_bytes: int
     memory_bytes: int
+    routed: tuple[int, ...] | None
     disk: DiskUsage | None
     commits: tuple[CommitInfo, ...]
 

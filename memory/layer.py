@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -87,12 +87,15 @@ class MemoryLayer:
         dtype: torch.dtype,
         device: torch.device,
         latest_scores: list[LatestScores] | None,
+        count_routed: Callable[[Tensor], None] | None,
     ) -> None:
         self._streams = tuple(streams)
         self._logs = tuple(logs)
         self._dim = dim
         # Where the store wants to know of each stream's scores, the highest of each row.
         self._latest_scores = latest_scores
+        # Where the store wants to know which rows are routed.
+        self._count_routed = count_routed
         # A tensor made in inference mode could not be saved for backward later.
         with torch.inference_mode(False):
             self.lengths = torch.tensor([len(rows) for rows in streams], dtype=torch.int64)
@@ -156,6 +159,13 @@ class MemoryLayer:
         for rows, index in zip(self._streams, flat, strict=True):
             if len(rows):
                 rows.prefetch(index)
+
+    def take_routed(self, indices: Tensor) -> Tensor:
+        """As `take`, for the rows that a router has chosen: a store that records routes counts them."""
+        rows = self.take(indices)
+        if self._count_routed is not None:
+            self._count_routed(indices)
+        return rows
 
     def take(self, indices: Tensor) -> Tensor:
         """As `gather`, for indices that are in range for sure, as those of a router are: nothing is checked.

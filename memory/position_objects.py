@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from xlroute.memory.layout import METADATA, plain_group_document
 from xlroute.memory.s3 import S3Path
-from xlroute.memory.sealed import encode
-from xlroute.memory.survivors import (
-    POSITIONS,
-    POSITIONS_NAME,
-    Survivors,
-    list_positions,
-    position_bytes,
-    positions_name,
-)
+from xlroute.memory.side_files import SideObjects
+from xlroute.memory.survivors import POSITIONS, POSITIONS_NAME, Survivors, position_bytes, positions_name
 
 
-class PositionObjects:
+class PositionObjects(SideObjects):
     """The positions of a store in an object store that is being written.
-
-    Their names say what they contain, so that whoever puts them puts the same.
 
     Args:
         root: Folder of the store.
@@ -28,10 +18,7 @@ class PositionObjects:
     """
 
     def __init__(self, root: S3Path, present: Iterable[tuple[int, Survivors]] = ()) -> None:
-        self._root = root
-        self._folder = root / POSITIONS
-        self._put = {positions_name(*each) for each in present}
-        self._found: set[str] | None = None
+        super().__init__(root, POSITIONS, POSITIONS_NAME, (positions_name(*each) for each in present))
 
     def write(self, stream: int, survivors: Survivors) -> None:
         """Puts the positions of rows that a commit will refer to, unless they are there.
@@ -39,13 +26,7 @@ class PositionObjects:
         Raises:
             OSError: The object store refused, or cannot be reached.
         """
-        name = positions_name(stream, survivors)
-        if name in self._put:
-            return
-        if not self._put:
-            (self._folder / METADATA).write_bytes(encode(plain_group_document()))
-        (self._folder / name).write_bytes(position_bytes(survivors.positions))
-        self._put.add(name)
+        self.write_named(positions_name(stream, survivors), lambda: position_bytes(survivors.positions))
 
     def keep(self, needed: Iterable[tuple[int, Survivors]], ends: Sequence[int]) -> None:
         """Deletes the positions of rows below the ends of the streams' logs that no commit refers to.
@@ -55,15 +36,10 @@ class PositionObjects:
         Raises:
             OSError: The object store refused, or cannot be reached.
         """
-        if self._found is None:
-            self._found = {*list_positions(self._root)}
-        names = {positions_name(*each) for each in needed}
-        gone = []
-        for name in (self._found | self._put) - names:
+
+        def may_go(name: str) -> bool:
             match = POSITIONS_NAME.fullmatch(name)
             assert match is not None
-            if int(match[2]) <= ends[int(match[1])]:
-                gone.append(name)
-        self._folder.delete(gone)
-        self._found.difference_update(gone)
-        self._put.difference_update(gone)
+            return int(match[2]) <= ends[int(match[1])]
+
+        self.keep_named({positions_name(*each) for each in needed}, may_go)

@@ -37,12 +37,15 @@ from xlroute.memory.layout import COMMITS, METADATA, Layout, empty_folders, new_
 from xlroute.memory.log import StreamLog, survivors_of
 from xlroute.memory.place import StorePath
 from xlroute.memory.position_objects import PositionObjects
+from xlroute.memory.route_files import ROUTES, ROUTES_NAME, named_routes, write_routes
+from xlroute.memory.routes import DocumentRoutes
 from xlroute.memory.rows_bytes import Bytes
 from xlroute.memory.s3 import S3Path, in_parallel
 from xlroute.memory.score_files import write_scores
 from xlroute.memory.score_objects import ScoreObjects
 from xlroute.memory.scores import KeptScores
 from xlroute.memory.sealed import encode
+from xlroute.memory.side_files import SideObjects
 
 # The last chunk of each stream is put whole with every commit, and in the writer's memory until it is full.
 CHUNK_BYTES = 4 * 2**20
@@ -93,6 +96,7 @@ def copy_remote_store(
     held: Sequence[StreamLog],
     fingerprint: str | None,
     kept: Sequence[Sequence[KeptScores | None]],
+    documents: Sequence[DocumentRoutes],
     durable: bool,
 ) -> str:
     """As `copy_store`, to an object store; in chunks that are no larger than by default there."""
@@ -112,7 +116,8 @@ def copy_remote_store(
             write_scores(score_files, layer, logs, streams, None) for layer, streams in enumerate(kept)
         )
         score_files.put(ends)
-        commit = Commit(1, None, fingerprint, durable, logs, scores if any(scores) else ())
+        routes = write_routes(SideObjects(root, ROUTES, ROUTES_NAME), documents)
+        commit = Commit(1, None, fingerprint, durable, logs, scores if any(scores) else (), routes=routes)
         _put_record(root, commit)
     return commit.id
 
@@ -128,6 +133,7 @@ class RemoteDisk(Disk):
     files: ChunkObjects
     _score_files: ScoreObjects
     _positions: PositionObjects
+    _route_files: SideObjects
     _claim: Claim | None = None
     _decided: Commit | None = None  # the last commit, as long as its record may not be there
     _dropped: tuple[str, ...] = ()  # with the last commit
@@ -147,6 +153,7 @@ class RemoteDisk(Disk):
         self._score_files = ScoreObjects(self.root, self.layout, record, self._claim)
         if record is None:
             self._positions = PositionObjects(self.root, survivors_of(opened.logs))
+            self._route_files = SideObjects(self.root, ROUTES, ROUTES_NAME, named_routes([opened]))
 
     def _lock(self) -> None:
         self._claim = Claim(self.root)
@@ -243,6 +250,7 @@ class RemoteDisk(Disk):
     def _drop_unnamed(self, commits: Sequence[Commit]) -> None:
         named = (each for commit in commits for each in survivors_of(commit.logs))
         self._positions.keep(named, self._ends)
+        self._route_files.keep_named(named_routes(commits))
 
     def _add_pin(self, commit: str) -> str:
         pin = new_pin(read_commit(self.root, commit, self.layout))

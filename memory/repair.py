@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from xlroute.memory.layout import (
 )
 from xlroute.memory.lock import WriterLock
 from xlroute.memory.log import Extent, StreamLog, survivors_of
+from xlroute.memory.route_files import ROUTES, ROUTES_NAME, named_routes
+from xlroute.memory.score_files import SCORES
 from xlroute.memory.sealed import encode, replace_file, sync
 from xlroute.memory.shard_check import check_shard
 from xlroute.memory.shards import (
@@ -38,6 +40,7 @@ from xlroute.memory.shards import (
     shard_folder,
     with_rows,
 )
+from xlroute.memory.side_files import SideFiles
 from xlroute.memory.survivors import PositionFiles
 from xlroute.memory.verify import (
     Meter,
@@ -46,7 +49,9 @@ from xlroute.memory.verify import (
     check_ends,
     check_metadata,
     check_positions,
+    check_routes,
     check_rows,
+    check_scores,
     find_leftovers,
     merged,
     read_records,
@@ -98,6 +103,8 @@ class RepairReport:
             checksums and indexes of shards that zarr alone needs.
         set_aside: The new names of damaged commit records.
         removed: What a crash had left behind.
+        derived: Damaged folders of scores and files of routed counts, which were removed: scores are computed
+            anew, and counts are lost.
     """
 
     path: Path
@@ -108,10 +115,11 @@ class RepairReport:
     restored: tuple[Path, ...]
     set_aside: tuple[Path, ...]
     removed: tuple[Path, ...]
+    derived: tuple[Path, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was damaged."""
+        """Whether nothing was damaged but scores and counts, which nobody needs."""
         return not (self.commit or self.damage or self.restored or self.set_aside)
 
 
@@ -152,6 +160,7 @@ def _repair(root: Path, layout: Layout, progress: Progress | None) -> RepairRepo
     in_files, sharded = split([base], range(layout.streams))
     restored += _restore_lengths(files, in_files, sharded)
 
+    derived = _remove_derived(root, layout, base)
     meter = Meter(progress, layout.layers * layout.row_bytes * sum(log.held for log in base.logs))
     damage = check_positions(root, [base])
     for stream, extents in enumerate(in_files):
@@ -189,7 +198,21 @@ def _repair(root: Path, layout: Layout, progress: Progress | None) -> RepairRepo
         restored=tuple(restored),
         set_aside=tuple(set_aside),
         removed=tuple(removed),
+        derived=tuple(derived),
     )
+
+
+def _remove_derived(root: Path, layout: Layout, base: Commit) -> list[Path]:
+    """Removes the damaged scores and routed counts of a commit, which nobody needs; returns what is gone."""
+    found = {
+        root / SCORES / each.path.relative_to(root / SCORES).parts[0]
+        for each in check_scores(root, layout, [base])
+        if isinstance(each.path, Path)
+    }
+    found |= {each.path for each in check_routes(root, layout, [base]) if isinstance(each.path, Path)}
+    for path in sorted(found):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return sorted(found)
 
 
 def _restore_metadata(root: Path, layout: Layout, commits: list[Commit]) -> list[Path]:
@@ -322,6 +345,10 @@ def _committed(
         raise CorruptionError(
             f"{root / COMMITS}: expected generations below {MAX_GENERATION}, got {generation - 1}"
         )
+    # Where rows were lost, some are read again, and would be counted twice.
+    routes = tuple(
+        base.routes_of(stream) if log == base.logs[stream] else None for stream, log in enumerate(logs)
+    )
     size = files.layout.chunk_rows
     for stream, log in enumerate(logs):
         # The next row goes into files of its own: not into one that is damaged, and not over rows that only a
@@ -344,6 +371,11 @@ def _committed(
         True,
         tuple(logs),
         shards=shards if any(shards) else (),
+        routes=routes if any(routes) else (),
     )
+    route_files = SideFiles(root, ROUTES, ROUTES_NAME, named_routes([commit]))
+    route_files.mark_present_unsynced()
+    with suppress(OSError):
+        route_files.sync()
     write_commit(root, commit)
     return commit.id

@@ -70,7 +70,7 @@ class ScoreChunks(ABC, Generic[ChunksT]):
     def read(
         self, layer: int, stream: int, stamp: str, columns: int, extents: Sequence[Extent]
     ) -> Tensor | None:
-        """The scores [r, n] of the n rows of the extents; None if dropped or, with a warning, damaged."""
+        """The scores [r, n] of the n rows of the extents; None if gone or, with a warning, damaged."""
         if self._has_dropped(layer, stream, stamp, extents):
             return None
         files, extents = self.find(layer, stamp, columns, extents)
@@ -83,7 +83,8 @@ class ScoreChunks(ABC, Generic[ChunksT]):
         except CorruptionError as error:
             if self._record is not None and not self._record.exists():
                 return None  # a writer has dropped the commit just now, and its scores
-            warnings.warn(f"the scores are computed anew: {error}", stacklevel=2)
+            if files.root.exists():  # otherwise somebody has removed them
+                warnings.warn(f"the scores are computed anew: {error}", stacklevel=2)
             self._damaged.add((layer, stream, stamp))
             return None
         return torch.cat(parts).T

@@ -17,6 +17,7 @@ from xlroute.memory.log import StreamLog
 from xlroute.memory.place import StorePath
 from xlroute.memory.remote import CHUNK_BYTES as REMOTE_CHUNK_BYTES
 from xlroute.memory.remote import RemoteDisk, copy_remote_store, create_remote_store
+from xlroute.memory.routes import DocumentRoutes
 from xlroute.memory.s3 import S3Path
 from xlroute.memory.score_files import ScoreChunks, ScoreFiles
 from xlroute.memory.score_objects import ScoreObjects
@@ -44,12 +45,13 @@ def copy_to(
     held: Sequence[StreamLog],
     fingerprint: str | None,
     kept: Sequence[Sequence[KeptScores | None]],
+    documents: Sequence[DocumentRoutes],
     durable: bool,
 ) -> str:
     """Makes a store with the given rows; see `copy_store`."""
     if isinstance(root, S3Path):
-        return copy_remote_store(root, layout, rows, held, fingerprint, kept, durable)
-    return copy_store(root, layout, rows, held, fingerprint, kept, durable)
+        return copy_remote_store(root, layout, rows, held, fingerprint, kept, documents, durable)
+    return copy_store(root, layout, rows, held, fingerprint, kept, documents, durable)
 
 
 def chunk_bytes_at(root: StorePath | None) -> int:

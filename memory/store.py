@@ -28,6 +28,7 @@ from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Eviction, Layout, check_p
 from xlroute.memory.log import StreamLog
 from xlroute.memory.place import StorePath, store_path
 from xlroute.memory.repair import RepairReport, repair_store
+from xlroute.memory.routes import DocumentRoutes, RouteCounts
 from xlroute.memory.s3 import S3Path
 from xlroute.memory.scores import KeptScores, LatestScores, StoredScores
 from xlroute.memory.shards import DEFAULT_LEVEL, LEVELS
@@ -75,6 +76,7 @@ class MemoryStore:
         mode: Mode = "r+",
         disk: Disk | None = None,
         tiers: Tiers | None = None,
+        routes: RouteCounts | None = None,
     ) -> None:
         self.path = path
         self.mode: Mode = mode
@@ -91,6 +93,7 @@ class MemoryStore:
         self._latest: list[list[LatestScores]] | None = None
         if layout.eviction == "lowest_score":
             self._latest = [[None] * layout.streams for _ in range(layout.layers)]
+        self._routes = routes
 
     @classmethod
     def create(
@@ -162,7 +165,8 @@ class MemoryStore:
             TypeError: An argument is of the wrong type.
             ValueError: A number is below 1 or enormous, `capacity_bytes` is less than a row of each layer and
                 stream takes, the dtype or the eviction is another one, `keep_every` does not go with it, a
-                policy has no capacity to go with, or there is no such device.
+                policy has no capacity to go with, `host_bytes` no `device_bytes` or no path, or there is no
+                such device.
             ImportError: The path is a url, and obstore is not installed.
             StoreExistsError: There is something at the path.
             StoreWriteError: The operating system, or the object store, refused to write.
@@ -188,11 +192,12 @@ class MemoryStore:
             keep_every=keep_every,
         )
         device = _checked_device(device)
+        if root is None and host_bytes is not None:
+            raise ValueError(f"host_bytes: expected None for a store in memory, got {host_bytes}")
+        _check_tiers(device_bytes, host_bytes)
         if root is not None:
             create_at(root, layout, fingerprint)
             return cls.open(root, mode="r+", device=device, device_bytes=device_bytes, host_bytes=host_bytes)
-        if host_bytes is not None:
-            raise ValueError(f"host_bytes: expected None for a store in memory, got {host_bytes}")
         tiers = _tiers(layout, device_bytes, host_bytes)
         rows: list[list[Rows]] = [
             [
@@ -231,9 +236,9 @@ class MemoryStore:
             host_bytes: Memory that rows may take on the host besides; it goes with `device_bytes`.
 
         Raises:
-            TypeError: `device` or `fingerprint` is of the wrong type.
-            ValueError: `mode` is another one, `commit` cannot be an id, there is no such device, or the path
-                is a url of another kind.
+            TypeError: `device`, `fingerprint` or a number of bytes is of the wrong type.
+            ValueError: `mode` is another one, `commit` cannot be an id, there is no such device, a number of
+                bytes is below 1, `host_bytes` comes alone, or the path is a url of another kind.
             ImportError: The path is a url, and obstore is not installed.
             StoreNotFoundError: There is nothing at the path.
             FormatError: There is something else, or a store of a newer format; or rows are in shards, in an
@@ -250,6 +255,7 @@ class MemoryStore:
             raise ValueError(f"mode: expected 'r' or 'r+', got {mode!r}")
         _check_fingerprint(fingerprint)
         device = _checked_device(device)
+        _check_tiers(device_bytes, host_bytes)
         root = store_path(path)
         disk = open_disk(root, commit=commit, writable=mode == "r+", fingerprint=fingerprint)
         try:
@@ -305,7 +311,8 @@ class MemoryStore:
         back from a copy, and an earlier commit opened by its id; they age out as later commits are made.
         Damaged metadata of arrays is written anew, and so is what zarr alone needs of shards; chunk files get
         back their length. A commit record that is damaged is renamed to `<commit id>.json.damaged`. What a
-        crash has left is removed.
+        crash has left is removed, and so are damaged scores, which are computed anew, and damaged counts of
+        what was routed.
 
         Args:
             path: The folder of the store. One in an object store has to be downloaded first.
@@ -381,6 +388,7 @@ class MemoryStore:
             mode=mode,
             disk=disk,
             tiers=tiers,
+            routes=None if disk.documents is None else RouteCounts(layout.layers, disk.documents),
         )
         if store._latest is not None:
             # Whoever reads on is to evict the rows that would have left without stopping.
@@ -622,6 +630,7 @@ class MemoryStore:
             dtype=self.dtype,
             device=self.device,
             latest_scores=None if self._latest is None else self._latest[layer],
+            count_routed=None if self._routes is None else self._routes.counter(layer, self._logs),
         )
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -702,7 +711,32 @@ class MemoryStore:
             for scores in latest or ():
                 scores[number] = None
         self._logs, self._rows, self._latest = logs, table, latest
+        if self._routes is not None:
+            self._routes.reset(numbers)
         self.version += 1
+
+    def record_routes(self) -> RouteCounts:
+        """Counts from now on how often routers fetch each row, and returns the counts.
+
+        They go on from those of the commit that was opened, and are written with every commit; a writer that
+        does not record leaves them as they are. Nothing depends on them: where they are damaged or cannot be
+        written, they are lost and the store is not. Layers that were there before count nothing.
+
+        Raises:
+            StoreClosedError: The store was closed.
+        """
+        self._check_open()
+        if self._routes is None:
+            documents = [DocumentRoutes(self.layers) for _ in range(self.streams)]
+            self._routes = RouteCounts(self.layers, documents)
+        self._routes.recording = True
+        return self._routes
+
+    @property
+    def routes(self) -> RouteCounts | None:
+        """How often routers have fetched each row, as far as it was recorded; None if it never was."""
+        self._check_open()
+        return self._routes
 
     def commit(self, durable: bool = False) -> str:
         """Makes what the store holds now the last commit: all of it or, if anything fails, nothing.
@@ -727,7 +761,9 @@ class MemoryStore:
         """
         self._check_writable()
         disk = self._on_disk("commit")
-        return disk.commit(self._logs, self._fingerprint, self._kept_scores(), durable=durable)
+        return disk.commit(
+            self._logs, self._fingerprint, self._kept_scores(), self._documents(), durable=durable
+        )
 
     def compact(
         self,
@@ -780,6 +816,10 @@ class MemoryStore:
         """The scores that are kept of every layer and stream."""
         return [[rows.kept_scores() for rows in streams] for streams in self._rows]
 
+    def _documents(self) -> Sequence[DocumentRoutes]:
+        """What was counted of each stream of routings; empty if nothing was."""
+        return () if self._routes is None else self._routes.documents
+
     def commits(self) -> list[str]:
         """Ids of the commits that can be opened now, oldest first; none for a store in memory."""
         self._check_open()
@@ -824,6 +864,8 @@ class MemoryStore:
         row_bytes = self.layers * self._layout.row_bytes
         kept = [log.survivors.nbytes for log in self._logs if log.survivors is not None]
         kept += [each.nbytes for each in itertools.chain(*self._latest or ()) if isinstance(each, Tensor)]
+        if self._routes is not None:
+            kept.append(self._routes.nbytes)
         return MemoryInfo(
             path=self.path,
             layers=self.layers,
@@ -841,6 +883,7 @@ class MemoryStore:
             positions=tuple((log.first, log.appended) for log in self._logs),
             rows_bytes=sum(log.held for log in self._logs) * row_bytes,
             memory_bytes=sum(rows.nbytes for streams in self._rows for rows in streams) + sum(kept),
+            routed=None if self._routes is None else self._routes.totals,
             disk=None if self._disk is None else self._disk.usage(self._logs),
             commits=() if self._disk is None else describe_commits(self._disk),
         )
@@ -848,7 +891,8 @@ class MemoryStore:
     def fork(self) -> MemoryStore:
         """An independent store in memory with the same rows; they are shared until either side writes.
 
-        The fork of a store on disk reads rows from there when they are needed.
+        The fork of a store on disk reads rows from there when they are needed. The fork of one that records
+        routes goes on with a copy of the counts.
         """
         self._check_open()
         fork = MemoryStore(
@@ -858,6 +902,7 @@ class MemoryStore:
             logs=self._logs,
             rows=self._rows,
             tiers=self._tiers,
+            routes=None if self._routes is None else self._routes.fork(),
         )
         fork._latest = None if self._latest is None else [list(streams) for streams in self._latest]
         return fork
@@ -887,6 +932,7 @@ class MemoryStore:
             self._logs,
             self._fingerprint,
             self._kept_scores(),
+            [document.copy() for document in self._documents()],
             durable,
         )
 
@@ -959,26 +1005,22 @@ def _capacity(rows: int | None, total_bytes: int | None, bytes_of_one: int) -> i
     return share if rows is None else min(rows, share)
 
 
-def _tiers(layout: Layout, device_bytes: int | None, host_bytes: int | None) -> Tiers | None:
-    """How many rows of each layer and stream may be where; None for no bound.
-
-    Raises:
-        TypeError: A number is no integer.
-        ValueError: It is below 1, or there are only `host_bytes`.
-    """
-    if device_bytes is None and host_bytes is None:
-        return None
-    if device_bytes is None:
-        raise ValueError(f"device_bytes: expected a number beside host_bytes={host_bytes}, got None")
-    rows = []
+def _check_tiers(device_bytes: int | None, host_bytes: int | None) -> None:
+    """Raises TypeError or ValueError unless each is None or at least 1, and the first one is given too."""
     for name, given in (("device_bytes", device_bytes), ("host_bytes", host_bytes)):
         if given is not None:
             check_positive(name, given)
-        # A buffer that grows has room for twice the rows that it held when it was made.
-        share = 2 * layout.layers * layout.streams * layout.row_bytes
-        rows.append(None if given is None else max(1, given // share))
-    assert rows[0] is not None
-    return Tiers(rows[0], rows[1])
+    if device_bytes is None and host_bytes is not None:
+        raise ValueError(f"device_bytes: expected a number beside host_bytes={host_bytes}, got None")
+
+
+def _tiers(layout: Layout, device_bytes: int | None, host_bytes: int | None) -> Tiers | None:
+    """How many rows of each layer and stream may be where; None for no bound."""
+    if device_bytes is None:
+        return None
+    # A buffer that grows has room for twice the rows that it held when it was made.
+    share = 2 * layout.layers * layout.streams * layout.row_bytes
+    return Tiers(max(1, device_bytes // share), None if host_bytes is None else max(1, host_bytes // share))
 
 
 def _checked_device(device: object) -> torch.device:

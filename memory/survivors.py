@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from xlroute.memory.errors import CorruptionError
-from xlroute.memory.layout import COMMITS, METADATA, plain_group_document
-from xlroute.memory.place import StorePath, list_names
-from xlroute.memory.sealed import encode, replace_file, sync
+from xlroute.memory.place import StorePath
+from xlroute.memory.side_files import SideFiles, list_side_files
 
 POSITIONS = "positions"
 POSITIONS_NAME = re.compile(r"stream-(\d+)\.\d+-(\d+)\.[0-9a-f]{8}")
@@ -121,10 +120,7 @@ def read_positions(path: StorePath, count: int, crc32c: str) -> Tensor:
 
 def list_positions(root: StorePath) -> list[str]:
     """The names of all files of positions in a store."""
-    try:
-        return [name for name in list_names(root / POSITIONS) if POSITIONS_NAME.fullmatch(name)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    return list_side_files(root / POSITIONS, POSITIONS_NAME)
 
 
 class Positions(Protocol):
@@ -134,7 +130,7 @@ class Positions(Protocol):
         """Writes the positions of rows that a commit will refer to, unless they are there."""
 
 
-class PositionFiles:
+class PositionFiles(SideFiles):
     """The files of positions of a store in a folder that is being written.
 
     Args:
@@ -143,10 +139,7 @@ class PositionFiles:
     """
 
     def __init__(self, root: Path, present: Iterable[tuple[int, Survivors]] = ()) -> None:
-        self._root = root
-        self._folder = root / POSITIONS
-        self._present = {positions_name(*each) for each in present}
-        self._unsynced: set[Path] = set()
+        super().__init__(root, POSITIONS, POSITIONS_NAME, (positions_name(*each) for each in present))
 
     def write(self, stream: int, survivors: Survivors) -> None:
         """Writes the positions of rows that a commit will refer to, unless they are there.
@@ -154,33 +147,11 @@ class PositionFiles:
         Raises:
             OSError: The operating system refused.
         """
-        name = positions_name(stream, survivors)
-        if name in self._present:
-            return
-        metadata = self._folder / METADATA
-        if not metadata.exists():
-            self._folder.mkdir(exist_ok=True)
-            replace_file(metadata, encode(plain_group_document()), scratch=self._root / COMMITS)
-            self._unsynced.add(metadata)
-        data = position_bytes(survivors.positions)
-        replace_file(self._folder / name, data, scratch=self._root / COMMITS)
-        self._present.add(name)
-        self.mark_unsynced(stream, survivors)
+        self.write_named(positions_name(stream, survivors), lambda: position_bytes(survivors.positions))
 
     def mark_unsynced(self, stream: int, survivors: Survivors) -> None:
         """Notes that a file may not be on the medium."""
-        path = self._folder / positions_name(stream, survivors)
-        self._unsynced.update((path, self._folder, self._root))
-
-    def sync(self) -> None:
-        """Waits until everything written so far is on the medium.
-
-        Raises:
-            OSError: The operating system refused.
-        """
-        for path in sorted(self._unsynced):
-            sync(path)
-        self._unsynced.clear()
+        self.mark_named_unsynced(positions_name(stream, survivors))
 
     def keep(self, needed: Iterable[tuple[int, Survivors]]) -> None:
         """Deletes all files but those that commits refer to.
@@ -188,13 +159,7 @@ class PositionFiles:
         Raises:
             OSError: The operating system refused.
         """
-        names = {positions_name(*each) for each in needed}
-        for name in list_positions(self._root):
-            if name not in names:
-                path = self._folder / name
-                self._present.discard(name)
-                self._unsynced.discard(path)
-                path.unlink(missing_ok=True)
+        self.keep_named({positions_name(*each) for each in needed})
 
 
 def position_bytes(positions: Tensor) -> bytes:

@@ -28,6 +28,7 @@ from xlroute.memory.layout import (
 )
 from xlroute.memory.log import Extent, survivors_of
 from xlroute.memory.place import StorePath
+from xlroute.memory.route_files import read_routes, routes_path
 from xlroute.memory.sealed import TEMPORARY, read_document
 from xlroute.memory.shard_check import check_shard
 from xlroute.memory.shards import Shard, in_shards, shard_folder, unnamed_shards
@@ -51,6 +52,7 @@ class VerifyReport:
         damage: Everything that is damaged: metadata, then commit records, positions, then rows by stream and
             layer in chunk files, and in shards.
         scores: Damage to stored scores. It does no harm: they are computed anew.
+        routes: Damage to counts of what was routed. It does no harm: they are left out.
         leftovers: Files and folders that a crash has left behind. They do no harm, and `repair` removes them.
         writer: Who holds the store for writing, or held it until killed; None if the last writer closed it.
             What a writer at work has not committed yet is among the leftovers.
@@ -61,6 +63,7 @@ class VerifyReport:
     rows: int
     damage: tuple[Damage, ...]
     scores: tuple[Damage, ...]
+    routes: tuple[Damage, ...]
     leftovers: tuple[StorePath, ...]
     writer: str | None
 
@@ -81,7 +84,7 @@ def verify_store(
         layout = read_group(root)
     except CorruptionError as error:
         group = damage_of(error, root / METADATA)
-        return VerifyReport(root, (), 0, (group,), (), tuple(find_leftovers(root)), read_writer(root))
+        return VerifyReport(root, (), 0, (group,), (), (), tuple(find_leftovers(root)), read_writer(root))
     known, records = read_records(root, layout)
     if commit is None:
         chosen = known if all_commits else dict(list(known.items())[-1:])
@@ -130,27 +133,53 @@ def verify_store(
         rows = [each for each in (_held_by(root, each, examined) for each in rows) if each.commits]
     damage = (*(_held_by(root, each, examined) for each in metadata), *records, *rows)
     leftovers = find_leftovers(root, layout, [] if records else [*known.values()])
-    scores = tuple(_check_scores(root, layout, examined.values())) if countable else ()
+    scores = tuple(check_scores(root, layout, examined.values())) if countable else ()
     if scores:
         # A writer that drops a commit meanwhile drops its scores too.
         remaining = [held for name, held in examined.items() if record_path(root, name).exists()]
-        scores = tuple(_check_scores(root, layout, remaining))
-    return VerifyReport(root, tuple(examined), count, damage, scores, tuple(leftovers), read_writer(root))
+        scores = tuple(check_scores(root, layout, remaining))
+    routes = tuple(check_routes(root, layout, examined.values()))
+    return VerifyReport(
+        root, tuple(examined), count, damage, scores, routes, tuple(leftovers), read_writer(root)
+    )
 
 
-def _check_scores(root: StorePath, layout: Layout, commits: Iterable[Commit]) -> Iterator[Damage]:
-    """Reads all scores that the commits name, and yields what is damaged."""
-    named = {
-        (layer, scores.stamp, scores.columns, stream, log.part(*span))
-        for commit in commits
-        for layer, scores in enumerate(commit.scores)
-        if scores is not None
-        for stream, (log, span) in enumerate(zip(commit.logs, scores.spans, strict=True))
-    }
+def check_scores(root: StorePath, layout: Layout, commits: Iterable[Commit]) -> Iterator[Damage]:
+    """Reads all scores that the commits name and that are there, and yields what is damaged."""
+    named: dict[tuple[int, str, int], list[set[Extent]]] = {}
+    for commit in commits:
+        for layer, scores in enumerate(commit.scores):
+            if scores is not None:
+                key = layer, scores.stamp, scores.columns
+                held = named.setdefault(key, [set() for _ in commit.logs])
+                for each, log, span in zip(held, commit.logs, scores.spans, strict=True):
+                    each.update(log.part(*span))
     files = open_scores(root, layout)
-    for layer, stamp, columns, stream, held in sorted(named):
-        chunks, extents = files.find(layer, stamp, columns, held)
-        yield from check_rows(chunks, 0, stream, extents, lambda _: None)
+    for key, held in sorted(named.items()):
+        chunks, _ = files.find(*key, ())
+        if not chunks.root.exists():
+            continue  # somebody has removed them
+        extents = [files.find(*key, merged(rows))[1] for rows in held]
+        yield from check_arrays(chunks.root, chunks.layout, extents)
+        for stream, given in enumerate(extents):
+            yield from check_rows(chunks, 0, stream, given, lambda _: None)
+
+
+def check_routes(root: StorePath, layout: Layout, commits: Iterable[Commit]) -> Iterator[Damage]:
+    """Reads all routed counts that the commits name and that are there, and yields what is damaged."""
+    seen = set()
+    for commit in commits:
+        for stream, log in enumerate(commit.logs):
+            routes = commit.routes_of(stream)
+            if routes is None or (stream, routes) in seen:
+                continue
+            seen.add((stream, routes))
+            try:
+                read_routes(root, stream, routes, layout.layers, log.appended)
+            except FileNotFoundError:
+                continue  # somebody has removed them
+            except (CorruptionError, OSError) as error:
+                yield damage_of(error, routes_path(root, stream, routes), stream=stream)
 
 
 class Meter:

@@ -304,7 +304,7 @@ class CoordinateDescentRouter(nn.Module):
             if isinstance(wanted, Tensor):
                 indices = _first(indices, wanted)
                 picked = picked.masked_fill(indices < 0, 0)
-            rows = x.take(indices) if isinstance(x, MemoryLayer) else gather_rows(x, indices, backend)
+            rows = x.take_routed(indices) if isinstance(x, MemoryLayer) else gather_rows(x, indices, backend)
         else:
             chosen_by = torch.rand_like(s) if random_route else None
             gates, indices = self._solve(s, route_mask, k, wanted, chosen_by, backend)
@@ -401,7 +401,7 @@ class CoordinateDescentRouter(nn.Module):
             backend=backend,
             straight_through=self.straight_through,
         )
-        return x.take(indices), picked.view(indices.shape)
+        return x.take_routed(indices), picked.view(indices.shape)
 
     def _solve(
         self,

@@ -57,6 +57,64 @@ def test_table_and_csv(benchmark: ModuleType, tmp_path: Path, capsys: pytest.Cap
     assert all(row["checks"] and not row["failure"] for row in rows)
 
 
+PEER = """
+import torch
+
+class KNNMemory:
+    def __init__(self, dim, max_memories, num_indices, memmap_filename, multiprocessing):
+        assert (num_indices, multiprocessing) == (1, False)
+        self.rows, self.room = torch.empty(1, 0, 2, dim), max_memories
+
+    def add(self, memories):
+        self.rows = torch.cat((self.rows, memories), 1)
+        assert self.rows.shape[1] <= self.room, "no room"
+
+    def search(self, queries, topk):
+        {search}
+        found = (queries @ self.rows[..., 0, :].mT).topk(topk, -1).indices
+        mask = torch.arange(topk).expand(found.shape) < topk - {fewer}
+        return self.rows[0, found].masked_fill(~mask[..., None, None], 0), mask
+"""
+
+
+@pytest.mark.parametrize(
+    ("search", "fewer", "recall", "message"),
+    [
+        ("", 0, "1.0000", ""),
+        ("", 16, "0.7500", ""),
+        ("self.rows = self.rows.roll(1, 2)", 0, "failed", "KNNMemory: scores: error"),
+        ("raise IndexError('out of\\\\nthe graph')", 0, "failed", "KNNMemory: IndexError: out of"),
+    ],
+    ids=["right", "fewer", "wrong", "broken"],
+)
+def test_a_peer_is_measured_beside_the_others(
+    benchmark: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    search: str,
+    fewer: int,
+    recall: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "memorizing_transformers_pytorch", raising=False)
+    monkeypatch.setattr(benchmark, "ROWS_AT_ONCE", 700)
+    (tmp_path / "memorizing_transformers_pytorch.py").write_text(PEER.format(search=search, fewer=fewer))
+    arguments = ["--tiny", "--out", str(tmp_path), "--kinds", "exact", "--peer", str(tmp_path)]
+    assert benchmark.main(arguments) == (1 if message else 0)
+    printed = capsys.readouterr().out
+    line = cells(printed)["KNNMemory"]
+    assert line[0] == recall
+    assert (line[1] == "-") is bool(message)
+    assert message in printed
+    text = (tmp_path / "index.csv").read_text(encoding="utf-8").splitlines()
+    rows = [*csv.DictReader(each for each in text if not each.startswith("#"))]
+    assert [row["search"] for row in rows] == ["plain PyTorch", "exact", "KNNMemory"]
+    assert bool(rows[-1]["median_ms"]) is not bool(message)
+    sys.modules.pop("memorizing_transformers_pytorch")
+
+
 def test_a_red_check_prints_no_speed(
     benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +147,7 @@ def test_rows_of_a_file_become_rows_and_queries(benchmark: ModuleType, tmp_path:
     ("arguments", "message"),
     [
         (["--rows", "nowhere.npy"], "--rows: expected a file, got nowhere.npy"),
+        (["--peer", "nowhere"], "--peer: expected a folder, got nowhere"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
         (["--nprobe", "-1"], "--nprobe: expected at least 1, got -1"),
     ],

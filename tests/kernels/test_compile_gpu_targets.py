@@ -2,7 +2,7 @@
 
 Each compile_cases_<op>.py names its kernels and how they are called: CASES, a list of (kernel, types of the
 arguments, constants, warps), with the least compute capability at the end where it is more than 8.0. Among
-the constants may be the option num_stages. They are compiled in a process of their own, since TRITON_INTERPRET
+the constants may be the option num_stages. They are compiled in a process of their own, as TRITON_INTERPRET
 changes what a kernel is:
 
     python tests/kernels/test_compile_gpu_targets.py CASES_FILE CAPABILITY

@@ -79,6 +79,7 @@ capacity     1,200 rows a stream, 230,400 bytes of rows
 eviction     oldest first
 fingerprint  f
 rows held    1,207 in each layer, 77,248 bytes
+routes       not recorded
 on disk      [\d.,]+ KiB allocated, [\d.,]+ KiB apparent
 chunk files  52, of up to 100 rows
 
@@ -292,9 +293,72 @@ def test_a_plot_of_an_empty_store_and_of_many_streams(
 ) -> None:
     with MemoryStore.create(tmp_path / "s", layers=1, streams=streams, dim=2, chunk_bytes=8) as store:
         store.append(torch.randn(1, streams, rows, 2))
+        store.record_routes()
+        store.layer(0).take_routed(torch.full((streams, 1), -1 if rows == 0 else 0))
         store.commit()
     assert run(capsys, "plot", tmp_path / "s", tmp_path / "a.png")[0] == 0
     assert matplotlib.image.imread(tmp_path / "a.png").shape[0] < 5000
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_info_and_plot_show_what_was_routed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layers: int
+) -> None:
+    with MemoryStore.create(tmp_path / "s", layers=layers, streams=2, dim=2, chunk_bytes=800) as store:
+        store.append(torch.randn(layers, 2, 100, 2), [100, 60])
+        store.record_routes()
+        for layer in range(layers):  # the first half of stream 0 once, the last half of stream 1 ten times
+            store.layer(layer).take_routed(torch.stack([torch.arange(50), torch.full((50,), -1)]))
+            store.layer(layer).take_routed(
+                torch.stack([torch.full((300,), -1), torch.arange(30, 60).repeat(10)])
+            )
+        store.commit()
+    assert f"\nroutes       {layers * 350:,} in all layers\n" in run(capsys, "info", tmp_path / "s")[1]
+    assert run_json(capsys, "info", tmp_path / "s")[1]["routed"] == [layers * 50, layers * 300]
+    assert run(capsys, "plot", tmp_path / "s", tmp_path / "a.png")[0] == 0
+    pixels = matplotlib.image.imread(tmp_path / "a.png")[..., :3]
+    pixels = pixels[:, : int(0.85 * pixels.shape[1])]  # without the bar that explains the colours
+    shades = matplotlib.colormaps["plasma_r"]
+    few, many = (np.abs(pixels - np.array(shades(end)[:3])).max(-1) < 0.02 for end in (0.0, 1.0))
+    panels = 1 if layers > 4 else layers
+    # Each has a strip in each panel, which lies where the rows do.
+    strips = [np.flatnonzero(colour.sum(1) > 100) for colour in (few, many)]
+    assert [len(np.flatnonzero(np.diff(lines, prepend=-9) > 1)) for lines in strips] == [panels, panels]
+    first, last = few[strips[0][0]].nonzero()[0], many[strips[1][0]].nonzero()[0]
+    assert len(last) / len(first) == pytest.approx(30 / 50, rel=0.03)
+    assert (last[0] - first[0]) / len(first) == pytest.approx(30 / 50, rel=0.03)
+
+
+def test_damage_to_what_nobody_needs_is_told_apart(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MemoryStore.open(path, mode="r+") as store:
+        store.layer(1).scores(torch.randn(2, 8), normalize=None, scale=1.0)
+        store.record_routes()
+        store.layer(0).take_routed(torch.tensor([[3], [-1], [-1]]))
+        last = store.commit()
+    [counts] = (path / "routes").glob("stream-0.1.*")
+    [scores] = (path / "scores").glob("layer-1.*")
+    counts.write_bytes(b"")
+    file = scores / "layer-0.stream-0.rows" / "c.3.0"
+    file.write_bytes(b"")
+    status, out, _ = run(capsys, "verify", path)
+    assert status == 0
+    assert out.splitlines()[2:] == [
+        "no damage",
+        "stored scores damaged, which are computed anew:",
+        f"  {file.relative_to(path)}: rows 300 to 399: expected a chunk file of 800 bytes, got 0",
+        "counts of what was routed damaged, which are left out:",
+        f"  {counts.relative_to(path)}: expected checksum {counts.name[-8:]}, got 00000000: "
+        "the file is damaged",
+    ]
+    document = run_json(capsys, "verify", path)[1]
+    assert [len(document[name]) for name in ("damage", "scores", "routes")] == [0, 1, 1]
+    assert run(capsys, "repair", path) == (
+        0,
+        f"{path}: commit {last} stands as it was\n"
+        f"damaged scores and counts of what was routed, removed:\n  {counts}\n  {scores}\n",
+        "",
+    )
+    assert run(capsys, "verify", path)[1].endswith("no damage\n")
 
 
 def test_what_cannot_be_done_is_said_in_one_line(

@@ -56,13 +56,17 @@ def test_npz_holds_the_rows(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_positions_with_gaps_are_exported(tmp_path: Path, suffix: str) -> None:
+def test_positions_with_gaps_and_what_was_routed_are_exported(tmp_path: Path, suffix: str) -> None:
     with MemoryStore.create(
         tmp_path / "s", layers=1, streams=2, dim=3, capacity=20, eviction="every_nth", keep_every=4
     ) as store:
         store.append(torch.randn(1, 2, 70, 3), [70, 9])
+        counts = store.record_routes()
+        store.layer(0).take_routed(torch.stack([torch.randint(20, (30,)), torch.full((30,), -1)]))
+        store.append(torch.randn(1, 2, 6, 3), [6, 0])
         store.commit()
         expected = [log.positions().tolist() for log in store.logs]
+        times = dict(zip(*(each.tolist() for each in counts.of(0, 0)), strict=True))
         rows = store.rows(0)[0]
     assert expected[0][-1] - expected[0][0] > len(expected[0])
     export_store(tmp_path / "s", tmp_path / f"a{suffix}")
@@ -76,6 +80,10 @@ def test_positions_with_gaps_are_exported(tmp_path: Path, suffix: str) -> None:
         assert found[f"stream-{stream}.positions"].tolist() == expected[stream]
         given = torch.from_numpy(found[f"layer-0.stream-{stream}.rows"])
         assert torch.equal(given, rows[stream, : len(expected[stream])])
+    # Nothing was counted of the other stream.
+    assert {name for name in found if "routed" in name} == {"layer-0.stream-0.routed"}
+    assert found["layer-0.stream-0.routed"].tolist() == [times.get(each, 0) for each in expected[0]]
+    assert found["layer-0.stream-0.routed"].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -108,6 +108,31 @@ def test_the_program_finds_the_positions_of_survivors(
         run()
 
 
+def test_the_program_finds_how_often_rows_were_routed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(torch.float32, capacity=17, eviction="every_nth", keep_every=3)
+    with MemoryStore.open("memory", mode="r+") as store:
+        counts = store.record_routes()
+        for _ in range(3):
+            for layer in range(2):
+                held = store.layer(layer)
+                held.take_routed(torch.stack([torch.randint(-1, n, (9,)) for n in held.lengths.tolist()]))
+            store.append(torch.randn(2, 3, 2, 5), [2, 0, 0])
+        store.commit()
+        for layer in range(2):
+            for stream, log in enumerate(store.logs):
+                expected = dict(zip(*(each.tolist() for each in counts.of(layer, stream)), strict=True))
+                found = run(layer, stream)["times"].tolist()
+                assert found == [expected.get(position, 0) for position in log.positions().tolist()]
+        assert run(0, 0)["times"].any()
+    for file in Path("memory/routes").glob("stream-0.*"):
+        file.write_bytes(file.read_bytes()[::-1])
+    with pytest.raises(AssertionError, match="the counts are damaged"):
+        run()
+
+
 @pytest.mark.parametrize("name", ["rows/c.4.0", "crc32c/c.4"])
 def test_the_program_notices_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -129,7 +154,9 @@ def test_the_files_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.Mo
     make(torch.float32, capacity=17, eviction="every_nth", keep_every=3)
     with MemoryStore.open("memory", mode="r+") as store:
         store.compact()
-        store.pin(store.commits()[-1])
+        store.record_routes()
+        store.layer(0).take_routed(torch.tensor([[0], [0], [-1]]))
+        store.pin(store.commit())
         files = {str(file.relative_to("memory")) for file in Path("memory").rglob("*") if file.is_file()}
     table = DOCUMENT.read_text().split("## Files")[1].split("**Sealed JSON.**")[0]
     for text in files:
@@ -144,6 +171,9 @@ def test_the_files_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.Mo
             array = re.sub(r"layer-\d+\.stream-\d+", "layer-<i>.stream-<j>", folder)
             [row] = [line for line in table.splitlines() if f"`{array}/`" in line]
             assert f"`{re.sub(r'c[.][0-9]+', 'c.<n>', name)}`" in row
+        elif folder == "routes" and name != "zarr.json":
+            assert re.fullmatch(r"stream-[01][.]1[.][0-9a-f]{8}", name)
+            assert "`routes/stream-<j>.<routes>.<8 hex digits>`" in table
         elif name.startswith("stream-"):
             assert re.fullmatch(r"stream-[01][.]\d+-\d+[.][0-9a-f]{8}", name)
             assert f"`{folder}/stream-<j>.<start>-<stop>.<8 hex digits>`" in table
@@ -153,6 +183,7 @@ def test_the_files_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.Mo
     record = json.loads(max(Path("memory/commits").glob("0*.json")).read_text())
     assert {"eviction", "keep_every"} <= {*group}
     assert "survivors" in record["streams"][0]
+    assert "routes" in record
     for key in (*group, *record, *record["streams"][0], *record["shards"][0][0]):
         assert f"`{key}`" in DOCUMENT.read_text(), key
 

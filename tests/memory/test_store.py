@@ -1,5 +1,6 @@
 """What the names of the store mean, in memory and on disk alike."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,26 +153,60 @@ def test_refused_calls_say_what_was_expected_and_change_nothing(
         assert (store.version, store.lengths.tolist(), store.fingerprint) == (version, [2, 2, 2], "f")
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"layers": 0}, ValueError),
-        ({"streams": -1}, ValueError),
-        ({"dim": 1.5}, TypeError),
-        ({"capacity": 0}, ValueError),
-        ({"dtype": torch.int32}, ValueError),
-        ({"keep_commits": 0}, ValueError),
-        ({"chunk_bytes": 0}, ValueError),
-        ({"fingerprint": 7}, TypeError),
-    ],
-    ids=str,
-)
-def test_create_refuses_impossible_shapes(
+REFUSED: list[tuple[dict[str, Any], type[Exception]]] = [
+    ({"layers": 0}, ValueError),
+    ({"streams": -1}, ValueError),
+    ({"dim": 1.5}, TypeError),
+    ({"dim": 2**31}, ValueError),
+    ({"capacity": 0}, ValueError),
+    ({"capacity_bytes": 95}, ValueError),  # a row of each layer and stream takes 96
+    ({"capacity_bytes": 1e6}, TypeError),
+    ({"dtype": torch.int32}, ValueError),
+    ({"device": 0}, TypeError),
+    ({"device": "nowhere"}, ValueError),
+    ({"keep_commits": 0}, ValueError),
+    ({"chunk_bytes": 0}, ValueError),
+    ({"chunk_bytes": 2**60}, ValueError),
+    ({"fingerprint": 7}, TypeError),
+    ({"device_bytes": 0}, ValueError),
+    ({"device_bytes": 1e9}, TypeError),
+    ({"host_bytes": 0, "device_bytes": 100}, ValueError),
+    ({"host_bytes": 100}, ValueError),
+    ({"eviction": "newest", "capacity": 9}, ValueError),
+    ({"keep_every": 1, "eviction": "every_nth", "capacity": 9}, ValueError),
+    ({"keep_every": 2}, ValueError),
+]
+
+
+@pytest.mark.parametrize(("options", "error"), REFUSED, ids=str)
+def test_create_refuses_impossible_options_and_leaves_nothing(
     make: Make, tmp_path: Path, options: dict[str, Any], error: type[Exception]
 ) -> None:
     with pytest.raises(error, match=next(iter(options))):
         make(**options)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_option_of_create_is_refused_before_a_store_is_made(quick_bucket: str) -> None:
+    options = {*inspect.signature(MemoryStore.create).parameters} - {"path"}
+    assert options == {name for refused, _ in REFUSED for name in list(refused)[:1]}
+    shape = {"layers": 2, "streams": 3, "dim": 4}
+    for refused, error in REFUSED:
+        with pytest.raises(error, match=next(iter(refused))):
+            MemoryStore.create(f"{quick_bucket}/store", **shape | refused)
+        with pytest.raises(StoreNotFoundError):
+            MemoryStore.open(f"{quick_bucket}/store")
+    MemoryStore.create(f"{quick_bucket}/store", **shape).close()
+
+
+def test_a_refused_open_does_not_go_back_to_an_earlier_commit(tmp_path: Path) -> None:
+    with MemoryStore.create(tmp_path / "s", layers=1, streams=1, dim=2) as store:
+        store.append(torch.randn(1, 1, 3, 2))
+        commits = [*store.commits(), store.commit()]
+    with pytest.raises(ValueError, match="host_bytes"):
+        MemoryStore.open(tmp_path / "s", mode="r+", commit=commits[0], host_bytes=100)
+    with MemoryStore.open(tmp_path / "s") as store:
+        assert (store.commits(), store.lengths.tolist()) == (commits, [3])
 
 
 def test_forks_are_independent_and_share_rows_until_one_side_writes(make: Make) -> None:

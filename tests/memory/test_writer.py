@@ -130,7 +130,7 @@ def test_a_fork_of_the_process_is_no_writer(tmp_path: Path) -> None:
                 lambda: store.reset([0]),
                 store.commit,
                 lambda: opened.write(0, opened.logs[0], states[:, 0], 3),
-                lambda: opened.commit(opened.logs, None, [[None]], durable=False),
+                lambda: opened.commit(opened.logs, None, [[None]], [], durable=False),
             ]
             refused = 0
             for call in calls:

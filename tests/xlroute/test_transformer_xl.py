@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,34 @@ def test_routed_rows_come_with_the_rows_that_followed_them(build_model: BuildMod
                         assert torch.equal(follower, held[stream, index + 1])
                     else:
                         assert not follower.any()
+
+
+def test_a_memory_that_records_routes_counts_what_each_layer_has_chosen(build_model: BuildModel) -> None:
+    """The rows that come along because they followed a chosen one are not counted."""
+    model = build_model()
+    memory = model.create_memory(streams=2)
+    counts = memory.record_routes()
+    state = model.initial_state(streams=2, memory=memory)
+    expected = [[Counter[int]() for _ in range(2)] for _ in range(2)]
+    ends = torch.tensor([False, True])
+    for step in range(12):
+        tokens, lengths = torch.randint(50, (2, 5)), torch.tensor([5, 3])
+        _, state, report = model(tokens, state, lengths=lengths, ends=ends & (step == 5), return_routing=True)
+        for streams, routing in zip(expected, report, strict=True):
+            for counter, positions, chosen in zip(streams, routing.positions, routing.mask, strict=True):
+                counter.update(positions[chosen].tolist())
+        if step == 5:
+            assert all(streams[1] for streams in expected)
+            for streams in expected:
+                streams[1].clear()
+    assert [counter.total() > 0 for streams in expected for counter in streams] == [True] * 4
+    for layer, streams in enumerate(expected):
+        for stream, counter in enumerate(streams):
+            positions, times = counts.of(layer, stream)
+            assert dict(zip(positions.tolist(), times.tolist(), strict=True)) == counter
+    before = counts.totals
+    model.generate(torch.randint(50, (2, 1)), 4, state)  # routes once, where its segment begins
+    assert [now - then for now, then in zip(counts.totals, before, strict=True)] == [2 * 3 * 2] * 2
 
 
 def test_an_untrained_memory_finds_what_followed_the_present_state() -> None:
