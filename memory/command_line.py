@@ -29,7 +29,7 @@ from xlroute.memory.verify import Progress, VerifyReport
 FINE, DAMAGED, REFUSED = 0, 1, 2
 _RANGES_SHOWN = 4
 _FOLDER = "folder of the store"
-_PLACES = {"repair": _FOLDER, "compact": _FOLDER, "unlock": "url of the store: s3://..."}
+_PLACES = {"repair": _FOLDER, "unlock": "url of the store: s3://..."}
 _EPILOG = "Exit status: 0 if all is fine, 1 if damage was found, 2 if the command could not be carried out."
 
 

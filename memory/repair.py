@@ -30,14 +30,8 @@ from xlroute.memory.lock import WriterLock
 from xlroute.memory.log import Extent, StreamLog, survivors_of
 from xlroute.memory.sealed import encode, replace_file, sync
 from xlroute.memory.shard_check import check_shard
-from xlroute.memory.shards import (
-    Shard,
-    ShardArray,
-    mend_checksums,
-    shard_documents,
-    shard_folder,
-    with_rows,
-)
+from xlroute.memory.shard_files import mend_checksums
+from xlroute.memory.shards import SHARDS, Shard, ShardArray, shard_documents, shard_name, with_rows
 from xlroute.memory.survivors import PositionFiles
 from xlroute.memory.verify import (
     Meter,
@@ -239,7 +233,8 @@ def _restore_lengths(
     for stream, shard in sharded:
         for kind in KINDS:
             array = ShardArray(files.layout, shard, kind)
-            expected.append((shard_folder(files.root, stream, shard) / array.name, array.size))
+            folder = files.root / SHARDS / shard_name(stream, shard)
+            expected.append((folder / array.name, array.size))
     restored = []
     for path, length in expected:
         # A link may lead out of the store.
@@ -258,7 +253,8 @@ def _restore_shard(files: ChunkFiles, stream: int, shard: Shard, damage: Iterabl
     """
     damaged = {each.path for each in damage}
     restored = []
-    for path, document in shard_documents(shard_folder(files.root, stream, shard), files.layout, shard):
+    for name, document in shard_documents(files.layout, shard):
+        path = files.root / SHARDS / shard_name(stream, shard) / name
         if path in damaged and path.parent.parent.is_dir():
             path.parent.mkdir(exist_ok=True)
             replace_file(path, encode(document), scratch=files.root / COMMITS, durable=True)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _URL = re.compile(r"s3://([^/]+)/?(.*?)/?")
 # Requests at once. Each waits for the network nearly all of the time.
 _AT_ONCE = 16
+# Of an object that is put in parts.
+_PART_BYTES = 8 * 2**20
+_PARTS_AT_ONCE = 4
 _RETRIES: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
 
 T = TypeVar("T")
@@ -206,8 +209,8 @@ class S3Path:
             found = obstore.get(self._store, self.key)
             return bytes(found.bytes()), found.meta["e_tag"]
 
-    def read_ranges(self, starts: Sequence[int], length: int) -> list[bytes]:
-        """Parts of the object, of `length` bytes each; fewer where it ends before.
+    def read_ranges(self, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Parts of the object; less of one where the object ends before it does.
 
         Raises:
             FileNotFoundError: There is no such object.
@@ -215,7 +218,7 @@ class S3Path:
         import obstore
 
         with _asking(str(self)):
-            parts = obstore.get_ranges(self._store, self.key, starts=starts, lengths=[length] * len(starts))
+            parts = obstore.get_ranges(self._store, self.key, starts=starts, lengths=lengths)
             return [bytes(part) for part in parts]
 
     # Writing
@@ -226,6 +229,24 @@ class S3Path:
 
         with _asking(str(self)):
             obstore.put(self._store, self.key, data, use_multipart=False)
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[bytes], None]]:
+        """Puts the object a part at a time, for one that is larger than the memory it should take.
+
+        Gives a function that takes the bytes that come next. The object is there, whole, when all went well,
+        and else not at all; a process that is killed leaves parts which no listing names.
+        """
+        import obstore
+
+        options: dict[str, int] = {"buffer_size": _PART_BYTES, "max_concurrency": _PARTS_AT_ONCE}
+        with _asking(str(self)), obstore.open_writer(self._store, self.key, **options) as file:
+
+            def write(data: bytes) -> None:
+                with _asking(str(self)):
+                    file.write(data)
+
+            yield write
 
     def swap(self, data: bytes | memoryview, e_tag: str | None) -> str | None:
         """Puts the object if what is there has this `e_tag`; for None, if nothing is there.
