@@ -743,8 +743,8 @@ class MemoryStore:
         are in shards already or in the chunk that is written to next, and scores.
 
         Args:
-            compression: None to write rows as they are, which are then read one by one; "zstd" for less space
-                and slower reading, a few hundred rows at a time.
+            compression: None to write rows as they are, which are then read one by one, through memory maps
+                or as ranges of an object; "zstd" for less space and slower reading, a few hundred at a time.
             level: Of zstd, 1 to 22, as far as more effort makes smaller files; None for 3.
             progress: Called after every few MiB with the bytes of rows rewritten so far, and with all of
                 them.

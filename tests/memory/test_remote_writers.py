@@ -535,7 +535,7 @@ def compact(store: MemoryStore, number: int) -> str | None:
 
 
 def to_compact(path: str) -> MemoryStore:
-    """A store of 14 rows, 12 of them in full chunks, 4 of these in a shard; its writer has done nothing yet."""
+    """A store of 14 rows, 4 of them in a shard and 8 in full chunks; its writer has done nothing yet."""
     with create(path) as store:
         numbered(store, 5, 0)
         store.commit()
