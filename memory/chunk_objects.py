@@ -95,6 +95,7 @@ class ChunkObjects(Chunks):
         self._chunks: dict[tuple[int, int, int], _Chunk] = {}
         self._opened: dict[tuple[int, Shard], OpenShard[ShardObject]] = {}
         self._inner_chunks = InnerChunks()
+        self._sizes: dict[str, int] = {}  # of the objects of shards, as they were listed last
         # Names of shards that this writer may delete: his own, and those that were there before he came.
         self._removable: set[str] = set()
         self._listed = False
@@ -129,13 +130,11 @@ class ChunkObjects(Chunks):
                 for kind, found in zip(KINDS, sizes, strict=True):
                     path = self.path(layer, stream, chunk, kind)
                     self._check_object(path, kind, found.get(path.name))
-        if shards:
-            in_shards = (self.root / SHARDS).sizes()
-            for opened in in_parallel(partial(self._open_shard, stream), shards):
-                name = shard_name(stream, opened.shard)
+        self._open_shards(stream, shards)
+        for shard in shards:
+            for file in self._open_shard(stream, shard).files:
                 with self._noticed():
-                    for file in opened.files:
-                        file.check_size(in_shards.get(f"{name}/{file.array.name}"))
+                    file.check_size(self._size_in_shards(f"{shard_name(stream, shard)}/{file.array.name}"))
 
     def scan(self, layer: int, stream: int, piece: Extent, shard: Shard | None = None) -> Iterator[Scanned]:
         """See `Chunks`."""
@@ -157,7 +156,7 @@ class ChunkObjects(Chunks):
     ) -> Iterator[tuple[Shard | None, Scanned]]:
         """See `Chunks`; several chunks, or blocks of a shard, at once."""
         for batch in self._batches(parts):
-            in_parallel(partial(self._open_shard, stream), {shard for shard, _ in batch if shard is not None})
+            self._open_shards(stream, {shard for shard, _ in batch if shard is not None})
             found = in_parallel(lambda each: [*self.scan(layer, stream, each[1], each[0])], batch)
             for (shard, _), blocks in zip(batch, found, strict=True):
                 for block in blocks:
@@ -194,9 +193,7 @@ class ChunkObjects(Chunks):
                 data[chosen], stored[chosen] = held.rows[local], held.checksums[local]
             else:
                 wanted += [(part, chosen, kind) for kind in KINDS]
-        in_parallel(
-            partial(self._open_shard, stream), {part for part, _, _ in wanted if isinstance(part, Shard)}
-        )
+        self._open_shards(stream, {part for part, _, _ in wanted if isinstance(part, Shard)})
 
         def fetch(each: tuple[int | Shard, NDArray[np.int64], str]) -> None:
             part, chosen, kind = each
@@ -224,6 +221,11 @@ class ChunkObjects(Chunks):
         starts = (rows - part * self.layout.chunk_rows) * size
         return read_rows(path, starts, size, partial(self._check_object, path, kind))
 
+    def _open_shards(self, stream: int, shards: Collection[Shard]) -> None:
+        """Opens the shards that are not open yet, several at once."""
+        missing = [shard for shard in shards if (stream, shard) not in self._opened]
+        in_parallel(partial(self._open_shard, stream), missing)
+
     def _open_shard(self, stream: int, shard: Shard) -> OpenShard[ShardObject]:
         """A shard, which is kept open."""
         key = stream, shard
@@ -232,6 +234,13 @@ class ChunkObjects(Chunks):
                 opened = open_shard(self.root, self.layout, stream, shard, self._inner_chunks)
             self._opened[key] = opened
         return self._opened[key]
+
+    def _size_in_shards(self, name: str) -> int | None:
+        """The size of an object of a shard, by its key from the folder of all shards on; None for none."""
+        if name not in self._sizes:
+            # All at once: the next that is asked for is another one of these.
+            self._sizes = (self.root / SHARDS).sizes()
+        return self._sizes.get(name)
 
     def _check_object(self, path: S3Path, kind: str, size: int | None) -> None:
         """Raises what tells of an object that is missing, for None, or of another size, if it is."""

@@ -858,7 +858,8 @@ class MemoryStore:
     def copy_to(self, path: Location, durable: bool = False) -> str:
         """Copies the store to a path, all of it or nothing: rows, positions and fingerprint, in one commit.
 
-        Files of rows have the same size in the copy; in an object store, 4 MiB at most.
+        Files of rows have the same size in the copy; in an object store, 4 MiB at most. Rows in shards are
+        in such files there.
 
         Args:
             path: Where: nothing, or an empty folder; or a url, s3://bucket/folder, where there is nothing.

@@ -485,6 +485,19 @@ def test_damage_is_named_and_never_read(url: str, damage: str) -> None:
     assert MemoryStore.verify(url, all_commits=True).ok
 
 
+def test_what_is_cut_off_while_it_is_read_is_named(url: str) -> None:
+    with create(url, layers=1, chunk_bytes=64 * ROW) as store:
+        states = append(store, 60)
+        store.commit()
+    path = S3Path.from_url(f"{url}/layer-0.stream-0.rows/c.0.0")
+    with MemoryStore.open(url) as reader:
+        path.write_bytes(path.read_bytes()[: 10 * ROW])
+        assert torch.equal(reader.gather(0, torch.tensor([[9, 3]])), states[0, :, [9, 3]])
+        for index in ([3, 9, 40, 59], [9, 10], [10], [12, 3]):
+            with pytest.raises(CorruptionError, match=re.escape(str(path))):
+                reader.gather(0, torch.tensor([index]))
+
+
 def test_a_record_that_claims_rows_without_objects_is_refused(url: str) -> None:
     with create(url) as store:
         append(store, 2)
