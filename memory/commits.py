@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,17 @@ class Commit:
 
     def sealed(self) -> dict[str, Any]:
         """The record as it is written."""
-        document = self.document()
-        return {**document, _SEAL: checksum(document)}
+        return {**self.document(), _SEAL: self.seal}
+
+    @cached_property
+    def seal(self) -> str:
+        """The checksum of the record."""
+        return checksum(self.document())
 
     @property
     def id(self) -> str:
         """The name of the record."""
-        return f"{self.generation:012d}-{checksum(self.document())}"
+        return f"{self.generation:012d}-{self.seal}"
 
 
 def record_path(root: StorePath, commit_id: str) -> StorePath:
