@@ -15,9 +15,9 @@ import shutil
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 import google_crc32c
@@ -31,13 +31,17 @@ from xlroute.memory.maps import FileMap
 from xlroute.memory.place import StorePath, list_names
 from xlroute.memory.rows_bytes import Bytes
 from xlroute.memory.sealed import encode, replace_file, sync, write_all
+from xlroute.memory.shard_files import MappedShard, OpenShardFile, map_shard, open_shard, write_shard
 from xlroute.memory.shards import (
+    SHARDS,
     OpenShard,
     Shard,
+    ShardArray,
+    Source,
     in_shards,
+    list_shards,
     outside,
-    shard_paths,
-    unnamed_shards,
+    shard_name,
     with_rows,
 )
 
@@ -146,11 +150,11 @@ class _MappedChunk(NamedTuple):
 
 # A chunk is known by its layer, stream and number; a shard by its stream and what it is.
 _Key = tuple[int, int, int] | tuple[int, Shard]
-_Mapped = _MappedChunk | OpenShard
+_Mapped = _MappedChunk | MappedShard
 
 
 class Chunks(ABC):
-    """The chunk files of a store, wherever it is.
+    """The chunk files of a store, and the shards that take the place of some, wherever it is.
 
     Args:
         root: Folder of the store.
@@ -251,6 +255,15 @@ class Chunks(ABC):
         """
 
     @abstractmethod
+    def opened_shard(self, stream: int, shard: Shard) -> AbstractContextManager[OpenShard[Any]]:
+        """A shard that is read from its first inner chunk to its last.
+
+        Raises:
+            CorruptionError: A file is missing or of another length, or an index is damaged and needed.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+
+    @abstractmethod
     def check_present(self, layer: int, stream: int, extents: Iterable[Extent]) -> None:
         """Checks that all files of the extents are there and whole, before anyone makes room for the rows.
 
@@ -292,10 +305,34 @@ class Chunks(ABC):
             for _, start, stop in self.pieces(part.start, part.stop):
                 yield None, part._replace(start=start, stop=stop)
 
+    def _grouped(
+        self, stream: int, rows: NDArray[np.int64]
+    ) -> Iterator[tuple[int | Shard, NDArray[np.int64]]]:
+        """The shards, and the numbers of the chunks elsewhere, that hold any of the rows [k].
+
+        Each comes with the indices of the rows that it holds, in the order of the log.
+        """
+        order = np.argsort(rows)
+        ordered = rows[order]
+        parts = ordered // self.layout.chunk_rows
+        shards = self.shards[stream]
+        if shards:
+            starts, stops = np.array([(shard.start, shard.stop) for shard in shards]).T
+            index = np.searchsorted(starts, ordered, side="right") - 1
+            # Shards get the numbers below 0.
+            parts = np.where((index >= 0) & (ordered < stops[index]), ~index, parts)
+        bounds = np.flatnonzero(np.diff(parts, prepend=_NO_PART, append=_NO_PART))
+        for first, last in itertools.pairwise(bounds.tolist()):
+            part = int(parts[first])
+            yield part if part >= 0 else shards[~part], order[first:last]
+
     def _place(
         self, layer: int, stream: int, row: int, shard: Shard | None
     ) -> tuple[int, Sequence[StorePath]]:
         """The number of a row in its files, and those of rows and of checksums."""
+        if shard is not None:
+            folder = self.root / SHARDS / shard_name(stream, shard)
+            return row - shard.start, [folder / ShardArray(self.layout, shard, kind).name for kind in KINDS]
         chunk, local = divmod(row, self.layout.chunk_rows)
         return local, [self.path(layer, stream, chunk, kind) for kind in KINDS]
 
@@ -350,6 +387,14 @@ class Chunks(ABC):
             )
         return CorruptionError(message)
 
+    @contextmanager
+    def _noticed(self) -> Iterator[None]:
+        """Tells damage that is found inside from rows that are gone with their commit."""
+        try:
+            yield
+        except CorruptionError as error:
+            raise self._damaged(str(error)) from error
+
     # Writing
 
     @abstractmethod
@@ -377,6 +422,34 @@ class Chunks(ABC):
         rows = np.arange(start, start + data.shape[0])
         bits = address_bits(layer, stream, rows, np.full(data.shape[0], writer))
         return (row_checksums(data) ^ bits).astype("<u4")
+
+    @abstractmethod
+    def write_shard(self, stream: int, start: int, stop: int, level: int | None, source: Source) -> Shard:
+        """Writes rows `start` to `stop` of the log as a shard, whole or not at all, to the medium.
+
+        Args:
+            stream: Stream.
+            start: First row.
+            stop: The row after the last one.
+            level: Of compression with zstd, or None.
+            source: Where rows and checksums come from.
+
+        Raises:
+            OSError: The operating system refused.
+            StoreLockedError: Somebody else has taken the store over.
+        """
+
+    @abstractmethod
+    def delete_shards(self, names: Collection[str]) -> None:
+        """Deletes shards, whole or in part, by the names of their folders.
+
+        Raises:
+            OSError: The operating system refused.
+        """
+
+    @abstractmethod
+    def _known_shards(self) -> set[str]:
+        """The names of the folders of shards that are there, but for those of a writer who has taken over."""
 
     @abstractmethod
     def _delete(self, stream: int, chunks: Sequence[int]) -> None:
@@ -408,6 +481,27 @@ class Chunks(ABC):
         self._delete(stream, gone)
         self._present[stream].difference_update(gone)
 
+    def release_shards(self, named: Collection[tuple[int, Shard]]) -> None:
+        """Deletes the shards that nothing refers to, and what a crash has left of others.
+
+        Args:
+            named: The shards that any commit names, each with its stream.
+
+        Raises:
+            OSError: The operating system refused.
+        """
+        needed = {*named}
+        for holder in self._holders:
+            held = with_rows(self.shards[holder.stream], holder.extents)
+            needed.update((holder.stream, shard) for shard in held)
+        self.shards = [
+            [shard for shard in shards if (stream, shard) in needed]
+            for stream, shards in enumerate(self.shards)
+        ]
+        gone = self._known_shards() - {shard_name(*each) for each in needed}
+        if gone:
+            self.delete_shards(gone)
+
     def present_end(self, stream: int) -> int:
         """The first row of a stream beyond all of its chunk files."""
         return (max(self._list_present(stream), default=-1) + 1) * self.layout.chunk_rows
@@ -433,7 +527,7 @@ class Chunks(ABC):
 
 
 class ChunkFiles(Chunks):
-    """The chunk files of a store in a folder, written in place, and the shards that take the place of some.
+    """The chunk files of a store in a folder, written in place, and its shards.
 
     Args:
         root: As for `Chunks`.
@@ -514,20 +608,11 @@ class ChunkFiles(Chunks):
         self, layer: int, stream: int, rows: NDArray[np.int64]
     ) -> Iterator[tuple[_Mapped, NDArray[np.int64]]]:
         """The mapped files that hold any of the rows [k], each with the indices of the rows it holds."""
-        order = np.argsort(rows)
-        ordered = rows[order]
-        parts = ordered // self.layout.chunk_rows
-        shards = self.shards[stream]
-        if shards:
-            starts, stops = np.array([(shard.start, shard.stop) for shard in shards]).T
-            index = np.searchsorted(starts, ordered, side="right") - 1
-            # Shards get the numbers below 0.
-            parts = np.where((index >= 0) & (ordered < stops[index]), ~index, parts)
-        bounds = np.flatnonzero(np.diff(parts, prepend=_NO_PART, append=_NO_PART))
-        for first, last in itertools.pairwise(bounds.tolist()):
-            part = int(parts[first])
-            files = self._map(layer, stream, part) if part >= 0 else self._map_shard(stream, shards[~part])
-            yield files, order[first:last]
+        for part, chosen in self._grouped(stream, rows):
+            if isinstance(part, Shard):
+                yield self._map_shard(stream, part), chosen
+            else:
+                yield self._map(layer, stream, part), chosen
 
     @contextmanager
     def _opened(self, layer: int, stream: int, chunk: int) -> Iterator[_OpenChunk]:
@@ -546,19 +631,12 @@ class ChunkFiles(Chunks):
             yield _OpenChunk(chunk * self.layout.chunk_rows, self.layout.row_bytes, *files)
 
     @contextmanager
-    def opened_shard(self, stream: int, shard: Shard) -> Iterator[OpenShard]:
-        """The files of a shard, both of the right size.
-
-        Raises:
-            CorruptionError: A file is missing or of another length, or an index is damaged and needed.
-            CommitNotFoundError: The rows are gone because the commit was dropped.
-        """
-        with self._noticed():
-            opened = OpenShard(self.root, self.layout, stream, shard, mapped=False)
-        try:
+    def opened_shard(self, stream: int, shard: Shard) -> Iterator[OpenShard[OpenShardFile]]:
+        """See `Chunks`."""
+        with ExitStack() as stack:
+            with self._noticed():
+                opened = stack.enter_context(open_shard(self.root, self.layout, stream, shard))
             yield opened
-        finally:
-            opened.close()
 
     def _map(self, layer: int, stream: int, chunk: int) -> _Mapped:
         """A chunk as memory."""
@@ -584,7 +662,7 @@ class ChunkFiles(Chunks):
             self._maps.move_to_end(key)
             return self._maps[key]
         with self._noticed():
-            opened = OpenShard(self.root, self.layout, stream, shard, mapped=True)
+            opened = map_shard(self.root, self.layout, stream, shard)
         return self._kept(key, opened)
 
     def _kept(self, key: _Key, files: _Mapped) -> _Mapped:
@@ -593,21 +671,6 @@ class ChunkFiles(Chunks):
         if len(self._maps) > _MAX_MAPS:
             self._maps.popitem(last=False)
         return files
-
-    @contextmanager
-    def _noticed(self) -> Iterator[None]:
-        """Tells damage that is found inside from rows that are gone with their commit."""
-        try:
-            yield
-        except CorruptionError as error:
-            raise self._damaged(str(error)) from error
-
-    def _place(
-        self, layer: int, stream: int, row: int, shard: Shard | None
-    ) -> tuple[int, Sequence[StorePath]]:
-        if shard is None:
-            return super()._place(layer, stream, row, shard)
-        return row - shard.start, shard_paths(self.root, self.layout, stream, shard)
 
     # Writing
 
@@ -655,28 +718,20 @@ class ChunkFiles(Chunks):
                 replace_file(path, encode(document), scratch=self.root / COMMITS, durable=not self._new)
         self._check_room(layer, stream, rows)
 
-    def release_shards(self, named: Collection[tuple[int, Shard]]) -> None:
-        """Deletes the shards that nothing refers to, and what a crash has left of others.
+    def write_shard(self, stream: int, start: int, stop: int, level: int | None, source: Source) -> Shard:
+        """See `Chunks`."""
+        return write_shard(self.root, self.layout, stream, start, stop, level, source)
 
-        Args:
-            named: The shards that any commit names, each with its stream.
-
-        Raises:
-            OSError: The operating system refused.
-        """
-        needed = {*named}
-        for holder in self._holders:
-            held = with_rows(self.shards[holder.stream], holder.extents)
-            needed.update((holder.stream, shard) for shard in held)
-        self.shards = [
-            [shard for shard in shards if (stream, shard) in needed]
-            for stream, shards in enumerate(self.shards)
-        ]
-        for path in unnamed_shards(self.root, needed):
-            shutil.rmtree(path)
+    def delete_shards(self, names: Collection[str]) -> None:
+        """See `Chunks`."""
+        for name in sorted(names):
+            shutil.rmtree(self.root / SHARDS / name)
         # A map would keep what is in a deleted file on the disk.
-        for key in [key for key in self._maps if len(key) == 2 and key not in needed]:
+        for key in [key for key in self._maps if len(key) == 2 and shard_name(*key) in names]:
             del self._maps[key]
+
+    def _known_shards(self) -> set[str]:
+        return list_shards(self.root)
 
     def _delete(self, stream: int, chunks: Sequence[int]) -> None:
         for chunk in chunks:

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from xlroute.memory.verify import Progress, VerifyReport
 FINE, DAMAGED, REFUSED = 0, 1, 2
 _RANGES_SHOWN = 4
 _FOLDER = "folder of the store"
-_PLACES = {"repair": _FOLDER, "compact": _FOLDER, "unlock": "url of the store: s3://..."}
+_PLACES = {"repair": _FOLDER, "unlock": "url of the store: s3://..."}
 _EPILOG = "Exit status: 0 if all is fine, 1 if damage was found, 2 if the command could not be carried out."
 
 
@@ -161,7 +161,7 @@ def _progress(name: str) -> Iterator[Progress]:
 def _plain(value: Any) -> Any:
     """The value in what JSON knows."""
     if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):

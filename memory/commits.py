@@ -12,16 +12,16 @@ import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from xlroute.memory.errors import CommitNotFoundError, CorruptionError, FormatError
+from xlroute.memory.errors import CommitNotFoundError, CorruptionError
 from xlroute.memory.layout import COMMITS, FORMAT, FORMATS, Layout
 from xlroute.memory.log import Extent, StreamLog
 from xlroute.memory.place import StorePath, list_names
-from xlroute.memory.s3 import S3Path
 from xlroute.memory.sealed import checksum, encode, read_document, replace_file, sync
 from xlroute.memory.shards import Shard, outside, plausible, with_rows
 from xlroute.memory.survivors import Survivors, positions_path, read_positions
@@ -147,13 +147,17 @@ class Commit:
 
     def sealed(self) -> dict[str, Any]:
         """The record as it is written."""
-        document = self.document()
-        return {**document, _SEAL: checksum(document)}
+        return {**self.document(), _SEAL: self.seal}
+
+    @cached_property
+    def seal(self) -> str:
+        """The checksum of the record."""
+        return checksum(self.document())
 
     @property
     def id(self) -> str:
         """The name of the record."""
-        return f"{self.generation:012d}-{checksum(self.document())}"
+        return f"{self.generation:012d}-{self.seal}"
 
 
 def record_path(root: StorePath, commit_id: str) -> StorePath:
@@ -203,7 +207,6 @@ def read_commit(root: StorePath, commit_id: str, layout: Layout) -> Commit:
     Raises:
         CommitNotFoundError: There is no such record.
         CorruptionError: It is damaged, or the folder of the records is missing.
-        FormatError: It names shards, in an object store.
     """
     path = record_path(root, commit_id)
     try:
@@ -222,7 +225,6 @@ def parse_commit(
 
     Raises:
         CorruptionError: It is damaged.
-        FormatError: It names shards, in an object store.
     """
     given = document.pop(_SEAL, None)
     actual = checksum(document)
@@ -261,11 +263,6 @@ def parse_commit(
     if commit.document() != document or commit.id != commit_id or len(commit.logs) != layout.streams:
         raise CorruptionError(
             f"{path}: expected commit {commit_id} of {layout.streams} streams, got another one"
-        )
-    if commit.shards and isinstance(root, S3Path):
-        raise FormatError(
-            f"{path}: expected a commit with all rows in chunk files, got one with rows in shards, which are "
-            "read in a folder alone: download the store; copy_to puts its rows into an object store"
         )
     return commit
 

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xlroute.memory.chunks import ChunkFiles
+from xlroute.memory.chunks import Chunks
 from xlroute.memory.commits import Commit
-from xlroute.memory.disk import FolderDisk, allocated_bytes, writing
-from xlroute.memory.layout import KINDS
+from xlroute.memory.disk import Disk, writing
+from xlroute.memory.layout import KINDS, Layout
 from xlroute.memory.log import Extent, within
+from xlroute.memory.place import StorePath
 from xlroute.memory.rows_bytes import Bytes
-from xlroute.memory.shards import Shard, Source, chunks_in_shard, shard_folder, write_shard
+from xlroute.memory.shards import (
+    SHARDS,
+    Shard,
+    ShardArray,
+    Source,
+    chunks_in_shard,
+    shard_documents,
+    shard_name,
+)
 from xlroute.memory.verify import Meter, Progress
 
 
 @dataclass(frozen=True)
 class CompactReport:
-    """What `MemoryStore.compact` has done. Bytes are what the file system has set aside.
+    """What `MemoryStore.compact` has done.
+
+    Bytes are what the file system has set aside; in an object store, the lengths of objects.
 
     Attributes:
-        path: The folder of the store.
+        path: Where the store is.
         commit: Id of the commit that was made, now the last; None if there was nothing to do.
         rows: Rows that were rewritten, in all layers together.
         shards: Shards that were written.
@@ -38,7 +48,7 @@ class CompactReport:
         bytes_kept: Bytes of those.
     """
 
-    path: Path
+    path: StorePath
     commit: str | None
     rows: int = 0
     shards: int = 0
@@ -50,9 +60,14 @@ class CompactReport:
     bytes_kept: int = 0
 
 
-def compact_store(disk: FolderDisk, *, level: int | None, progress: Progress | None) -> CompactReport:
+def compact_store(disk: Disk, *, level: int | None, progress: Progress | None) -> CompactReport:
     """Rewrites sealed rows of the last commit into shards; see `MemoryStore.compact`."""
     disk.check_process()
+    with writing(disk.root):
+        return _compact(disk, level, progress)
+
+
+def _compact(disk: Disk, level: int | None, progress: Progress | None) -> CompactReport:
     layout, files, last = disk.layout, disk.files, disk.last()
     runs = [
         (stream, run, [*within(last.logs[stream].extents, *run)])
@@ -68,41 +83,51 @@ def compact_store(disk: FolderDisk, *, level: int | None, progress: Progress | N
         for layer in range(layout.layers)
         for kind in KINDS
     ]
-    bytes_before = allocated_bytes(before)
+    files_before, bytes_before = disk.taken(before)
     rows = layout.layers * sum(part.stop - part.start for _, _, parts in runs for part in parts)
     meter = Meter(progress, rows * layout.row_bytes)
     shards: list[list[Shard]] = [[] for _ in range(layout.streams)]
     try:
-        with writing(disk.root):
-            for stream, run, parts in runs:
-                source = _source(files, stream, parts, meter)
-                shards[stream].append(write_shard(disk.root, layout, stream, *run, level, source))
-        commit = disk.commit_shards(shards)
+        for stream, run, parts in runs:
+            source = _source(files, stream, parts, meter)
+            shards[stream].append(files.write_shard(stream, *run, level, source))
     except BaseException:
-        named = disk.named_shards()
-        for stream, found in enumerate(shards):
-            for shard in found:
-                if (stream, shard) not in named:
-                    shutil.rmtree(shard_folder(disk.root, stream, shard), ignore_errors=True)
+        with suppress(OSError):
+            files.delete_shards({shard_name(*each) for each in _numbered(shards)})
         raise
-    folders = [shard_folder(disk.root, stream, shard) for stream, each in enumerate(shards) for shard in each]
-    after = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    kept = [path for path in before if path.exists()]
+    commit = disk.commit_shards(shards)
+    files_after, bytes_after = disk.taken(
+        disk.root / SHARDS / shard_name(stream, shard) / name
+        for stream, shard in _numbered(shards)
+        for name in _files_of(layout, shard)
+    )
+    files_kept, bytes_kept = disk.taken(before)
     return CompactReport(
         path=disk.root,
         commit=commit,
         rows=rows,
         shards=len(runs),
-        files_before=len(before),
+        files_before=files_before,
         bytes_before=bytes_before,
-        files_after=len(after),
-        bytes_after=allocated_bytes(after),
-        files_kept=len(kept),
-        bytes_kept=allocated_bytes(kept),
+        files_after=files_after,
+        bytes_after=bytes_after,
+        files_kept=files_kept,
+        bytes_kept=bytes_kept,
     )
 
 
-def _sealed_runs(files: ChunkFiles, commit: Commit, stream: int) -> Iterator[tuple[int, int]]:
+def _numbered(shards: Sequence[Sequence[Shard]]) -> Iterator[tuple[int, Shard]]:
+    """The shards of all streams, each with its stream."""
+    return ((stream, shard) for stream, each in enumerate(shards) for shard in each)
+
+
+def _files_of(layout: Layout, shard: Shard) -> Iterator[str]:
+    """The files of a shard, from its folder on."""
+    yield from (ShardArray(layout, shard, kind).name for kind in KINDS)
+    yield from (name for name, _ in shard_documents(layout, shard))
+
+
+def _sealed_runs(files: Chunks, commit: Commit, stream: int) -> Iterator[tuple[int, int]]:
     """The rows of whole chunks that follow each other, in which a commit holds rows and nobody will write."""
     size = files.layout.chunk_rows
     sealed = commit.logs[stream].end // size
@@ -119,7 +144,7 @@ def _sealed_runs(files: ChunkFiles, commit: Commit, stream: int) -> Iterator[tup
         yield first * size, stop * size
 
 
-def _source(files: ChunkFiles, stream: int, extents: Sequence[Extent], meter: Meter) -> Source:
+def _source(files: Chunks, stream: int, extents: Sequence[Extent], meter: Meter) -> Source:
     """Reads and checks the rows of the extents; rows between them are zeros, and so are their checksums."""
 
     def read(layer: int, start: int, stop: int) -> tuple[Bytes, NDArray[np.uint32]]:

@@ -42,7 +42,6 @@ from xlroute.memory.errors import (
     CommitNotFoundError,
     CorruptionError,
     FingerprintError,
-    FormatError,
     MemoryStoreError,
     StoreExistsError,
     StoreLockedError,
@@ -64,7 +63,7 @@ from xlroute.memory.rows_bytes import Bytes, as_bytes
 from xlroute.memory.score_files import CommittedStreamScores, ScoreChunks, ScoreFiles, write_scores
 from xlroute.memory.scores import KeptScores, StoredScores
 from xlroute.memory.sealed import TEMPORARY, sync
-from xlroute.memory.shards import Shard, ShardArray, in_shards, with_rows
+from xlroute.memory.shards import Shard, ShardArray, in_shards, shard_name, with_rows
 from xlroute.memory.side_files import SideFiles, SideObjects
 from xlroute.memory.survivors import PositionFiles, Positions, Survivors
 
@@ -98,15 +97,6 @@ class DiskUsage:
     shards: int = 0
     shard_rows: int = 0
     shard_bytes: int = 0
-
-
-def allocated_bytes(paths: Iterable[Path]) -> int:
-    """What the file system has set aside for files; those that are not there count nothing."""
-    total = 0
-    for path in paths:
-        with suppress(FileNotFoundError):
-            total += path.lstat().st_blocks * _BLOCK_BYTES
-    return total
 
 
 @contextmanager
@@ -299,9 +289,9 @@ class Disk(ABC):
         self._process = os.getpid()
         self._writing = writable
         if not writable:
-            commit_id, opened = self._read(commit)
+            _, opened = self._read(commit)
             self._check_fingerprint(opened, fingerprint)
-            self._open_files(opened, record_path(root, commit_id))
+            self._open_files(opened)
         else:
             with writing(root):
                 self._lock()
@@ -320,7 +310,8 @@ class Disk(ABC):
         commit_id, opened = self._read(commit)
         self._check_fingerprint(opened, fingerprint)
         self.layout = raise_format(self.root, self.layout)
-        self._open_files(opened, None)
+        self.files.record = None
+        self._open_files(opened)
         self._set_scored(opened.logs, opened.scores)
         self._writer = secrets.randbits(32)
         self._last = commit_id
@@ -366,12 +357,13 @@ class Disk(ABC):
         raise CorruptionError(f"{self.root / COMMITS}: expected the record of a commit, got none")
 
     def _read_checked(self, commit_id: str) -> Commit:
-        """Reads a commit whose rows are there, as far as one can tell from the files of the first layer."""
+        """Reads a commit, and sets `files` to those that its rows are in."""
         opened = read_commit(self.root, commit_id, self.layout)
-        self._check_present(opened, record_path(self.root, commit_id))
+        self.files = self._checked(opened, record_path(self.root, commit_id))
         return opened
 
-    def _check_present(self, commit: Commit, record: StorePath) -> None:
+    def _checked(self, commit: Commit, record: StorePath) -> Chunks:
+        """The files of a commit that relies on its record, whose rows are there as far as one can tell."""
         files = self._chunks(commit, record)
         # Before anyone makes room for as many rows as the record says.
         for stream, log in enumerate(commit.logs):
@@ -379,6 +371,7 @@ class Disk(ABC):
         # They stay in memory: the file may go with the commit, and whoever reads the rows needs them.
         for _, survivors in survivors_of(commit.logs):
             survivors.load()
+        return files
 
     def _check_fingerprint(self, opened: Commit, fingerprint: str | None) -> None:
         if fingerprint is not None and fingerprint != opened.fingerprint:
@@ -515,6 +508,43 @@ class Disk(ABC):
         documents = committed_documents(self.root, commit, self.layout.layers)
         return self.commit(logs, commit.fingerprint, nothing_kept, documents, durable=durable)
 
+    def last(self) -> Commit:
+        """The last commit."""
+        commit = self._commits[self._last]
+        assert commit is not None  # it was read, or written, by this process
+        return commit
+
+    def named_shards(self) -> set[tuple[int, Shard]]:
+        """The shards that commits name, each with its stream."""
+        return {
+            (stream, shard)
+            for commit in self._commits.values()
+            if commit is not None
+            for stream, shards in enumerate(commit.shards)
+            for shard in shards
+        }
+
+    def commit_shards(self, shards: Sequence[Sequence[Shard]]) -> str:
+        """Commits durably what the last commit holds, some of it in new shards.
+
+        Args:
+            shards: The new shards of each stream.
+
+        Returns:
+            The id of the commit.
+
+        Raises:
+            StoreWriteError: The operating system refused to write; there is no such commit.
+        """
+        last, before = self.last(), self.files.shards
+        self.files.shards = [sorted([*old, *new]) for old, new in zip(before, shards, strict=True)]
+        try:
+            return self._commit_again(last, last.logs, durable=True)
+        except BaseException:
+            self.files.shards = before
+            self._discard((stream, shard) for stream, each in enumerate(shards) for shard in each)
+            raise
+
     def _set_scored(self, logs: Sequence[StreamLog], scores: Sequence[CommittedScores | None]) -> None:
         """Notes what is on disk of scores, in numbers that stay the same while rows come and go."""
         self._scored = [
@@ -577,7 +607,7 @@ class Disk(ABC):
         found: list[str] = []
         for _ in range(_OPEN_ATTEMPTS):
             for name in list_commits(self.root):
-                with suppress(CorruptionError, CommitNotFoundError, FormatError):
+                with suppress(CorruptionError, CommitNotFoundError):
                     read_commit(self.root, name, self.layout)
                     found.append(name)
             if found:
@@ -621,13 +651,33 @@ class Disk(ABC):
         A writer may add and remove files meanwhile.
         """
 
-    @abstractmethod
-    def _chunks(self, commit: Commit, record: StorePath | None) -> Chunks:
-        """The files that a commit's rows are in, for whoever relies on its record; None for a writer."""
+    def _shard_usage(self, logs: Sequence[StreamLog]) -> dict[str, int]:
+        """What `usage` tells of shards."""
+        shards = [shard for each in self.files.shards for shard in each]
+        in_them = (
+            part
+            for log, each in zip(logs, self.files.shards, strict=True)
+            for shard, part in in_shards(log.extents, each)
+            if shard is not None
+        )
+        arrays = (ShardArray(self.layout, shard, kind) for shard in shards for kind in KINDS)
+        return {
+            "shards": len(shards),
+            "shard_rows": self.layout.layers * sum(part.stop - part.start for part in in_them),
+            "shard_bytes": sum(array.size for array in arrays),
+        }
 
     @abstractmethod
-    def _open_files(self, opened: Commit, record: StorePath | None) -> None:
-        """Sets `files` and `_score_files`, as `_chunks`; and `_positions` for a writer."""
+    def taken(self, paths: Iterable[StorePath]) -> tuple[int, int]:
+        """How many of these files of the store there are, and the bytes that they take up."""
+
+    @abstractmethod
+    def _chunks(self, commit: Commit, record: StorePath) -> Chunks:
+        """The files that a commit's rows are in, for whoever relies on its record."""
+
+    @abstractmethod
+    def _open_files(self, opened: Commit) -> None:
+        """Sets `_score_files` beside `files`, and for a writer `_positions`."""
 
     @abstractmethod
     def _lock(self) -> None:
@@ -656,6 +706,13 @@ class Disk(ABC):
     @abstractmethod
     def _stands(self, commit: Commit) -> bool:
         """Whether a commit may be there although `_publish` has raised an error."""
+
+    @abstractmethod
+    def _discard(self, shards: Iterable[tuple[int, Shard]]) -> None:
+        """Deletes shards, each given with its stream, that a commit which failed was to name.
+
+        Those that may yet turn out to be named stay; they go with the next commit if they are not.
+        """
 
     @abstractmethod
     def _drop_records(self) -> None:
@@ -695,67 +752,30 @@ class FolderDisk(Disk):
                     status = os.lstat(os.path.join(folder, name))
                     apparent += status.st_size
                     allocated += status.st_blocks * _BLOCK_BYTES
-        shards = [shard for each in self.files.shards for shard in each]
-        in_them = (
-            part
-            for log, each in zip(logs, self.files.shards, strict=True)
-            for shard, part in in_shards(log.extents, each)
-            if shard is not None
-        )
         return DiskUsage(
             format=layout.format,
             chunk_rows=layout.chunk_rows,
             chunk_files=chunk_files,
             apparent_bytes=apparent,
             allocated_bytes=allocated,
-            shards=len(shards),
-            shard_rows=layout.layers * sum(part.stop - part.start for part in in_them),
-            shard_bytes=sum(ShardArray(layout, shard, kind).size for shard in shards for kind in KINDS),
+            **self._shard_usage(logs),
         )
 
-    def last(self) -> Commit:
-        """The last commit."""
-        commit = self._commits[self._last]
-        assert commit is not None  # it was read, or written, by this process
-        return commit
+    def taken(self, paths: Iterable[StorePath]) -> tuple[int, int]:
+        """See `Disk`; bytes are what the file system has set aside."""
+        count = total = 0
+        for path in paths:
+            with suppress(FileNotFoundError):
+                total += os.lstat(str(path)).st_blocks * _BLOCK_BYTES
+                count += 1
+        return count, total
 
-    def named_shards(self) -> set[tuple[int, Shard]]:
-        """The shards that commits name, each with its stream."""
-        return {
-            (stream, shard)
-            for commit in self._commits.values()
-            if commit is not None
-            for stream, shards in enumerate(commit.shards)
-            for shard in shards
-        }
-
-    def commit_shards(self, shards: Sequence[Sequence[Shard]]) -> str:
-        """Commits durably what the last commit holds, some of it in new shards.
-
-        Args:
-            shards: The new shards of each stream.
-
-        Returns:
-            The id of the commit.
-
-        Raises:
-            StoreWriteError: The operating system refused to write; there is no such commit.
-        """
-        last, before = self.last(), self.files.shards
-        self.files.shards = [sorted([*old, *new]) for old, new in zip(before, shards, strict=True)]
-        try:
-            return self._commit_again(last, last.logs, durable=True)
-        except BaseException:
-            self.files.shards = before
-            raise
-
-    def _chunks(self, commit: Commit, record: StorePath | None) -> ChunkFiles:
+    def _chunks(self, commit: Commit, record: StorePath) -> ChunkFiles:
         return ChunkFiles(self.root, self.layout, record, shards=commit.shards)
 
-    def _open_files(self, opened: Commit, record: StorePath | None) -> None:
-        self.files = self._chunks(opened, record)
-        self._score_files = ScoreFiles(self.root, self.layout, record)
-        if record is None:
+    def _open_files(self, opened: Commit) -> None:
+        self._score_files = ScoreFiles(self.root, self.layout, self.files.record)
+        if self._writing:
             for left in (self.root / COMMITS).glob(f"{TEMPORARY}*"):
                 left.unlink()
             self._positions = PositionFiles(self.root, survivors_of(opened.logs))
@@ -792,6 +812,11 @@ class FolderDisk(Disk):
 
     def _stands(self, commit: Commit) -> bool:
         return record_path(self.root, commit.id).exists()
+
+    def _discard(self, shards: Iterable[tuple[int, Shard]]) -> None:
+        names = {shard_name(*each) for each in {*shards} - self.named_shards()}
+        with suppress(OSError):
+            self.files.delete_shards(names)
 
     def _drop_records(self) -> None:
         with pin_lock(self.root):

@@ -5,9 +5,12 @@ The kernel releases both when their process ends, however it ends.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,7 +21,8 @@ from xlroute.memory.layout import COMMITS
 from xlroute.memory.sealed import replace_file
 
 _HOLDER = "writer.txt"
-_PIN_SECONDS = 30
+_PIN_SECONDS = 30.0
+_PIN_POLL_SECONDS = 0.02
 
 
 class WriterLock:
@@ -65,6 +69,32 @@ def read_holder(root: Path) -> str | None:
         return None
 
 
-def pin_lock(root: Path) -> FileLock:
-    """A lock to hold, for a moment, while pinning a commit or dropping old ones."""
-    return FileLock(root / COMMITS / "pins.lock", timeout=_PIN_SECONDS, thread_local=False)
+@contextmanager
+def pin_lock(root: Path) -> Iterator[None]:
+    """Holds a lock, for a moment, while a commit is pinned or old ones are dropped.
+
+    Every commit takes it, so it is no FileLock: that takes longer than the rest of a commit.
+
+    Raises:
+        Timeout: Somebody else has held it all the time.
+        OSError: The operating system refused.
+    """
+    path = root / COMMITS / "pins.lock"
+    deadline = time.monotonic() + _PIN_SECONDS
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise Timeout(str(path)) from error
+                time.sleep(_PIN_POLL_SECONDS)
+        try:
+            yield
+        finally:
+            # Closing alone would leave it to a fork that was made meanwhile.
+            fcntl.flock(file, fcntl.LOCK_UN)
+    finally:
+        os.close(file)

@@ -45,6 +45,7 @@ from xlroute.memory.score_files import write_scores
 from xlroute.memory.score_objects import ScoreObjects
 from xlroute.memory.scores import KeptScores
 from xlroute.memory.sealed import encode
+from xlroute.memory.shards import Shard
 from xlroute.memory.side_files import SideObjects
 
 # The last chunk of each stream is put whole with every commit, and in the writer's memory until it is full.
@@ -104,7 +105,7 @@ def copy_remote_store(
     logs = copied_logs(held)
     ends = {stream: log.end for stream, log in enumerate(logs)}
     with _new_store(root, layout) as claim:
-        files = ChunkObjects(root, layout, None, claim)
+        files = ChunkObjects(root, layout, None, claim=claim)
         for stream, stop in copy_rows(files, rows, logs):
             files.put({stream: stop}, tails=False)
         files.put(ends, tails=True)
@@ -143,15 +144,22 @@ class RemoteDisk(Disk):
         sizes = self.root.sizes()
         chunk_files = sum(key.startswith("layer-") and not key.endswith(METADATA) for key in sizes)
         size = sum(sizes.values())
-        return DiskUsage(self.layout.format, self.layout.chunk_rows, chunk_files, size, size)
+        return DiskUsage(
+            self.layout.format, self.layout.chunk_rows, chunk_files, size, size, **self._shard_usage(logs)
+        )
 
-    def _chunks(self, commit: Commit, record: StorePath | None) -> ChunkObjects:
-        return ChunkObjects(self.root, self.layout, record, self._claim)
+    def taken(self, paths: Iterable[StorePath]) -> tuple[int, int]:
+        """See `Disk`; bytes are the lengths of the objects."""
+        sizes = self.root.sizes()
+        found = [sizes[name] for path in paths if (name := str(path).removeprefix(f"{self.root}/")) in sizes]
+        return len(found), sum(found)
 
-    def _open_files(self, opened: Commit, record: StorePath | None) -> None:
-        self.files = self._chunks(opened, record)
-        self._score_files = ScoreObjects(self.root, self.layout, record, self._claim)
-        if record is None:
+    def _chunks(self, commit: Commit, record: StorePath) -> ChunkObjects:
+        return ChunkObjects(self.root, self.layout, record, shards=commit.shards, claim=self._claim)
+
+    def _open_files(self, opened: Commit) -> None:
+        self._score_files = ScoreObjects(self.root, self.layout, self.files.record, self._claim)
+        if self._writing:
             self._positions = PositionObjects(self.root, survivors_of(opened.logs))
             self._route_files = SideObjects(self.root, ROUTES, ROUTES_NAME, named_routes([opened]))
 
@@ -187,7 +195,7 @@ class RemoteDisk(Disk):
             if not names or commit_id[:12] > names[-1][:12]:
                 # What was copied here from elsewhere may have another past; then its rows are not there.
                 with suppress(CorruptionError, CommitNotFoundError):
-                    self._check_present(commit, record_path(self.root, commit_id))
+                    self._checked(commit, record_path(self.root, commit_id))
                     _put_record(self.root, commit)
                     names.append(commit_id)
         # The last commit is never dropped.
@@ -242,12 +250,16 @@ class RemoteDisk(Disk):
     def _stands(self, commit: Commit) -> bool:
         return commit is self._decided
 
+    def _discard(self, shards: Iterable[tuple[int, Shard]]) -> None:
+        """See `Disk`. A request that got no answer may be carried out later, even by the next writer."""
+
     def _drop_records(self) -> None:
         # Pins are looked for again: whoever adds one makes sure after that that the commit is not dropped.
         for name in self._delete_records(self._dropped):
             del self._commits[name]
 
     def _drop_unnamed(self, commits: Sequence[Commit]) -> None:
+        self.files.release_shards(self.named_shards())
         named = (each for commit in commits for each in survivors_of(commit.logs))
         self._positions.keep(named, self._ends)
         self._route_files.keep_named(named_routes(commits))

@@ -32,14 +32,8 @@ from xlroute.memory.route_files import ROUTES, ROUTES_NAME, named_routes
 from xlroute.memory.score_files import SCORES
 from xlroute.memory.sealed import encode, replace_file, sync
 from xlroute.memory.shard_check import check_shard
-from xlroute.memory.shards import (
-    Shard,
-    ShardArray,
-    mend_checksums,
-    shard_documents,
-    shard_folder,
-    with_rows,
-)
+from xlroute.memory.shard_files import mend_checksums
+from xlroute.memory.shards import SHARDS, Shard, ShardArray, shard_documents, shard_name, with_rows
 from xlroute.memory.side_files import SideFiles
 from xlroute.memory.survivors import PositionFiles
 from xlroute.memory.verify import (
@@ -262,7 +256,8 @@ def _restore_lengths(
     for stream, shard in sharded:
         for kind in KINDS:
             array = ShardArray(files.layout, shard, kind)
-            expected.append((shard_folder(files.root, stream, shard) / array.name, array.size))
+            folder = files.root / SHARDS / shard_name(stream, shard)
+            expected.append((folder / array.name, array.size))
     restored = []
     for path, length in expected:
         # A link may lead out of the store.
@@ -281,7 +276,8 @@ def _restore_shard(files: ChunkFiles, stream: int, shard: Shard, damage: Iterabl
     """
     damaged = {each.path for each in damage}
     restored = []
-    for path, document in shard_documents(shard_folder(files.root, stream, shard), files.layout, shard):
+    for name, document in shard_documents(files.layout, shard):
+        path = files.root / SHARDS / shard_name(stream, shard) / name
         if path in damaged and path.parent.parent.is_dir():
             path.parent.mkdir(exist_ok=True)
             replace_file(path, encode(document), scratch=files.root / COMMITS, durable=True)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 _URL = re.compile(r"s3://([^/]+)/?(.*?)/?")
 # Requests at once. Each waits for the network nearly all of the time.
 _AT_ONCE = 16
+_NEAR_BYTES = 2**20  # between parts of an object that are fetched in one request
+# Of an object that is put in parts.
+_PART_BYTES = 8 * 2**20
+_PARTS_AT_ONCE = 4
 _RETRIES: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
 
 T = TypeVar("T")
@@ -206,17 +210,33 @@ class S3Path:
             found = obstore.get(self._store, self.key)
             return bytes(found.bytes()), found.meta["e_tag"]
 
-    def read_ranges(self, starts: Sequence[int], length: int) -> list[bytes]:
-        """Parts of the object, of `length` bytes each; fewer where it ends before.
+    def read_ranges(self, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Parts of the object; less of one where the object ends before it does.
+
+        Those that are near each other are fetched in one request, with what is between them.
 
         Raises:
             FileNotFoundError: There is no such object.
         """
         import obstore
 
-        with _asking(str(self)):
-            parts = obstore.get_ranges(self._store, self.key, starts=starts, lengths=[length] * len(starts))
-            return [bytes(part) for part in parts]
+        def fetch(span: list[int]) -> bytes:
+            with _asking(str(self)):
+                return bytes(obstore.get_range(self._store, self.key, start=span[0], end=span[1]))
+
+        # obstore.get_ranges would do it, but for an object that is too short: it panics.
+        spans: list[list[int]] = []
+        places = [(0, 0)] * len(starts)  # of each part: its span, and where it begins there
+        for index in sorted(range(len(starts)), key=starts.__getitem__):
+            start, stop = starts[index], starts[index] + lengths[index]
+            if not spans or start - spans[-1][1] > _NEAR_BYTES:
+                spans.append([start, stop])
+            spans[-1][1] = max(spans[-1][1], stop)
+            places[index] = len(spans) - 1, start - spans[-1][0]
+        found = in_parallel(fetch, spans)
+        return [
+            found[span][first : first + length] for (span, first), length in zip(places, lengths, strict=True)
+        ]
 
     # Writing
 
@@ -226,6 +246,28 @@ class S3Path:
 
         with _asking(str(self)):
             obstore.put(self._store, self.key, data, use_multipart=False)
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[bytes], None]]:
+        """Puts the object a part at a time, for one that is larger than the memory it should take.
+
+        Gives a function that takes the bytes that come next. The object is there, whole, when all went well,
+        and else not at all; a process that is killed leaves parts which no listing names.
+        """
+        import obstore
+
+        with (
+            _asking(str(self)),
+            obstore.open_writer(
+                self._store, self.key, buffer_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE
+            ) as file,
+        ):
+
+            def write(data: bytes) -> None:
+                with _asking(str(self)):
+                    file.write(data)
+
+            yield write
 
     def swap(self, data: bytes | memoryview, e_tag: str | None) -> str | None:
         """Puts the object if what is there has this `e_tag`; for None, if nothing is there.

@@ -42,7 +42,7 @@ class ScoreObjects(ScoreChunks[ChunkObjects]):
             files.put(ends, tails=True)
 
     def _chunks(self, name: str, layout: Layout) -> ChunkObjects:
-        return ChunkObjects(self._root / name, layout, self._record, self._claim)
+        return ChunkObjects(self._root / name, layout, self._record, claim=self._claim)
 
     def _folders(self) -> list[str]:
         return [name for name in self._root.names() if name != METADATA]

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from xlroute.memory.chunks import ChunkFiles, wrong_rows
+from xlroute.memory.chunks import Chunks, wrong_rows
 from xlroute.memory.damage import Damage, damage_of, file_problem, ranges_of
 from xlroute.memory.errors import CorruptionError, MemoryStoreError
 from xlroute.memory.layout import KINDS
 from xlroute.memory.log import Extent, within
 from xlroute.memory.sealed import read_document
-from xlroute.memory.shards import OpenShard, Shard, ShardArray, has_checksum, shard_documents, shard_folder
+from xlroute.memory.shards import (
+    SHARDS,
+    OpenShard,
+    Shard,
+    ShardArray,
+    has_checksum,
+    shard_documents,
+    shard_name,
+)
 
 
 def check_shard(
-    files: ChunkFiles, stream: int, shard: Shard, extents: Sequence[Extent], advance: Callable[[int], None]
+    files: Chunks, stream: int, shard: Shard, extents: Sequence[Extent], advance: Callable[[int], None]
 ) -> Iterator[Damage]:
     """Reads the rows of the extents in a shard, and what zarr reads beside them, and yields what is damaged.
 
@@ -28,14 +37,17 @@ def check_shard(
         advance: Called with the number of bytes that were just examined.
     """
     layout = files.layout
-    folder = shard_folder(files.root, stream, shard)
-    name = folder.relative_to(files.root).as_posix()
+    name = f"{SHARDS}/{shard_name(stream, shard)}"
+    folder = files.root / name
     rows = tuple((extent.start, extent.stop) for extent in extents)
     found = []
-    for path, document in shard_documents(folder, layout, shard):
+    for file, document in shard_documents(layout, shard):
+        path = folder / file
         try:
             if read_document(path) != document:
                 yield Damage(path, "expected the metadata of this shard, got other or damaged", stream=stream)
+        except FileNotFoundError:
+            yield Damage(path, "expected the metadata of this shard, got no such file", stream=stream)
         except (CorruptionError, OSError) as error:
             yield damage_of(error, path, stream=stream)
     for kind in KINDS:
@@ -57,18 +69,23 @@ def check_shard(
     advance(layout.layers * layout.row_bytes * sum(stop - start for start, stop in rows))
 
 
-def _check_indexes(shard: OpenShard, stream: int, name: str) -> Iterator[Damage]:
+def _check_indexes(shard: OpenShard[Any], stream: int, name: str) -> Iterator[Damage]:
     """The damage to indexes that zarr alone needs."""
     for file, kind in zip(shard.files, KINDS, strict=True):
-        if not file.has_index():
-            problem = "expected the index of the shard at its end, got another"
+        problem = None
+        try:
+            if not file.has_index():
+                problem = "expected the index of the shard at its end, got another"
+        except OSError as error:
+            problem = damage_of(error, file.path).problem  # the medium fails
+        if problem is not None:
             yield Damage(file.path, problem, f"{name}/{kind}", stream)
 
 
 def _check_inner_chunks(
-    files: ChunkFiles,
+    files: Chunks,
     stream: int,
-    shard: OpenShard,
+    shard: OpenShard[Any],
     name: str,
     extents: Sequence[Extent],
     advance: Callable[[int], None],

@@ -12,15 +12,13 @@ their places.
 from __future__ import annotations
 
 import itertools
-import mmap
-import os
 import re
 import secrets
-import shutil
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -28,11 +26,10 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from xlroute.memory.errors import CorruptionError
-from xlroute.memory.layout import COMMITS, KINDS, METADATA, Layout, plain_group_document
+from xlroute.memory.layout import KINDS, METADATA, Layout, plain_group_document
 from xlroute.memory.log import Extent, within
-from xlroute.memory.maps import FileMap
+from xlroute.memory.place import StorePath, list_names
 from xlroute.memory.rows_bytes import Bytes
-from xlroute.memory.sealed import encode, replace_file, sync, write_all
 
 SHARDS = "shards"
 LEVELS = range(1, 23)
@@ -40,12 +37,14 @@ DEFAULT_LEVEL = 3
 # What a shard is made of: bytes of rows of all layers in a shard, at least one chunk; and in an inner chunk.
 _SHARD_BYTES = 512 * 2**20
 _INNER_BYTES = 128 * 2**10
+_READ_BYTES = 32 * 2**20  # of rows that are asked for at once where a shard is made of them
 # So many inner chunks have an index that can be read as a whole, and so large a one can be decoded.
 _MAX_INNER_CHUNKS = 1 << 24
 _MAX_INNER_BYTES = 1 << 26
-_CRC_BYTES = 4
+CRC_BYTES = 4
 _ENTRY_BYTES = 16
 _NAME = re.compile(r"[0-9a-f]{8}")
+_FOLDER = re.compile(rf"stream-\d+\.\d+-\d+\.{_NAME.pattern}")
 
 
 class Shard(NamedTuple):
@@ -107,24 +106,21 @@ def with_rows(shards: Iterable[Shard], extents: Sequence[Extent]) -> tuple[Shard
     return tuple(shard for shard in shards if any(within(extents, shard.start, shard.stop)))
 
 
-def shard_folder(root: Path, stream: int, shard: Shard) -> Path:
-    """Where a shard is."""
-    return root / SHARDS / f"stream-{stream}.{shard.start}-{shard.stop}.{shard.name}"
+def shard_name(stream: int, shard: Shard) -> str:
+    """The name of the folder of a shard."""
+    return f"stream-{stream}.{shard.start}-{shard.stop}.{shard.name}"
 
 
-def shard_paths(root: Path, layout: Layout, stream: int, shard: Shard) -> list[Path]:
-    """The files of a shard: of rows and of checksums."""
-    folder = shard_folder(root, stream, shard)
-    return [folder / ShardArray(layout, shard, kind).name for kind in KINDS]
-
-
-def unnamed_shards(root: Path, named: Iterable[tuple[int, Shard]]) -> list[Path]:
-    """Folders of shards other than those, which are given with their streams; whole or in part."""
+def list_shards(root: StorePath) -> set[str]:
+    """The names of the folders of all shards in a store, whole or in part."""
+    folder = root / SHARDS
     try:
-        found = {path for path in (root / SHARDS).iterdir() if path.is_dir() and not path.is_symlink()}
-    except FileNotFoundError:
-        return []
-    return sorted(found - {shard_folder(root, stream, shard) for stream, shard in named})
+        found = {name for name in list_names(folder) if _FOLDER.fullmatch(name)}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    if isinstance(folder, Path):
+        found = {name for name in found if (folder / name).is_dir() and not (folder / name).is_symlink()}
+    return found
 
 
 def chunks_in_shard(layout: Layout) -> int:
@@ -163,12 +159,12 @@ class ShardArray:
     @property
     def index_bytes(self) -> int:
         """Bytes of the index."""
-        return self.count * _ENTRY_BYTES + _CRC_BYTES
+        return self.count * _ENTRY_BYTES + CRC_BYTES
 
     @property
     def stride(self) -> int:
         """Bytes of an inner chunk that is not compressed, with its checksum."""
-        return self.inner_rows * self.row_bytes + _CRC_BYTES
+        return self.inner_rows * self.row_bytes + CRC_BYTES
 
     @property
     def plain_size(self) -> int:
@@ -222,7 +218,7 @@ class ShardArray:
         Raises:
             ValueError: It cannot be decompressed.
         """
-        body = data[:-_CRC_BYTES]
+        body = data[:-CRC_BYTES]
         rows = np.empty((self.inner_rows, self.row_bytes), np.uint8)
         if self.level is None:
             return np.frombuffer(body, np.uint8).reshape(rows.shape)
@@ -251,11 +247,11 @@ class ShardArray:
         """
         if not has_checksum(index):
             raise ValueError("expected an index with its checksum at the end of the file, got another")
-        entries = np.frombuffer(index[:-_CRC_BYTES], np.dtype("<u8")).reshape(-1, 2)
+        entries = np.frombuffer(index[:-CRC_BYTES], np.dtype("<u8")).reshape(-1, 2)
         offsets, lengths = entries[:, 0], entries[:, 1]
         data = self.size - self.index_bytes
         # No sum of these goes beyond 64 bits.
-        bounded = bool((lengths > _CRC_BYTES).all() and (lengths <= data).all() and (offsets <= data).all())
+        bounded = bool((lengths > CRC_BYTES).all() and (lengths <= data).all() and (offsets <= data).all())
         ends = offsets + lengths
         if not bounded or offsets[0] != 0 or ends[-1] != data or (ends[:-1] != offsets[1:]).any():
             raise ValueError("expected inner chunks that follow each other in the file, got another index")
@@ -264,46 +260,40 @@ class ShardArray:
 
 def checksum_bytes(data: bytes) -> bytes:
     """CRC32C as zarr writes it behind what it is of."""
-    return int(google_crc32c.value(data)).to_bytes(_CRC_BYTES, "little")
+    return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
 
 
 def has_checksum(data: bytes) -> bool:
     """Whether the bytes of an inner chunk, or of an index, end with the checksum of the others."""
-    return checksum_bytes(data[:-_CRC_BYTES]) == data[-_CRC_BYTES:]
+    return checksum_bytes(data[:-CRC_BYTES]) == data[-CRC_BYTES:]
 
 
-class ShardFile:
-    """One file of a shard that is open for reading.
+def missing_file(path: StorePath) -> CorruptionError:
+    """What is wrong where there is no file of a shard."""
+    return CorruptionError(f"{path}: expected a file of a shard, got no such file")
+
+
+def check_size(path: StorePath, array: ShardArray, size: int) -> None:
+    """Raises CorruptionError if the file of the array has another size."""
+    if size != array.size:
+        raise CorruptionError(f"{path}: expected a file of {array.size} bytes, got {size}")
+
+
+class ShardFile(ABC):
+    """One file of a shard that is open for reading, wherever it is.
 
     Args:
         path: The file.
         array: The array that is in it.
-        file: Its descriptor, which is not closed.
-        mapped: Whether to map the file, and to do without the descriptor from then on.
 
     Raises:
-        CorruptionError: The file is of another length, or its index is damaged and needed.
+        CorruptionError: Its index is damaged and needed.
         OSError: The operating system refused to read.
     """
 
-    def __init__(self, path: Path, array: ShardArray, file: int, *, mapped: bool) -> None:
+    def __init__(self, path: StorePath, array: ShardArray) -> None:
         self.path = path
         self.array = array
-        size = os.fstat(file).st_size
-        if size != array.size:
-            raise CorruptionError(f"{path}: expected a file of {array.size} bytes, got {size}")
-        self.read: Callable[[int, int], bytes] = lambda start, count: os.pread(file, count, start)
-        self._map: FileMap | None = None
-        self._rows: Bytes | None = None
-        if mapped:
-            self._map = FileMap(file, array.size)
-            # Rows are chosen by content: reading ahead would read what nobody asked for.
-            self._map.advise(mmap.MADV_RANDOM)
-            data = self._map.data
-            self.read = lambda start, count: data[start : start + count].tobytes()
-            if array.level is None:
-                shape = array.count, array.inner_rows, array.row_bytes
-                self._rows = np.ndarray(shape, np.uint8, data, 0, (array.stride, array.row_bytes, 1))
         self._places: NDArray[np.int64] | None = None
         if array.level is not None:
             try:
@@ -311,16 +301,17 @@ class ShardFile:
             except ValueError as error:
                 raise CorruptionError(f"{path}: {error}") from error
 
+    @abstractmethod
+    def read(self, start: int, count: int) -> bytes:
+        """Bytes of the file."""
+
     def index(self) -> bytes:
         """The bytes of the index."""
         return self.read(self.array.size - self.array.index_bytes, self.array.index_bytes)
 
     def has_index(self) -> bool:
         """Whether there is an index that zarr can use."""
-        try:
-            return self._places is not None or self.index() == self.array.plain_index()
-        except OSError:
-            return False  # the medium fails
+        return self._places is not None or self.index() == self.array.plain_index()
 
     def place(self, number: int) -> tuple[int, int]:
         """First byte and length of an inner chunk; `number` counts those of all layers."""
@@ -341,66 +332,46 @@ class ShardFile:
         """
         numbers, local = np.divmod(rows, self.array.inner_rows)
         numbers += layer * self.array.inners
-        if self._rows is not None:
-            return self._rows[numbers, local]
         data = np.empty((rows.shape[0], self.array.row_bytes), np.uint8)
         order = np.argsort(numbers, kind="stable")
         bounds = np.flatnonzero(np.diff(numbers[order], prepend=-1, append=-1))
-        for first, last in itertools.pairwise(bounds.tolist()):
-            chosen = order[first:last]
-            try:
-                inner = self.array.decoded(self.inner(int(numbers[chosen[0]])))
-            except ValueError as error:
-                raise CorruptionError(f"{self.path}: {error}") from error
-            data[chosen] = inner[local[chosen]]
+        parts = [order[first:last] for first, last in itertools.pairwise(bounds.tolist())]
+        inners = self._decoded([int(numbers[part[0]]) for part in parts])
+        for part, inner in zip(parts, inners, strict=True):
+            data[part] = inner[local[part]]
         return data
 
-    def prefetch(self, layer: int, rows: NDArray[np.int64]) -> None:
-        """Asks the operating system to fetch what the rows [k] of a layer are in; the file is mapped."""
-        assert self._map is not None
-        numbers, local = np.divmod(rows, self.array.inner_rows)
-        for number, row in zip(numbers.tolist(), local.tolist(), strict=True):
-            start, count = self.place(layer * self.array.inners + number)
-            if self._rows is not None:
-                start, count = start + row * self.array.row_bytes, self.array.row_bytes
-            self._map.advise(mmap.MADV_WILLNEED, start, start + count)
+    def _decoded(self, numbers: Sequence[int]) -> Iterator[Bytes]:
+        """The rows of inner chunks."""
+        return (self._decode(self.inner(number)) for number in numbers)
+
+    def _decode(self, inner: bytes) -> Bytes:
+        """The rows of an inner chunk."""
+        try:
+            return self.array.decoded(inner)
+        except ValueError as error:
+            raise CorruptionError(f"{self.path}: {error}") from error
 
 
-class OpenShard:
+FileT = TypeVar("FileT", bound=ShardFile)
+
+
+class OpenShard(Generic[FileT]):
     """A shard whose files are open.
 
     Args:
-        root: Folder of the store.
-        layout: Its layout.
-        stream: Stream.
         shard: The shard.
-        mapped: Whether to map the files; if not, `close` closes them.
-
-    Raises:
-        CorruptionError: A file is missing or of another length, or an index is damaged and needed.
-        OSError: The operating system refused to read.
+        files: Its files, of rows and of checksums.
     """
 
-    def __init__(self, root: Path, layout: Layout, stream: int, shard: Shard, *, mapped: bool) -> None:
+    def __init__(self, shard: Shard, files: Iterable[FileT]) -> None:
         self.shard = shard
-        self._descriptors: list[int] = []
-        folder = shard_folder(root, stream, shard)
-        try:
-            self.files = [self._opened(folder, ShardArray(layout, shard, kind), mapped) for kind in KINDS]
-        except BaseException:
-            self.close()
-            raise
-        if mapped:
-            self.close()
-        self.rows, self.checksums = self.files
+        self.rows, self.checksums = files
 
-    def _opened(self, folder: Path, array: ShardArray, mapped: bool) -> ShardFile:
-        path = folder / array.name
-        try:
-            self._descriptors.append(os.open(path, os.O_RDONLY))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise CorruptionError(f"{path}: expected a file of a shard, got no such file") from error
-        return ShardFile(path, array, self._descriptors[-1], mapped=mapped)
+    @property
+    def files(self) -> tuple[FileT, FileT]:
+        """The files, of rows and of checksums."""
+        return self.rows, self.checksums
 
     def take(self, layer: int, rows: NDArray[np.int64]) -> tuple[Bytes, NDArray[np.uint32]]:
         """Copies of rows [k], by their numbers in the log, and what is stored as their checksums.
@@ -412,126 +383,53 @@ class OpenShard:
         checksums = np.ascontiguousarray(self.checksums.take(layer, local))
         return self.rows.take(layer, local), checksums.view("<u4")[:, 0]
 
-    def prefetch(self, layer: int, rows: NDArray[np.int64]) -> None:
-        """Asks the operating system to fetch rows [k] of the log; the files are mapped."""
-        self.rows.prefetch(layer, rows - self.shard.start)
-
-    def close(self) -> None:
-        """Closes the files, unless they are mapped."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
-
 
 # Writing
 
 # Called with layer, start and stop; gives the rows, [k, row_bytes], and their checksums, [k].
 Source = Callable[[int, int, int], tuple[Bytes, NDArray[np.uint32]]]
+Sink = Callable[[bytes], None]  # called with the bytes that come next
 
 
-def write_shard(
-    root: Path, layout: Layout, stream: int, start: int, stop: int, level: int | None, source: Source
-) -> Shard:
-    """Writes a shard, whole or not at all, and waits until it is on the medium.
-
-    Args:
-        root: Folder of the store.
-        layout: Its layout.
-        stream: Stream.
-        start: First row of the log.
-        stop: The row after the last one.
-        level: Of compression with zstd, or None.
-        source: Where rows and checksums come from.
-
-    Raises:
-        OSError: The operating system refused.
-    """
-    folder = root / SHARDS
-    folder.mkdir(exist_ok=True)
-    sync(root)
-    if not (folder / METADATA).exists():
-        replace_file(folder / METADATA, encode(plain_group_document()), scratch=root / COMMITS, durable=True)
+def new_shard(layout: Layout, start: int, stop: int, level: int | None) -> Shard:
+    """A shard of rows `start` to `stop` that is to be written, whose size is not known yet."""
     least = 2 * (stop - start) * layout.layers // _MAX_INNER_CHUNKS
     inner_rows = min(stop - start, max(1, _INNER_BYTES // layout.row_bytes, least))
-    shard = Shard(start, stop, secrets.token_hex(4), inner_rows, level, 0)
-    # Nobody looks for a shard before a commit names it: it needs no other name until it is whole.
-    place = shard_folder(root, stream, shard)
-    place.mkdir()
-    try:
-        shard = _write_arrays(place, layout, shard, source)
-        sync(folder)
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
-    return shard
+    return Shard(start, stop, secrets.token_hex(4), inner_rows, level, 0)
 
 
-def _write_arrays(folder: Path, layout: Layout, shard: Shard, source: Source) -> Shard:
-    """Writes the files of a shard; returns it with the size of its rows."""
-    arrays = [ShardArray(layout, shard, kind) for kind in KINDS]
-    lengths: list[list[int]] = [[] for _ in arrays]
-    files = []
-    try:
-        for array in arrays:
-            path = folder / array.name
-            path.parent.mkdir()
-            files.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        ends = [0] * len(arrays)
-        for layer in range(layout.layers):
-            for start in range(shard.start, shard.stop, shard.inner_rows):
-                data, checksums = source(layer, start, min(shard.stop, start + shard.inner_rows))
-                parts = data, checksums.astype("<u4").view(np.uint8).reshape(-1, 4)
-                for index, (array, part) in enumerate(zip(arrays, parts, strict=True)):
-                    encoded = array.encoded(part)
-                    write_all(files[index], encoded, ends[index])
-                    ends[index] += len(encoded)
-                    lengths[index].append(len(encoded))
-        for file, array, end, each in zip(files, arrays, ends, lengths, strict=True):
-            write_all(file, array.index(each), end)
-            os.fsync(file)
-    finally:
-        for file in files:
-            os.close(file)
-    shard = shard._replace(size=ends[0] + arrays[0].index_bytes)
-    for path, document in shard_documents(folder, layout, shard):
-        path.write_bytes(encode(document))
-        sync(path)
-        sync(path.parent)
-    return shard
+def write_arrays(layout: Layout, shard: Shard, source: Source, sinks: Sequence[Sink]) -> Shard:
+    """Writes the files of a shard, a little at a time.
 
-
-def shard_documents(folder: Path, layout: Layout, shard: Shard) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The metadata of the arrays of a shard and of its folder: file and contents."""
-    for kind in KINDS:
-        yield folder / kind / METADATA, ShardArray(layout, shard, kind).document()
-    yield folder / METADATA, plain_group_document()
-
-
-def mend_checksums(file: ShardFile) -> bool:
-    """Writes checksums of inner chunks, and an index that follows from nothing else, which do not fit anew.
+    Args:
+        layout: The layout of the store.
+        shard: The shard.
+        source: Where rows and checksums come from.
+        sinks: Where the files go, of rows and of checksums.
 
     Returns:
-        Whether there were any.
-
-    Raises:
-        OSError: The operating system refused.
+        The shard with the size of its rows.
     """
-    mended = False
-    array = file.array
-    opened = os.open(file.path, os.O_WRONLY)
-    try:
-        for number in range(array.count):
-            try:
-                inner = file.inner(number)
-            except OSError:
-                continue  # the medium fails, and its rows are lost
-            if not has_checksum(inner):
-                start, count = file.place(number)
-                write_all(opened, checksum_bytes(inner[:-_CRC_BYTES]), start + count - _CRC_BYTES)
-                mended = True
-        if not file.has_index():
-            write_all(opened, array.plain_index(), array.size - array.index_bytes)
-            mended = True
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-    return mended
+    arrays = [ShardArray(layout, shard, kind) for kind in KINDS]
+    lengths: list[list[int]] = [[] for _ in arrays]
+    inner = shard.inner_rows
+    step = inner * max(1, _READ_BYTES // (inner * layout.row_bytes))
+    for layer in range(layout.layers):
+        for start in range(shard.start, shard.stop, step):
+            data, checksums = source(layer, start, min(shard.stop, start + step))
+            parts = data, checksums.astype("<u4").view(np.uint8).reshape(-1, 4)
+            for array, part, sink, each in zip(arrays, parts, sinks, lengths, strict=True):
+                for first in range(0, part.shape[0], inner):
+                    encoded = array.encoded(part[first : first + inner])
+                    sink(encoded)
+                    each.append(len(encoded))
+    for array, sink, each in zip(arrays, sinks, lengths, strict=True):
+        sink(array.index(each))
+    return shard._replace(size=sum(lengths[0]) + arrays[0].index_bytes)
+
+
+def shard_documents(layout: Layout, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The metadata of the arrays of a shard and of its folder: file, from the folder on, and contents."""
+    for kind in KINDS:
+        yield f"{kind}/{METADATA}", ShardArray(layout, shard, kind).document()
+    yield METADATA, plain_group_document()

@@ -19,7 +19,7 @@ from xlroute.memory.buffer import Rows, RowSpan
 from xlroute.memory.claim import unlock
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.compact import CompactReport, compact_store
-from xlroute.memory.disk import Disk, FolderDisk
+from xlroute.memory.disk import Disk
 from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
 from xlroute.memory.eviction import by_scores, every_nth, rows_left
 from xlroute.memory.info import MemoryInfo, describe_commits
@@ -241,8 +241,7 @@ class MemoryStore:
                 bytes is below 1, `host_bytes` comes alone, or the path is a url of another kind.
             ImportError: The path is a url, and obstore is not installed.
             StoreNotFoundError: There is nothing at the path.
-            FormatError: There is something else, or a store of a newer format; or rows are in shards, in an
-                object store.
+            FormatError: There is something else, or a store of a newer format.
             CorruptionError: The metadata or the commit record is damaged.
             CommitNotFoundError: There is no such commit.
             FingerprintError: The fingerprint is another one.
@@ -286,8 +285,7 @@ class MemoryStore:
         Raises:
             ValueError: `commit` cannot be an id, or comes together with `all_commits`.
             StoreNotFoundError: There is nothing at the path.
-            FormatError: There is something else, or a store of a newer format; or rows are in shards, in an
-                object store.
+            FormatError: There is something else, or a store of a newer format.
             CommitNotFoundError: There is no such commit, or a writer has dropped it meanwhile.
             OSError: The operating system refused to read a file, which is no sign of damage.
         """
@@ -781,19 +779,20 @@ class MemoryStore:
         are in shards already or in the chunk that is written to next, and scores.
 
         Args:
-            compression: None to write rows as they are, which are then read through memory maps; "zstd" for
-                less space and slower reading, a few hundred rows at a time.
+            compression: None to write rows as they are, which are then read one by one, through memory maps
+                or as ranges of an object; "zstd" for less space and slower reading, a few hundred at a time.
             level: Of zstd, 1 to 22, as far as more effort makes smaller files; None for 3.
-            progress: Called after every few rows with the bytes of rows rewritten so far, and with all of
+            progress: Called after every few MiB with the bytes of rows rewritten so far, and with all of
                 them.
 
         Raises:
-            ValueError: `compression` is another one, `level` is out of range or given without "zstd", or the
-                store is in an object store.
+            ValueError: `compression` is another one, or `level` is out of range or given without "zstd".
             NoPathError: The store is in memory.
             ReadOnlyError: The store was opened with mode "r".
             CorruptionError: A row is damaged: nothing was changed.
-            StoreWriteError: The operating system refused to write; the last commit stands.
+            StoreWriteError: The operating system, or the object store, refused to write; the last commit
+                stands. As for `commit`, it may have been made.
+            StoreLockedError: Somebody else has taken the store over; the last commit stands.
         """
         if compression not in (None, "zstd"):
             raise ValueError(f"compression: expected 'zstd' or None, got {compression!r}")
@@ -804,13 +803,7 @@ class MemoryStore:
         self._check_writable()
         if compression is not None and level is None:
             level = DEFAULT_LEVEL
-        disk = self._on_disk("compact")
-        if not isinstance(disk, FolderDisk):
-            raise ValueError(
-                f"compact: expected a store in a folder, got {self.path}: shards are not read in an object "
-                "store; download the store to compact it there"
-            )
-        return compact_store(disk, level=level, progress=progress)
+        return compact_store(self._on_disk("compact"), level=level, progress=progress)
 
     def _kept_scores(self) -> list[list[KeptScores | None]]:
         """The scores that are kept of every layer and stream."""
@@ -910,7 +903,8 @@ class MemoryStore:
     def copy_to(self, path: Location, durable: bool = False) -> str:
         """Copies the store to a path, all of it or nothing: rows, positions and fingerprint, in one commit.
 
-        Files of rows have the same size in the copy; in an object store, 4 MiB at most.
+        Files of rows have the same size in the copy; in an object store, 4 MiB at most. Rows in shards are
+        in such files there.
 
         Args:
             path: Where: nothing, or an empty folder; or a url, s3://bucket/folder, where there is nothing.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from xlroute.memory.chunks import ChunkFiles, Chunks
+from xlroute.memory.chunks import Chunks
 from xlroute.memory.commits import Commit, list_commits, read_commit, record_path
 from xlroute.memory.damage import Damage, Ranges, damage_of, file_problem, ranges_of
 from xlroute.memory.errors import CommitNotFoundError, CorruptionError, MemoryStoreError
@@ -31,7 +31,7 @@ from xlroute.memory.place import StorePath
 from xlroute.memory.route_files import read_routes, routes_path
 from xlroute.memory.sealed import TEMPORARY, read_document
 from xlroute.memory.shard_check import check_shard
-from xlroute.memory.shards import Shard, in_shards, shard_folder, unnamed_shards
+from xlroute.memory.shards import SHARDS, Shard, in_shards, list_shards, shard_name
 from xlroute.memory.storage import open_chunks, open_scores, read_writer
 from xlroute.memory.survivors import POSITIONS, list_positions, positions_name, positions_path
 
@@ -114,7 +114,6 @@ def verify_store(
             for layer in range(layout.layers):
                 rows += check_rows(files, layer, stream, given, meter.advance)
         for (stream, shard), given in sharded.items():
-            assert isinstance(files, ChunkFiles)  # elsewhere no record that can be read names a shard
             rows += check_shard(files, stream, shard, given, meter.advance)
         if known:
             ends = [*check_ends(files, list(known.values())[-1], extents)]
@@ -421,10 +420,10 @@ def _held_by(root: StorePath, damage: Damage, commits: dict[str, Commit]) -> Dam
 
 def _in_shard(root: StorePath, damage: Damage, shards: Iterable[Shard]) -> bool:
     """Whether damage from which no row suffers is in one of the shards of its stream."""
-    if damage.rows or damage.stream is None or not isinstance(root, Path):
+    if damage.rows or damage.stream is None:
         return False
-    folders = {shard_folder(root, damage.stream, shard) for shard in shards}
-    return isinstance(damage.path, Path) and not folders.isdisjoint(damage.path.parents)
+    folders = (root / SHARDS / shard_name(damage.stream, shard) for shard in shards)
+    return any(str(damage.path).startswith(f"{folder}/") for folder in folders)
 
 
 def find_leftovers(
@@ -450,8 +449,8 @@ def find_leftovers(
         ]
     if layout is None or not commits or layout.arrays > 2 * count_arrays(root):
         return sorted(found, key=str)
-    if isinstance(root, Path):
-        found += unnamed_shards(root, split(commits, range(layout.streams))[1])
+    _, sharded = split(commits, range(layout.streams))
+    found += [root / SHARDS / name for name in list_shards(root) - {shard_name(*each) for each in sharded}]
     named = {positions_name(*each) for commit in commits for each in survivors_of(commit.logs)}
     found += [root / POSITIONS / name for name in list_positions(root) if name not in named]
     files = open_chunks(root, layout)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from xlroute.memory import (
     CorruptionError,
     MemoryStore,
     StoreLockedError,
+    lock,
 )
+from xlroute.memory.lock import pin_lock
 
 
 def create(path: Path, **options: Any) -> MemoryStore:
@@ -73,6 +76,28 @@ def test_a_reader_pins_for_the_writer_to_see(tmp_path: Path) -> None:
         reader.pin(first)
         store.commit()
         assert first in store.commits()
+
+
+def test_whoever_pins_waits_for_the_lock_and_a_commit_stands_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s"
+    with create(path, keep_commits=1) as store:
+        [first] = store.commits()
+        with pin_lock(path), monkeypatch.context() as patch:
+            patch.setattr(lock, "_PIN_SECONDS", 0.03)
+            with pytest.raises(StoreLockedError, match="expected the lock of the pins, got none in time"):
+                store.pin(first)
+            second = store.commit()
+            assert store.commits() == [first, second]
+        with ThreadPoolExecutor(1) as pool:
+            with pin_lock(path):
+                pin = pool.submit(store.pin, first)
+                assert not wait([pin], timeout=0.1).done
+                assert store.pins() == {}
+            assert {pin.result(): first} == store.pins()
+        third = store.commit()
+        assert store.commits() == [first, third]
 
 
 def test_going_back_overwrites_nothing_that_a_commit_refers_to(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ class Machine(RuleBasedStateMachine):
         self.read_every_commit()
 
     @rule(compression=st.sampled_from([None, "zstd"]))
-    @precondition(lambda self: self.place == "disk")
+    @precondition(lambda self: self.on_disk)
     def compact(self, compression: Literal["zstd"] | None) -> None:
         last = list(self.committed)[-1]
         report = self.store.compact(compression=compression)

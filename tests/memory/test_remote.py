@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import obstore
@@ -158,9 +158,9 @@ def test_rows_that_are_near_are_read_in_parts(url: str, monkeypatch: pytest.Monk
         asked: list[tuple[str, int]] = []
         real = S3Path.read_ranges
 
-        def read_ranges(path: S3Path, starts: list[int], length: int) -> list[bytes]:
-            asked.append((str(path), len(starts) * length))
-            return real(path, starts, length)
+        def read_ranges(path: S3Path, starts: list[int], lengths: list[int]) -> list[bytes]:
+            asked.append((str(path), sum(lengths)))
+            return real(path, starts, lengths)
 
         monkeypatch.setattr(S3Path, "read_ranges", read_ranges)
         indices = torch.tensor([[3, 70, -1, 3, 199], [-1, -1, -1, -1, -1]])
@@ -227,7 +227,10 @@ def test_rows_leave_as_the_policy_has_it(url: str, tmp_path: Path, policy: str) 
     with create(url, **POLICIES[policy], keep_commits=1) as store:
         twin = store.fork()
         for count in (8, 5, 1, 7):
-            states = append(store, count)
+            states = torch.randn(2, 1, count, DIM)
+            if count == 8:
+                states[:, :, 0] = tokens[tokens.norm(dim=1).argmax()]  # no row scores higher: it stays
+            store.append(states)
             twin.append(states)
             for each in (store, twin):
                 for layer in range(2):
@@ -284,42 +287,6 @@ def test_damaged_positions_are_named_and_never_read(url: str) -> None:
         assert not rows(url, commit=first)[0].numel()
         (folder / name).write_bytes(data)
     assert MemoryStore.verify(url, all_commits=True).ok
-
-
-@pytest.mark.parametrize("compression", [None, "zstd"])
-def test_shards_are_refused(
-    url: str, tmp_path: Path, compression: Literal["zstd"] | None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with create(tmp_path / "s") as store:
-        append(store, 14)
-        before = store.commit()
-        expected = [store.rows(layer)[0] for layer in range(2)]
-        after = store.compact(compression=compression).commit
-        assert after is not None
-        store.copy_to(f"{url} 2")
-    upload(tmp_path / "s", url)
-    refused = re.escape(f"{url}/commits/{after}.json: expected a commit with all rows in chunk files")
-    for mode, commit in (("r", None), ("r", after), ("r+", None), ("r+", before)):
-        with pytest.raises(FormatError, match=refused):
-            MemoryStore.open(url, mode=mode, commit=commit)
-    with pytest.raises(FormatError, match=refused):
-        MemoryStore.verify(url)
-    # Nobody holds it, and what is in chunk files can be read.
-    assert MemoryStore.unlock(url) is None
-    with MemoryStore.open(url, commit=before) as store:
-        assert store.commits()[-1] == before
-        assert [each.id for each in store.info().commits] == store.commits()
-        assert all(torch.equal(store.rows(layer)[0], expected[layer]) for layer in range(2))
-    download(url, tmp_path / "d")
-    for place in (tmp_path / "d", f"{url} 2"):
-        assert all(map(torch.equal, rows(place), expected))
-    with MemoryStore.open(f"{url} 2", mode="r+") as store:
-        kept = objects(f"{url} 2")
-        with pytest.raises(ValueError, match="compact: expected a store in a folder"):
-            store.compact(compression=compression)
-        assert objects(f"{url} 2") == kept
-    assert main(["compact", f"{url} 2"]) == 2
-    assert "expected a store in a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
@@ -517,6 +484,19 @@ def test_damage_is_named_and_never_read(url: str, damage: str) -> None:
             assert any(str(path) in f"{each.path} {each.problem}" for each in found)
         path.write_bytes(data)
     assert MemoryStore.verify(url, all_commits=True).ok
+
+
+def test_what_is_cut_off_while_it_is_read_is_named(url: str) -> None:
+    with create(url, layers=1, chunk_bytes=64 * ROW) as store:
+        states = append(store, 60)
+        store.commit()
+    path = S3Path.from_url(f"{url}/layer-0.stream-0.rows/c.0.0")
+    with MemoryStore.open(url) as reader:
+        path.write_bytes(path.read_bytes()[: 10 * ROW])
+        assert torch.equal(reader.gather(0, torch.tensor([[9, 3]])), states[0, :, [9, 3]])
+        for index in ([3, 9, 40, 59], [9, 10], [10], [12, 3]):
+            with pytest.raises(CorruptionError, match=re.escape(str(path))):
+                reader.gather(0, torch.tensor([index]))
 
 
 def test_a_record_that_claims_rows_without_objects_is_refused(url: str) -> None:

@@ -21,11 +21,13 @@ from xlroute.memory import (
     StoreExistsError,
     StoreLockedError,
     StoreWriteError,
+    shards,
 )
+from xlroute.memory.shards import list_shards, shard_name
 
 Act = Callable[[], None]
 # What puts, and what deletes.
-WRITES = ("swap", "write_bytes", "delete")
+WRITES = ("swap", "write_bytes", "delete", "writing")
 
 
 class Killed(BaseException):
@@ -61,32 +63,45 @@ def read(url: str, **options: Any) -> list[int]:
 
 
 @contextmanager
-def before_write(number: int, act: Act, *, after: bool = False) -> Iterator[list[str]]:
-    """Calls `act` before, or after, the write of this number, from 0; gives what has been written."""
+def before_write(number: int, act: Act, *, after: bool = False, on: bool = False) -> Iterator[list[str]]:
+    """Calls `act` before, or after, the write of this number, from 0; gives what has been written.
+
+    With `on` it is called at those that follow, too.
+    """
     done: list[str] = []
     acting = False
+
+    @contextmanager
+    def noted(text: str) -> Iterator[None]:
+        nonlocal acting
+        if acting:
+            yield
+            return
+        done.append(text)
+        due = len(done) == number + 1 or (on and len(done) > number)
+        for moment in (False, True):
+            if due and after == moment:
+                acting = True
+                try:
+                    act()
+                finally:
+                    acting = False
+            if not moment:
+                yield
 
     def wrapped(name: str) -> Callable[..., Any]:
         real = getattr(S3Path, name)
 
         def write(path: S3Path, *arguments: Any) -> Any:
-            nonlocal acting
-            if acting:
+            with noted(f"{name} {path}"):
                 return real(path, *arguments)
-            done.append(f"{name} {path}")
-            due = len(done) == number + 1
-            if due and not after:
-                acting = True
-                act()
-                acting = False
-            result = real(path, *arguments)
-            if due and after:
-                acting = True
-                act()
-                acting = False
-            return result
 
-        return write
+        @contextmanager
+        def writing(path: S3Path) -> Iterator[Callable[[bytes], None]]:
+            with noted(f"{name} {path}"), real(path) as part:
+                yield part
+
+        return writing if name == "writing" else write
 
     with pytest.MonkeyPatch.context() as patch:
         for name in WRITES:
@@ -427,7 +442,18 @@ def late_write(number: int, late: list[Act]) -> Iterator[None]:
             late.append(lambda: real(path, *arguments))
             raise OSError("no answer")
 
-        return write
+        @contextmanager
+        def writing(path: S3Path) -> Iterator[Callable[[bytes], None]]:
+            if next(count) != number:
+                with real(path) as part:
+                    yield part
+                return
+            parts: list[bytes] = []
+            yield parts.append
+            late.append(lambda: path.write_bytes(b"".join(parts)))
+            raise OSError("no answer")
+
+        return writing if name == "writing" else write
 
     with pytest.MonkeyPatch.context() as patch:
         for name in WRITES:
@@ -494,3 +520,199 @@ def test_what_the_writer_has_decided_may_be_damaged(url: str) -> None:
         assert held(other) == [0, 1]
     with pytest.raises(StoreLockedError):
         store.commit()
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inner chunks of 3 rows, and shards of 2 chunks."""
+    monkeypatch.setattr(shards, "_INNER_BYTES", 3 * 12)
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 2 * 4 * 12)
+
+
+def compact(store: MemoryStore, number: int) -> str | None:
+    """Rewrites rows into shards, which are compressed for an odd number; the commit that was made."""
+    return store.compact(compression="zstd" if number % 2 else None).commit
+
+
+def to_compact(path: str) -> MemoryStore:
+    """A store of 14 rows, 4 of them in a shard and 8 in full chunks; its writer has done nothing yet."""
+    with create(path) as store:
+        numbered(store, 5, 0)
+        store.commit()
+        compact(store, 0)
+        numbered(store, 9, 5)
+        store.commit()
+    return MemoryStore.open(path, mode="r+")
+
+
+def check_clean(path: str) -> None:
+    """Nothing is damaged, and what was left is gone once a writer has come and committed."""
+    assert MemoryStore.verify(path).ok
+    with MemoryStore.open(path, mode="r+") as store:
+        for _ in range(3):
+            store.commit(durable=True)
+        named = {shard_name(0, shard) for shard in store._disk.files.shards[0]}  # type: ignore[union-attr]
+        assert list_shards(S3Path.from_url(path)) == named
+    report = MemoryStore.verify(path, all_commits=True)
+    assert (report.ok, report.leftovers) == (True, ())
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("answer", ["refused", "lost"])
+def test_a_compact_that_fails_at_any_request_loses_nothing(url: str, answer: str) -> None:
+    failed = set()
+    for number in itertools.count():
+        path = f"{url}-{number}"
+        with to_compact(path) as store:
+            last = store.commits()[-1]
+            with before_write(number, fail, after=answer == "lost") as done:
+                try:
+                    compact(store, number)
+                except StoreWriteError as error:
+                    made = "the commit is made" in str(error)
+                    failed.add(made)
+                    # Its record may be there.
+                    assert store.commits()[-1] == last or (made and answer == "lost")
+            assert held(store) == read(path) == read(path, commit=last) == [*range(14)]
+            assert MemoryStore.verify(path, all_commits=True).ok
+            if number % 3:
+                store.close()
+                store = MemoryStore.open(path, mode="r+")
+                assert held(store) == [*range(14)]
+            compact(store, number)
+            assert compact(store, number) is None
+            numbered(store, 6, 14)
+            store.commit()
+            assert held(store) == read(path) == [*range(20)]
+            store.close()
+        check_clean(path)
+        if len(done) <= number:
+            break
+    assert failed == {False, True}
+    assert number > 10
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_writer_killed_at_any_request_of_a_compact_leaves_what_the_next_removes(url: str) -> None:
+    def kill() -> None:
+        raise Killed
+
+    found = set()
+    for number in itertools.count():
+        path = f"{url}-{number}"
+        store = to_compact(path)
+        last = store.commits()[-1]
+        dead = False
+        with before_write(number, kill, on=True) as done:
+            try:
+                compact(store, number)
+            except Killed:
+                dead = True
+        if not dead:
+            assert len(done) <= number
+            break
+        assert read(path) == read(path, commit=last) == [*range(14)]
+        with take_over(path) as second:
+            found.add(second.commits()[-1] == last)
+            assert held(second) == [*range(14)]
+            numbered(second, 2, 14)
+            second.commit()
+            assert read(path) == [*range(16)]
+        check_clean(path)
+    assert found == {False, True}
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize(
+    ("place", "after"), [("quick_bucket", False), ("quick_bucket", True), ("bucket", False)]
+)
+def test_a_writer_that_is_replaced_at_any_request_of_a_compact_takes_nothing_along(
+    place: str, after: bool, request: pytest.FixtureRequest
+) -> None:
+    url = f"{request.getfixturevalue(place)}/store"
+    outcomes = set()
+    # Of the requests to a server one before the commit and the one after it.
+    for number in itertools.count() if place == "quick_bucket" else (random.randrange(7), 7):
+        path = f"{url}-{number}"
+        store = to_compact(path)
+        second: list[MemoryStore] = []
+
+        def act(path: str = path, number: int = number, second: list[MemoryStore] = second) -> None:
+            second.append(take_over(path))
+            numbered(second[0], 3, 14)
+            second[0].commit()
+            compact(second[0], number + 1)
+            # The chunk files of its rows are gone, and those of the first one's shards as well.
+            for _ in range(3):
+                second[0].commit(durable=True)
+
+        made = None
+        with before_write(number, act, after=after) as done, suppress(StoreLockedError):
+            made = compact(store, number)
+        if not second:
+            assert len(done) <= number
+            break
+        outcomes.add(made is not None)
+        expected = [*range(17)]
+        assert read(path) == held(second[0]) == expected
+        with pytest.raises(StoreLockedError, match="taken over"):
+            store.commit() if made else compact(store, number)
+        store.close()
+        numbered(second[0], 6, 17)
+        second[0].commit()
+        compact(second[0], number)
+        assert read(path) == held(second[0]) == [*range(23)]
+        second[0].close()
+        check_clean(path)
+    assert outcomes == {True, False}
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_request_of_a_compact_that_is_carried_out_late_changes_nothing(url: str) -> None:
+    for number in itertools.count():
+        path = f"{url}-{number}"
+        store = to_compact(path)
+        late: list[Act] = []
+        with late_write(number, late), suppress(StoreWriteError):
+            compact(store, number)
+        if not late:
+            break
+        with take_over(path) as second:
+            numbered(second, 3, 14)
+            second.commit()
+            compact(second, number)
+            for _ in range(3):
+                second.commit(durable=True)
+            late[0]()
+            numbered(second, 3, 17)
+            second.commit()
+            assert read(path) == held(second) == [*range(20)]
+        check_clean(path)
+    assert number > 10
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_shard_stays_while_a_commit_may_turn_out_to_name_it(url: str) -> None:
+    store = to_compact(url)
+    answers = 0
+    real = S3Path.swap
+
+    def swap(path: S3Path, *arguments: Any) -> Any:
+        nonlocal answers
+        real(path, *arguments)
+        answers += 1
+        raise OSError("no answer")
+
+    with pytest.MonkeyPatch.context() as patch, before_write(0, lambda: None) as done:
+        patch.setattr(S3Path, "swap", swap)
+        with pytest.raises(StoreWriteError):
+            compact(store, 0)
+    # It was carried out, and whoever comes next goes on from it.
+    assert answers == 1
+    assert not [each for each in done if each.startswith("delete")]
+    with take_over(url) as second:
+        disk = second.info().disk
+        assert disk is not None
+        assert disk.shard_rows == 12
+        assert held(second) == [*range(14)]
+    check_clean(url)
