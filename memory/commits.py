@@ -36,7 +36,7 @@ _SEAL = "crc32c"
 MAX_ROW = 1 << 48
 MAX_GENERATION = 10**12 - 1
 _MAX_BYTES = 1 << 60
-MAX_ROUTES = 1 << 62
+_MAX_ROUTES = 1 << 62
 _MAX_COLUMNS = 1 << 16
 
 
@@ -350,7 +350,7 @@ def _routes(entry: list[Any] | None) -> CommittedRoutes | None:
     if entry is None:
         return None
     total, crc32c = entry
-    routes = CommittedRoutes(_number(total, MAX_ROUTES), _of_types(crc32c, str))
+    routes = CommittedRoutes(_number(total, _MAX_ROUTES), _of_types(crc32c, str))
     if not (total and _CRC.fullmatch(crc32c)):
         raise ValueError(f"impossible routes {entry!r:.100}")
     return routes
