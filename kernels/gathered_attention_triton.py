@@ -17,7 +17,7 @@ from xlroute.kernels.local_attention_triton import fold, load_tile, logit_scale
 PLACES = 32  # that a program reads at once
 MOST_QUERIES = 64  # that it holds
 
-_SIZES = ("n", "h", "windows", "places", "stride_keys", "stride_values")
+_SIZES = ("tiles", "n", "h", "windows", "places", "stride_keys", "stride_values")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -64,6 +64,7 @@ def gathered_attention_fwd_kernel(
     p_null_value: tl.tensor,
     p_out: tl.tensor,
     p_sums: tl.tensor,
+    tiles: tl.tensor,
     n: tl.tensor,
     h: tl.tensor,
     windows: tl.tensor,
@@ -80,11 +81,11 @@ def gathered_attention_fwd_kernel(
     PRECISION: tl.constexpr,
 ) -> None:
     """BQ queries of one head of a window: their output, and log2 of the sum of their exponentials."""
-    i_head = tl.program_id(1).to(tl.int64)  # of all windows
+    i_head = (tl.program_id(0) // tiles).to(tl.int64)  # of all windows
     i_h = i_head % h
     i_stream = i_head // h // windows
     o_set = i_head // H * (places - 1)
-    o_q = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    o_q = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
     b_q = load_tile(p_q + i_head * n * E, o_q, n, E, E, BE)  # [BQ, BE]
     b_max = tl.full([BQ], float("-inf"), tl.float32)
     b_sum = tl.zeros([BQ], tl.float32)
@@ -129,6 +130,7 @@ def gathered_attention_bwd_queries_kernel(
     p_dout: tl.tensor,
     p_dq: tl.tensor,
     p_deltas: tl.tensor,
+    tiles: tl.tensor,
     n: tl.tensor,
     h: tl.tensor,
     windows: tl.tensor,
@@ -146,11 +148,11 @@ def gathered_attention_bwd_queries_kernel(
     PRECISION: tl.constexpr,
 ) -> None:
     """The gradient of BQ queries of one head of a window, and their <gradient of the output, output>."""
-    i_head = tl.program_id(1).to(tl.int64)
+    i_head = (tl.program_id(0) // tiles).to(tl.int64)
     i_h = i_head % h
     i_stream = i_head // h // windows
     o_set = i_head // H * (places - 1)
-    o_q = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    o_q = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
     m_q = o_q < n
     b_q = load_tile(p_q + i_head * n * E, o_q, n, E, E, BE)  # [BQ, BE]
     b_dout = load_tile(p_dout + i_head * n * E, o_q, n, E, E, BE)
@@ -198,6 +200,7 @@ def gathered_attention_bwd_places_kernel(
     p_deltas: tl.tensor,
     p_dlaid_keys: tl.tensor,
     p_dlaid_values: tl.tensor,
+    tiles: tl.tensor,
     n: tl.tensor,
     h: tl.tensor,
     windows: tl.tensor,
@@ -215,11 +218,11 @@ def gathered_attention_bwd_places_kernel(
     PRECISION: tl.constexpr,
 ) -> None:
     """The gradients of the keys and values at BK places of one head of a window, as attention sees them."""
-    i_head = tl.program_id(1).to(tl.int64)
+    i_head = (tl.program_id(0) // tiles).to(tl.int64)
     i_h = i_head % h
     i_stream = i_head // h // windows
     o_set = i_head // H * (places - 1)
-    o_place = tl.program_id(0) * BK + tl.arange(0, BK)
+    o_place = tl.program_id(0) % tiles * BK + tl.arange(0, BK)
     b_key, b_value, m_place = load_places(
         p_keys + i_stream * stride_keys + i_h * E,
         p_values + i_stream * stride_values + i_h * E,
@@ -290,8 +293,9 @@ def forward(
     sums = torch.empty((groups, h, n), dtype=torch.float32, device=q.device)
     options = constants(n, keys.shape[3], e, q.dtype, gate_keys)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        gathered_attention_fwd_kernel[(triton.cdiv(n, options["BQ"]), groups * h)](
-            q, *rows, out, sums, *sizes, logit_scale(e), **options
+        tiles = triton.cdiv(n, options["BQ"])
+        gathered_attention_fwd_kernel[(groups * h * tiles,)](
+            q, *rows, out, sums, tiles, *sizes, logit_scale(e), **options
         )
     return out, sums
 
@@ -322,11 +326,13 @@ def backward(
     options = constants(n, keys.shape[3], e, q.dtype, gate_keys)
     factors = (logit_scale(e), e**-0.5)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        gathered_attention_bwd_queries_kernel[(triton.cdiv(n, options["BQ"]), groups * h)](
-            q, *rows, out, sums, grad, d_q, deltas, *sizes, *factors, **options
+        tiles = triton.cdiv(n, options["BQ"])
+        gathered_attention_bwd_queries_kernel[(groups * h * tiles,)](
+            q, *rows, out, sums, grad, d_q, deltas, tiles, *sizes, *factors, **options
         )
-        gathered_attention_bwd_places_kernel[(triton.cdiv(places, options["BK"]), groups * h)](
-            q, *rows, sums, grad, deltas, d_laid_keys, d_laid_values, *sizes, *factors, **options
+        tiles = triton.cdiv(places, options["BK"])
+        gathered_attention_bwd_places_kernel[(groups * h * tiles,)](
+            q, *rows, sums, grad, deltas, d_laid_keys, d_laid_values, tiles, *sizes, *factors, **options
         )
     d_rows = gathered_backward(d_laid_keys, d_laid_values, keys, values, gates, indices, gate_keys)
     d_null_key, d_null_value = (

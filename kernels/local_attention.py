@@ -61,7 +61,7 @@ def local_attention(
     if backend == "triton" and qkv.dtype != torch.float64 and qkv.shape[-1] <= WIDEST and qkv.numel() > 0:
         out: Tensor = _attend(qkv, mask, window_size, causal)[0]
         return out
-    q, kv = qkv.split((1, 2), dim=2)
+    q, kv = torch.split(qkv, [1, 2], dim=2)
     return attend_to_windows(q[:, :, 0], kv, window_size=window_size, causal=causal, mask=mask)
 
 
@@ -94,7 +94,7 @@ def attend_to_windows(
     visible = _visible(mask, kv, first, end, w, causal)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     out = rearrange(out, "(b c) h w e -> b (c w) h e", b=b, c=(end - first) // w)
-    return out[:, before : before + n]  # type: ignore[no-any-return]
+    return out[:, before : before + n]
 
 
 def _windows(rows: Tensor, first: int, end: int, w: int, causal: bool) -> Tensor:

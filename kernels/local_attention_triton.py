@@ -16,7 +16,7 @@ from torch import Tensor
 
 BLOCK = 64  # queries, and keys, that a program takes at once
 
-_SIZES = ("n", "w", "h", "stride_b", "stride_n")
+_SIZES = ("tiles", "n", "w", "h", "stride_b", "stride_n")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -95,6 +95,7 @@ def local_attention_fwd_kernel(
     p_mask: tl.tensor,
     p_out: tl.tensor,
     p_sums: tl.tensor,
+    tiles: tl.tensor,
     n: tl.tensor,
     w: tl.tensor,
     h: tl.tensor,
@@ -110,9 +111,9 @@ def local_attention_fwd_kernel(
     PRECISION: tl.constexpr,
 ) -> None:
     """BQ queries of one head: their output, and the binary logarithm of the sum of their exponentials."""
-    i_b = (tl.program_id(1) // h).to(tl.int64)
-    i_h = tl.program_id(1) % h
-    i_first = tl.program_id(0) * BQ
+    i_b = (tl.program_id(0) // tiles // h).to(tl.int64)
+    i_h = tl.program_id(0) // tiles % h
+    i_first = tl.program_id(0) % tiles * BQ
     p_q = p_qkv + i_b * stride_b + i_h * E
     p_k = p_q + h * E
     p_v = p_k + h * E
@@ -149,6 +150,7 @@ def local_attention_bwd_queries_kernel(
     p_dout: tl.tensor,
     p_dqkv: tl.tensor,
     p_deltas: tl.tensor,
+    tiles: tl.tensor,
     n: tl.tensor,
     w: tl.tensor,
     h: tl.tensor,
@@ -165,9 +167,9 @@ def local_attention_bwd_queries_kernel(
     PRECISION: tl.constexpr,
 ) -> None:
     """The gradient of BQ queries of one head, and their <gradient of the output, output>."""
-    i_b = (tl.program_id(1) // h).to(tl.int64)
-    i_h = tl.program_id(1) % h
-    i_first = tl.program_id(0) * BQ
+    i_b = (tl.program_id(0) // tiles // h).to(tl.int64)
+    i_h = tl.program_id(0) // tiles % h
+    i_first = tl.program_id(0) % tiles * BQ
     p_q = p_qkv + i_b * stride_b + i_h * E
     p_k = p_q + h * E
     p_v = p_k + h * E
@@ -210,6 +212,7 @@ def local_attention_bwd_keys_kernel(
     p_dout: tl.tensor,
     p_dqkv: tl.tensor,
     p_deltas: tl.tensor,
+    tiles: tl.tensor,
     n: tl.tensor,
     w: tl.tensor,
     h: tl.tensor,
@@ -226,9 +229,9 @@ def local_attention_bwd_keys_kernel(
     PRECISION: tl.constexpr,
 ) -> None:
     """The gradients of BK keys and values of one head."""
-    i_b = (tl.program_id(1) // h).to(tl.int64)
-    i_h = tl.program_id(1) % h
-    i_first = tl.program_id(0) * BK
+    i_b = (tl.program_id(0) // tiles // h).to(tl.int64)
+    i_h = tl.program_id(0) // tiles % h
+    i_first = tl.program_id(0) % tiles * BK
     p_q = p_qkv + i_b * stride_b + i_h * E
     p_k = p_q + h * E
     p_v = p_k + h * E
@@ -297,8 +300,9 @@ def forward(qkv: Tensor, mask: Tensor | None, window_size: int, causal: bool) ->
     sums = torch.empty((b, h, n), dtype=torch.float32, device=qkv.device)
     options = constants(e, qkv.dtype, causal, mask is not None)
     with torch.cuda.device_of(qkv):  # type: ignore[no-untyped-call]
-        local_attention_fwd_kernel[(triton.cdiv(n, options["BQ"]), b * h)](
-            qkv, masks, out, sums, n, window_size, h, *qkv.stride()[:2], logit_scale(e), **options
+        tiles = triton.cdiv(n, options["BQ"])
+        local_attention_fwd_kernel[(b * h * tiles,)](
+            qkv, masks, out, sums, tiles, n, window_size, h, *qkv.stride()[:2], logit_scale(e), **options
         )
     return out, sums
 
@@ -315,11 +319,13 @@ def backward(
     options = constants(e, qkv.dtype, causal, mask is not None, backward=True)
     sizes = (n, window_size, h, *qkv.stride()[:2], logit_scale(e), e**-0.5)
     with torch.cuda.device_of(qkv):  # type: ignore[no-untyped-call]
-        local_attention_bwd_queries_kernel[(triton.cdiv(n, options["BQ"]), b * h)](
-            qkv, masks, out, sums, grad, d_qkv, deltas, *sizes, **options
+        tiles = triton.cdiv(n, options["BQ"])
+        local_attention_bwd_queries_kernel[(b * h * tiles,)](
+            qkv, masks, out, sums, grad, d_qkv, deltas, tiles, *sizes, **options
         )
-        local_attention_bwd_keys_kernel[(triton.cdiv(n, options["BK"]), b * h)](
-            qkv, masks, sums, grad, d_qkv, deltas, *sizes, **options
+        tiles = triton.cdiv(n, options["BK"])
+        local_attention_bwd_keys_kernel[(b * h * tiles,)](
+            qkv, masks, sums, grad, d_qkv, deltas, tiles, *sizes, **options
         )
     return d_qkv
 
@@ -333,4 +339,4 @@ def _prepare(qkv: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def logit_scale(e: int) -> float:
     """The factor of the logits, whose exponentials are powers of two."""
-    return math.log2(math.e) * e**-0.5
+    return math.log2(math.e) / math.sqrt(e)

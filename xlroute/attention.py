@@ -225,8 +225,8 @@ def attend_within(
     if k_q == k_kv and not with_stats:
         # The routers are built alike, so that one solves for both.
         gates, indices, _ = router.choose(s, num_tokens=k_q, mask=there)
-        q_gates, kv_gates = gates.split((1, heavy.sets), dim=1)
-        q_indices, kv_indices = indices.split((1, heavy.sets), dim=1)
+        q_gates, kv_gates = torch.split(gates, [1, heavy.sets], dim=1)
+        q_indices, kv_indices = torch.split(indices, [1, heavy.sets], dim=1)
     else:
         q_gates, q_indices, q_stats = router.choose(
             s[:, :1], num_tokens=k_q, mask=there, with_stats=with_stats
@@ -237,7 +237,7 @@ def attend_within(
     chosen = torch.cat((q_indices.flatten(1), kv_indices.flatten(1)), dim=1)
     tokens = gather_rows(x, chosen, pick_backend(router.use_triton, x.device))
     queries = RouterOutput(q_indices[:, 0], q_gates[:, 0], tokens[:, :k_q], None)
-    rows = tokens[:, k_q:].unflatten(1, kv_indices.shape[1:])
+    rows = torch.unflatten(tokens[:, k_q:], 1, kv_indices.shape[1:])
     routed = RouterOutput(kv_indices, kv_gates, rows, None if mask is None else kv_indices >= 0)
     out = heavy.attend(heavy.queries(queries.tokens, queries), heavy.keys_values(routed))
     out = heavy.route_back(x, out, queries) if light is None else heavy.add_back(light, out, queries)

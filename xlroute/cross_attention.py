@@ -318,8 +318,8 @@ class ConditionalRoutedCrossAttention(nn.Module):
         """
         sizes = (self.sets, self.heads // self.sets, -1)
         keys, values = gather_keys_values(
-            keys.unflatten(-1, sizes),
-            values.unflatten(-1, sizes),
+            torch.unflatten(keys, -1, sizes),
+            torch.unflatten(values, -1, sizes),
             gates,
             indices,
             self.null_key,
@@ -337,8 +337,8 @@ class ConditionalRoutedCrossAttention(nn.Module):
         sizes = (self.sets, self.heads // self.sets, -1)
         out = gathered_attention(
             q,
-            keys.to(q.dtype).unflatten(-1, sizes),
-            values.to(q.dtype).unflatten(-1, sizes),
+            torch.unflatten(keys.to(q.dtype), -1, sizes),
+            torch.unflatten(values.to(q.dtype), -1, sizes),
             gates,
             indices,
             self.null_key,

@@ -110,7 +110,7 @@ class LocalAttention(nn.Module):
         """
         if not self.causal:
             raise ValueError("causal: expected True in a module that reads step by step, got False")
-        q, kv = self._project(x, mask).split((1, 2), dim=2)
+        q, kv = torch.split(self._project(x, mask), [1, 2], dim=2)
         known = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         if cache is not None:
             if cache.mask.shape[0] != x.shape[0]:
