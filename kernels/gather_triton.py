@@ -298,7 +298,7 @@ def scatter(
     k = indices.shape[1]
     result = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     tiles = triton.cdiv(n, SCATTER_ROWS)
-    wide = torch.float64 in (base.dtype, None if gates is None else gates.dtype)
+    wide = any(t is not None and t.dtype == torch.float64 for t in (base, gates, other))
     with torch.cuda.device_of(base):  # type: ignore[no-untyped-call]
         scatter_rows_kernel[(b * tiles,)](
             base,

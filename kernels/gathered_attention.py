@@ -47,6 +47,7 @@ def gathered_attention(
         TypeError, ValueError, IndexError: as `gather_keys_values`, and for queries that do not fit the rows.
     """
     check_floating("q", q)
+    check_floating("null_key", null_key)
     check_gathered(keys, values, gates, indices, null_key, null_value)
     (b, _, r, heads, e), c = keys.shape, indices.shape[1]
     if q.ndim != 4 or q.shape[:2] != (b * c, r * heads) or q.shape[-1] != e:
@@ -65,7 +66,8 @@ def gathered_attention(
     )
     seen = F.pad(indices.flatten(0, 1) >= 0, (1, 0), value=True)
     seen = seen.repeat_interleave(heads, dim=1)[:, :, None]
-    return F.scaled_dot_product_attention(q, laid_keys, laid_values, attn_mask=seen)
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q, laid_keys, laid_values, attn_mask=seen)
 
 
 @torch.library.custom_op("xlroute::gathered_attention", mutates_args=())

@@ -15,9 +15,9 @@ from xlroute.kernels.keys_values_triton import gathered_backward, load_behind
 from xlroute.kernels.local_attention_triton import fold, load_tile, logit_scale
 
 PLACES = 32  # that a program reads at once
-MOST_QUERIES = 64  # that it holds
+MOST_QUERIES = 64  # that it holds; half of them in float32
 
-_SIZES = ("tiles", "n", "h", "windows", "places", "stride_keys", "stride_values")
+_SIZES = ("tiles", "n", "h", "windows", "places", "m", "stride_keys", "stride_values")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -30,6 +30,7 @@ def load_places(
     p_null_value: tl.tensor,
     o_place: tl.tensor,
     places: tl.tensor,
+    m: tl.tensor,
     stride_row: tl.tensor,
     E: tl.constexpr,
     BE: tl.constexpr,
@@ -41,7 +42,7 @@ def load_places(
     m_row = (o_place > 0) & (o_place < places)
     b_index = tl.load(p_indices + o_place - 1, mask=m_row, other=-1)
     b_gate = tl.load(p_gates + o_place - 1, mask=m_row, other=0.0).to(tl.float32)
-    m_row = b_index >= 0
+    m_row = (b_index >= 0) & (b_index < m)
     m_null = o_place == 0
     o_from = b_index * stride_row
     b_key = load_behind(
@@ -69,6 +70,7 @@ def gathered_attention_fwd_kernel(
     h: tl.tensor,
     windows: tl.tensor,
     places: tl.tensor,
+    m: tl.tensor,
     stride_keys: tl.tensor,
     stride_values: tl.tensor,
     scale: tl.float32,
@@ -100,6 +102,7 @@ def gathered_attention_fwd_kernel(
             p_null_value + i_h * E,
             i_place + tl.arange(0, BK),
             places,
+            m,
             h * E,
             E,
             BE,
@@ -135,6 +138,7 @@ def gathered_attention_bwd_queries_kernel(
     h: tl.tensor,
     windows: tl.tensor,
     places: tl.tensor,
+    m: tl.tensor,
     stride_keys: tl.tensor,
     stride_values: tl.tensor,
     scale: tl.float32,
@@ -171,6 +175,7 @@ def gathered_attention_bwd_queries_kernel(
             p_null_value + i_h * E,
             i_place + tl.arange(0, BK),
             places,
+            m,
             h * E,
             E,
             BE,
@@ -205,6 +210,7 @@ def gathered_attention_bwd_places_kernel(
     h: tl.tensor,
     windows: tl.tensor,
     places: tl.tensor,
+    m: tl.tensor,
     stride_keys: tl.tensor,
     stride_values: tl.tensor,
     scale: tl.float32,
@@ -232,6 +238,7 @@ def gathered_attention_bwd_places_kernel(
         p_null_value + i_h * E,
         o_place,
         places,
+        m,
         h * E,
         E,
         BE,
@@ -272,7 +279,7 @@ def constants(n: int, heads: int, e: int, dtype: torch.dtype, gate_keys: bool) -
         "GATE_KEYS": gate_keys,
         "PRECISION": "tf32x3" if wide else "ieee",
         "num_warps": 8 if wide and width > 64 else 4,
-        "num_stages": 3,
+        "num_stages": 2 if wide and width > 64 else 3,
     }
 
 
@@ -336,7 +343,7 @@ def backward(
         )
     d_rows = gathered_backward(d_laid_keys, d_laid_values, keys, values, gates, indices, gate_keys)
     d_null_key, d_null_value = (
-        laid[:, :, :1].sum(0).to(null.dtype)
+        laid[:, :, :1].sum(0, dtype=torch.float32).to(null.dtype)
         for laid, null in ((d_laid_keys, null_key), (d_laid_values, null_value))
     )
     return d_q, *d_rows, d_null_key, d_null_value
@@ -350,5 +357,6 @@ def _prepare(
     if not (keys[0].is_contiguous() and values[0].is_contiguous()):
         keys, values = keys.contiguous(), values.contiguous()
     gates, indices, *nulls = (t.contiguous() for t in others)
-    sizes = (n, h, groups // keys.shape[0], 1 + indices.shape[-1], keys.stride(0), values.stride(0))
+    windows, places = groups // keys.shape[0], 1 + indices.shape[-1]
+    sizes = (n, h, windows, places, keys.shape[1], keys.stride(0), values.stride(0))
     return q.contiguous(), (keys, values, gates, indices, *nulls), sizes

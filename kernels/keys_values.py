@@ -90,7 +90,7 @@ def gather_keys_values(
             ``keys``.
         ValueError: the shapes do not fit, the devices differ, or the backend cannot run here.
         IndexError: an index is outside [-1, m). Only checked on a CPU and outside torch.compile: elsewhere
-            the check would have to wait for the device.
+            the check would have to wait for the device, and Triton takes it for -1.
     """
     check_gathered(keys, values, gates, indices, null_key, null_value)
     backend = resolve_backend(backend, keys)
@@ -262,7 +262,7 @@ def _null_gradients(
     ctx: Any, d_keys: Tensor, d_values: Tensor, needs: tuple[bool, ...]
 ) -> Iterator[Tensor | None]:
     for laid, dtype, needed in zip((d_keys, d_values), ctx.null_dtypes, needs, strict=True):
-        yield laid[:, :, :1].sum(0).to(dtype) if needed else None
+        yield laid[:, :, :1].sum(0, dtype=compute_dtype(laid.dtype)).to(dtype) if needed else None
 
 
 _lay_out.register_autograd(_autograd, setup_context=_setup_context)

@@ -19,7 +19,7 @@ ELEMENTS = 4096  # of the keys that a program of the forward moves; as many valu
 
 SUMMED = 8192  # bytes of keys that a program of the backward of gathered rows adds at once; as many of values
 
-_SIZES = ("places", "tiles", "sets", "windows", "stride_keys", "stride_values")
+_SIZES = ("places", "tiles", "sets", "windows", "m", "stride_keys", "stride_values")
 
 
 def block(e: int, elements: int) -> tuple[int, int]:
@@ -68,6 +68,7 @@ def keys_values_fwd_kernel(
     tiles: tl.tensor,
     sets: tl.tensor,
     windows: tl.tensor,
+    m: tl.tensor,
     stride_keys: tl.tensor,
     stride_values: tl.tensor,
     H: tl.constexpr,
@@ -95,7 +96,7 @@ def keys_values_fwd_kernel(
     b_gate = tl.load(p_gates + o_row, mask=m_row, other=0.0).to(ACC)  # [BK]
     if INDEXED:
         b_index = tl.load(p_indices + o_row, mask=m_row, other=-1)
-        m_row = b_index >= 0
+        m_row = (b_index >= 0) & (b_index < m)
         o_from = ((b_index * sets + i_group % sets) * H + i_h) * E
         i_stream = i_group // sets // windows
         p_keys += i_stream * stride_keys
@@ -262,6 +263,7 @@ def forward(
             tiles,
             r,
             streams[-1],
+            keys.shape[1],
             keys.stride(0),
             values.stride(0),
             H=h,
@@ -333,7 +335,7 @@ def gathered_backward(
     rows = b * m * r
     stream = torch.arange(b, device=keys.device).view(b, 1, 1, 1)
     sets = torch.arange(r, device=keys.device)[:, None]
-    named = torch.where(indices < 0, rows, (stream * m + indices) * r + sets)
+    named = torch.where((indices < 0) | (indices >= m), rows, (stream * m + indices) * r + sets)
     named, order = named.to(torch.int32).flatten().sort(stable=True)
     starts = torch.searchsorted(named, torch.arange(rows + 1, dtype=torch.int32, device=keys.device))
     heads, width = triton.next_power_of_2(h), triton.next_power_of_2(e)

@@ -28,7 +28,8 @@ def local_attention(
 
     Triton takes heads up to 128 wide, and has no second derivative. It sums in float32, and multiplies
     float32 by three products of TensorFloat32, which is as good as float32. float64, and wider heads, run the
-    reference.
+    reference. What is NaN or infinite reaches some tokens that do not see it too: none before its window and
+    more than 64 tokens before it, and never another stream.
 
     Args:
         qkv: queries, keys and values, [b, n, 3, h, e].
@@ -57,6 +58,7 @@ def local_attention(
             raise ValueError(f"mask must have shape {tuple(qkv.shape[:2])}, got {tuple(mask.shape)}")
         if mask.device != qkv.device:
             raise ValueError(f"mask must be on the device of qkv, {qkv.device}, got {mask.device}")
+    window_size = min(window_size, max(qkv.shape[1], 1))  # a wider one has nothing more to see
     backend = resolve_backend(backend, qkv)
     if backend == "triton" and qkv.dtype != torch.float64 and qkv.shape[-1] <= WIDEST and qkv.numel() > 0:
         out: Tensor = _attend(qkv, mask, window_size, causal)[0]
@@ -92,7 +94,8 @@ def attend_to_windows(
     windows = _windows(kv.flatten(2), first, end, w, causal)
     k, v = rearrange(windows, "b c w (two h e) -> two (b c) h w e", two=2, h=h)
     visible = _visible(mask, kv, first, end, w, causal)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    with torch.autocast(q.device.type, enabled=False):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     out = rearrange(out, "(b c) h w e -> b (c w) h e", b=b, c=(end - first) // w)
     return out[:, before : before + n]
 

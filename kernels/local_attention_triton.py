@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # queries, and keys, that a program takes at once
+BLOCK = 64  # queries, and keys, that a program takes at once; half of them in float32
 
 _SIZES = ("tiles", "n", "w", "h", "stride_b", "stride_n")
 
@@ -40,7 +40,7 @@ def load_tile(
     """Rows of one head, zero beyond the last: [rows, BE]."""
     o_e = tl.arange(0, BE)
     return tl.load(
-        p + o_row[:, None] * stride_n + o_e[None, :],
+        p + o_row.to(tl.int64)[:, None] * stride_n + o_e[None, :],
         mask=(o_row < n)[:, None] & (o_e < E)[None, :],
         other=0.0,
     )
@@ -199,7 +199,7 @@ def local_attention_bwd_queries_kernel(
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)
     o_e = tl.arange(0, BE)
-    o_to = o_q[:, None] * (3 * h * E) + o_e[None, :]
+    o_to = o_q.to(tl.int64)[:, None] * (3 * h * E) + o_e[None, :]
     b_dq = (b_dq * factor).to(p_dqkv.dtype.element_ty)
     tl.store(p_dqkv + o_to, b_dq, mask=m_q[:, None] & (o_e < E)[None, :])
 
@@ -264,7 +264,7 @@ def local_attention_bwd_keys_kernel(
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PRECISION)
     o_e = tl.arange(0, BE)
-    o_to = o_k[:, None] * (3 * h * E) + o_e[None, :]
+    o_to = o_k.to(tl.int64)[:, None] * (3 * h * E) + o_e[None, :]
     m_to = (o_k < n)[:, None] & (o_e < E)[None, :]
     b_dk = (b_dk * factor).to(p_dqkv.dtype.element_ty)
     tl.store(p_dqkv + h * E + o_to, b_dk, mask=m_to)

@@ -49,7 +49,7 @@ class ConditionalRoutedAttention(nn.Module):
         multiply_keys_by_score: multiply keys and values by the gates of their tokens, which is to say the
             input of both, as the paper writes it; otherwise the values alone.
         multiply_queries_by_score: multiply the queries by their gates, besides their outputs.
-        use_triton: whether routing and the light branch run in Triton; None picks by device.
+        use_triton: whether what is not a plain matrix product runs in Triton; None picks by device.
         use_null_q_tokens: what the heavy branch gives tokens whose query was not routed is learned; otherwise
             zero.
         use_flash_attn: whether the heavy branch may use PyTorch's fused attention, flash kernels among it;

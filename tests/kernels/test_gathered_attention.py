@@ -30,9 +30,9 @@ def inputs(
     )
     q = torch.randn(b * c, r * h, n, e, dtype=torch.float64, device=DEVICE).to(dtype)
     gates = torch.rand(b, c, r, k, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
-    # Some rows are chosen by many windows, others by none; some windows lack rows, and one has none.
+    # Some rows are chosen by many windows, others by none; some windows lack rows, and the last has none.
     indices = (torch.rand(b, c, r, k, device=DEVICE) ** 2 * (m + 1)).long() - 1
-    indices[0, -1] = -1
+    indices[0, -1] = -1 if c > 1 else 0
     null_key, null_value = (torch.randn(r * h, 1, e, device=DEVICE).to(dtype) for _ in range(2))
     return [q, keys, values, gates, indices, null_key, null_value]
 
@@ -135,6 +135,30 @@ def test_wide_heads_float64_and_nothing_run_the_reference() -> None:
         torch.testing.assert_close(given, gathered_attention(*arguments, backend="torch"))
 
 
+def test_an_index_out_of_range_stands_for_no_row() -> None:
+    """Where nothing checks them, as on a GPU: above all, no other stream is read, or given a gradient."""
+    pytest.importorskip("triton")
+    arguments = inputs(2, 7, 2, 1, 5, 2, 16, 3, torch.float32)
+    indices = arguments[INDICES].clamp(min=0)
+    missing = torch.where(indices == 2, -1, indices)
+    results = []
+    for given in (torch.where(indices == 2, 7, indices), missing):
+        arguments[INDICES] = given
+        out, sums = torch.ops.xlroute.gathered_attention(*arguments, False)
+        gradients = torch.ops.xlroute.gathered_attention_backward(out, *arguments, out, sums, False)
+        laid = torch.ops.xlroute.gather_keys_values(*arguments[1:], False, "triton")
+        results.append((out, *gradients, *laid))
+    for wrong, expected in zip(*results, strict=True):
+        assert torch.equal(wrong, expected)
+
+
+def test_autocast_changes_nothing() -> None:
+    arguments = inputs(1, 7, 2, 1, 5, 2, 16, 3, torch.float32)
+    expected = gathered_attention(*arguments)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(gathered_attention(*arguments), expected)
+
+
 def test_opcheck() -> None:
     pytest.importorskip("triton")
     arguments, _ = with_gradients(inputs(1, 7, 2, 1, 5, 2, 16, 3, torch.float32))
@@ -153,5 +177,7 @@ def test_errors() -> None:
         gathered_attention(q.float(), *others)
     with pytest.raises(ValueError, match=r"q must be on the device of keys, .*, got meta"):
         gathered_attention(q.to("meta"), *others)
+    with pytest.raises(TypeError, match="null_key must be a floating-point tensor, got NoneType"):
+        gathered_attention(q, *others[:4], None, others[-1])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"gates must have shape"):
         gathered_attention(q, *others[:2], others[2][..., 1:], *others[3:])

@@ -103,6 +103,36 @@ def test_a_stream_does_not_depend_on_its_neighbours() -> None:
     )
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_may_be_wider_than_the_sequence(causal: bool, backend: Any) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    qkv = torch.randn(1, 40, 3, 1, 16, device=DEVICE, requires_grad=True)
+    wide, exact = (
+        local_attention(qkv, window_size=w, causal=causal, backend=backend) for w in (2**31 - 1, 40)
+    )
+    assert torch.equal(wide, exact)
+    cotangent = torch.randn_like(wide)
+    assert torch.equal(*(torch.autograd.grad(out, qkv, cotangent)[0] for out in (wide, exact)))
+
+
+def test_autocast_changes_nothing() -> None:
+    qkv = torch.randn(1, 20, 3, 1, 16, device=DEVICE)
+    expected = local_attention(qkv, window_size=4)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(local_attention(qkv, window_size=4), expected)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_rows_beyond_2_to_the_31_elements() -> None:
+    stride = 60_000_000
+    storage = torch.empty(40 * stride, dtype=torch.float16, device=DEVICE)
+    qkv = storage.as_strided((1, 40, 3, 1, 16), (40 * stride, stride, 16, 16, 1))
+    qkv.copy_(torch.randn(qkv.shape))
+    assert torch.equal(local_attention(qkv, window_size=8), local_attention(qkv.contiguous(), window_size=8))
+
+
 def test_wide_heads_and_float64_run_the_reference() -> None:
     pytest.importorskip("triton")
     for qkv in (torch.randn(1, 9, 3, 1, 129), torch.randn(1, 9, 3, 1, 8, dtype=torch.float64)):
