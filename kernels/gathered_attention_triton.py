@@ -275,11 +275,11 @@ def constants(n: int, heads: int, e: int, dtype: torch.dtype, gate_keys: bool) -
         "E": e,
         "BE": width,
         "BQ": max(16, min(MOST_QUERIES // (2 if wide else 1), triton.next_power_of_2(n))),
-        "BK": PLACES,
+        "BK": PLACES // 2 if wide and width > 64 else PLACES,
         "GATE_KEYS": gate_keys,
         "PRECISION": "tf32x3" if wide else "ieee",
         "num_warps": 8 if wide and width > 64 else 4,
-        "num_stages": 2 if wide and width > 64 else 3,
+        "num_stages": 1 if wide and width > 64 else 3,
     }
 
 
