@@ -203,7 +203,9 @@ def attend_within(
     num_kv = heavy.num_tokens_kv if num_tokens_kv is None else num_tokens_kv
     shares = mask is not None and (isinstance(num_q, float) or isinstance(num_kv, float))
     blocks = router.route_block_size is not None
-    if x.ndim != 3 or shares or blocks or rows_to_route(num_q, x.shape[1]) == x.shape[1]:
+    # Who watches a router sees its calls.
+    watched = any(each._forward_hooks or each._forward_pre_hooks for each in (router, kv_router))
+    if x.ndim != 3 or shares or blocks or watched or rows_to_route(num_q, x.shape[1]) == x.shape[1]:
         out = heavy(
             x,
             x,

@@ -109,6 +109,17 @@ def test_gates_on_keys_and_values_are_gates_on_their_input() -> None:
     torch.testing.assert_close(heavy(x, x), out)
 
 
+def test_hooks_of_the_routers_see_what_was_chosen() -> None:
+    layer = build(num_heavy_tokens_q=4, num_heavy_tokens_kv=5)
+    x = torch.randn(2, 20, 12)
+    expected, chosen = layer(x), []
+    routers = (layer.heavy_attn.q_router, layer.heavy_attn.kv_router)
+    for router in routers:
+        router.register_forward_hook(lambda _, __, out: chosen.append(out.indices.shape[-1]))
+    torch.testing.assert_close(layer(x), expected)
+    assert chosen == [4, 5]
+
+
 def test_numbers_of_routed_tokens_may_be_shares_and_vary_by_call() -> None:
     layer = build(num_heavy_tokens_q=0.25, num_heavy_tokens_kv=0.5, num_routed_kv=2)
     x = torch.randn(2, 20, 12)
