@@ -87,6 +87,8 @@ def attend_to_windows(
     """
     (b, n, h, _), places, w = q.shape, kv.shape[1], window_size
     first = (places - n) // w * w  # where the first query's window begins
+    if first + w >= places:
+        return _attend_within_one(q, kv[:, max(first - w, 0) :], w, causal, mask)
     end = -(-places // w) * w
     before = places - n - first
     q = F.pad(q, (0, 0, 0, 0, before, end - places))
@@ -98,6 +100,21 @@ def attend_to_windows(
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     out = rearrange(out, "(b c) h w e -> b (c w) h e", b=b, c=(end - first) // w)
     return out[:, before : before + n]
+
+
+def _attend_within_one(q: Tensor, kv: Tensor, w: int, causal: bool, mask: Tensor | None) -> Tensor:
+    """The same where all queries are in one window: without padding, from the start of the window before."""
+    n, places = q.shape[1], kv.shape[1]
+    distance = (
+        torch.arange(places, device=q.device) - torch.arange(places - n, places, device=q.device)[:, None]
+    )
+    visible = distance <= 0 if causal else distance.abs() <= w
+    if mask is not None:
+        visible = ((visible & mask[:, None, mask.shape[1] - places :]) | (distance == 0))[:, None]
+    k, v = kv.transpose(1, 3).unbind(2)  # [b, h, places, e]
+    with torch.autocast(q.device.type, enabled=False):
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=visible)
+    return out.transpose(1, 2)
 
 
 def _windows(rows: Tensor, first: int, end: int, w: int, causal: bool) -> Tensor:

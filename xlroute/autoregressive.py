@@ -44,12 +44,13 @@ class ReadTokens(NamedTuple):
         return ReadTokens(keys, values, kv_scores, q_scores, mask)
 
     def followed_by(self, other: ReadTokens) -> ReadTokens:
-        """These tokens and then those, both with masks; without a copy if there are none of one kind."""
+        """These tokens and then those, in the dtypes of those, both with masks."""
         if other.length == 0 or self.length == 0:
             return self if other.length == 0 else other
         assert self.mask is not None
         assert other.mask is not None
-        return ReadTokens(*(torch.cat(pair, dim=1) for pair in zip(self, other, strict=True)))  # type: ignore[arg-type]
+        pairs = zip(self, other, strict=True)
+        return ReadTokens(*(torch.cat((mine.to(its.dtype), its), dim=1) for mine, its in pairs))  # type: ignore[arg-type, union-attr]
 
 
 class AutoregressiveCache(NamedTuple):

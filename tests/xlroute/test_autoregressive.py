@@ -468,3 +468,14 @@ def test_colt5_attention_sees_the_future_and_this_layer_does_not() -> None:
         for name, module in (("ours", layer), ("theirs", peer)):
             moved[name] |= bool((module(other) - module(x))[:, :-1].abs().max() > 1e-6)
     assert moved == {"ours": False, "theirs": True}
+
+
+def test_what_was_read_takes_the_dtype_of_what_is_read_on() -> None:
+    layer = build()
+    x = torch.randn(1, 3 * W, SMALL["dim"])
+    expected = layer(x)
+    out, cache = layer.step(x[:, : W + 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        rest, cache = layer.step(x[:, W + 1 :], cache)
+    assert cache.ended.keys.dtype == cache.ended.values.dtype == torch.bfloat16
+    assert (torch.cat((out, rest), dim=1) - expected).norm() < 0.05 * expected.norm()
