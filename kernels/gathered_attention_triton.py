@@ -17,7 +17,7 @@ from xlroute.kernels.local_attention_triton import fold, load_tile, logit_scale
 PLACES = 32  # that a program reads at once
 MOST_QUERIES = 64  # that it holds; half of them in float32
 
-_SIZES = ("tiles", "n", "h", "windows", "places", "m", "stride_keys", "stride_values")
+_SIZES = ("tiles", "n", "h", "windows", "places", "m")
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -19,7 +19,7 @@ ELEMENTS = 4096  # of the keys that a program of the forward moves; as many valu
 
 SUMMED = 8192  # bytes of keys that a program of the backward of gathered rows adds at once; as many of values
 
-_SIZES = ("places", "tiles", "sets", "windows", "m", "stride_keys", "stride_values")
+_SIZES = ("places", "tiles", "sets", "windows", "m")
 
 
 def block(e: int, elements: int) -> tuple[int, int]:

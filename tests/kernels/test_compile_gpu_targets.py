@@ -59,11 +59,12 @@ def compile_case(
 
     stages = constants.pop("num_stages", None)
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    # PyTorch's allocations begin at multiples of 16 bytes, and a call tells the compiler so.
+    # PyTorch's allocations begin at multiples of 16 bytes, and strides are multiples of 16 for the usual
+    # widths; a call tells the compiler so.
     aligned = {
         (place,): [["tt.divisibility", 16]]
-        for place, kind in enumerate(signature.values())
-        if kind.startswith("*")
+        for place, (parameter, kind) in enumerate(zip(kernel.params, signature.values(), strict=True))
+        if kind.startswith("*") or (parameter.name.startswith("stride_") and not parameter.do_not_specialize)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps}
