@@ -14,7 +14,7 @@ from torch import Tensor
 from xlroute.kernels.keys_values_triton import gathered_backward, load_behind
 from xlroute.kernels.local_attention_triton import fold, load_tile, logit_scale
 
-PLACES = 32  # that a program reads at once
+PLACES = 64  # that a program reads at once; fewer in float32
 MOST_QUERIES = 64  # that it holds; half of them in float32
 
 _SIZES = ("tiles", "n", "h", "windows", "places", "m")
@@ -268,6 +268,7 @@ def gathered_attention_bwd_places_kernel(
 
 def constants(n: int, heads: int, e: int, dtype: torch.dtype, gate_keys: bool) -> dict[str, object]:
     """What the kernels are compiled for."""
+    # Three products of TensorFloat32 leave few registers.
     wide = dtype == torch.float32
     width = max(16, triton.next_power_of_2(e))
     return {
@@ -275,11 +276,11 @@ def constants(n: int, heads: int, e: int, dtype: torch.dtype, gate_keys: bool) -
         "E": e,
         "BE": width,
         "BQ": max(16, min(MOST_QUERIES // (2 if wide else 1), triton.next_power_of_2(n))),
-        "BK": PLACES // 2 if wide and width > 64 else PLACES,
+        "BK": PLACES if not wide else PLACES // 2 if width <= 64 else PLACES // 4,
         "GATE_KEYS": gate_keys,
         "PRECISION": "tf32x3" if wide else "ieee",
-        "num_warps": 8 if wide and width > 64 else 4,
-        "num_stages": 1 if wide and width > 64 else 3,
+        "num_warps": 4 if not wide else 2 if width <= 64 else 8,
+        "num_stages": 1,
     }
 
 

@@ -287,8 +287,8 @@ def constants(
         "CAUSAL": causal,
         "HAS_MASK": has_mask,
         "PRECISION": "tf32x3" if wide else "ieee",
-        "num_warps": 8 if wide and width > 64 else 4,
-        "num_stages": 1 if wide and not (backward and width <= 64) else 2,
+        "num_warps": 8 if wide and width > 64 else 2 if small else 4,
+        "num_stages": 1 if wide else 2,
     }
 
 

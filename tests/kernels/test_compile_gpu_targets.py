@@ -64,7 +64,8 @@ def compile_case(
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (parameter, kind) in enumerate(zip(kernel.params, signature.values(), strict=True))
-        if kind.startswith("*") or (parameter.name.startswith("stride_") and not parameter.do_not_specialize)
+        if kind.startswith("*")
+        or (kind.startswith("i") and parameter.name.startswith("stride_") and not parameter.do_not_specialize)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps}
