@@ -120,6 +120,7 @@ def scatter_rows(
     gates: Tensor | None = None,
     add: bool = False,
     other: Tensor | None = None,
+    other_from: int = 0,
 ) -> Tensor:
     """A copy of ``base`` with rows of each stream replaced, or added to; those at -1 are dropped.
 
@@ -134,6 +135,7 @@ def scatter_rows(
         gates: [b, k], factors on the rows. The products are rounded once, to the dtype of ``base``.
         add: the rows are added to those of ``base`` instead of replacing them; rounded once too.
         other: [d], added to all other rows of ``base``.
+        other_from: the first place to which it is added.
 
     Returns:
         [b, n, d].
@@ -170,8 +172,10 @@ def scatter_rows(
             raise ValueError(f"other must have shape {tuple(base.shape[-1:])}, got {tuple(other.shape)}")
         if other.device != base.device:
             raise ValueError(f"other must be on the device of base, {base.device}, got {other.device}")
+    if not 0 <= other_from <= base.shape[1]:
+        raise ValueError(f"other_from must be in [0, {base.shape[1]}], got {other_from}")
     backend = resolve_backend(backend, base)
-    result: Tensor = _scatter(base, rows, gates, indices, other, add, backend)
+    result: Tensor = _scatter(base, rows, gates, indices, other, add, other_from, backend)
     return result
 
 
@@ -249,17 +253,18 @@ def _scatter(
     indices: Tensor,
     other: Tensor | None,
     add: bool,
+    other_from: int,
     backend: str,
 ) -> Tensor:
     """``base`` [b, n, d] with ``rows`` [b, k, d] times ``gates`` [b, k], or zeros, at the indices [b, k].
 
-    Or with that added there; elsewhere with ``other`` [d] added.
+    Or with that added there; elsewhere with ``other`` [d] added, from the place ``other_from`` on.
     """
     b, n, d = base.shape
     if backend == "triton" and base.numel() > 0:
         from xlroute.kernels import gather_triton
 
-        return gather_triton.scatter(base, rows, gates, indices, add, other)
+        return gather_triton.scatter(base, rows, gates, indices, add, other, other_from)
     if rows is not None and (gates is not None or add):
         rows = rows.to(_wide(rows, gates))
         if gates is not None:
@@ -269,7 +274,9 @@ def _scatter(
         rows = rows.to(base.dtype)
     # Rows without a place go to one past the end, which is cut off again.
     result = base.new_empty((b, n + 1, d))
-    result[:, :n] = base if other is None else base.to(_wide(base, other)) + other
+    result[:, :n] = base
+    if other is not None:
+        result[:, other_from:n] = base[:, other_from:].to(_wide(base, other)) + other
     places = torch.where(indices < 0, n, indices)[..., None].expand(-1, -1, d)
     result = result.scatter_(1, places, 0.0) if rows is None else result.scatter_(1, places, rows)
     return result[:, :n].clone(memory_format=torch.contiguous_format)
@@ -311,6 +318,7 @@ def _(
     indices: Tensor,
     other: Tensor | None,
     add: bool,
+    other_from: int,
     backend: str,
 ) -> Tensor:
     return base.new_empty(base.shape)
@@ -354,7 +362,7 @@ def _gather_backward_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
 
 
 def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, rows, gates, indices, other, ctx.add, ctx.backend = inputs
+    _, rows, gates, indices, other, ctx.add, ctx.other_from, ctx.backend = inputs
     ctx.other_dtype = None if other is None else other.dtype
     # Without gates, no gradient depends on the rows.
     ctx.save_for_backward(None if gates is None else rows, gates, indices)
@@ -364,19 +372,21 @@ def _scatter_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, gates, indices = ctx.saved_tensors
     needs_base, needs_rows, needs_gates, _, needs_other, *_ = ctx.needs_input_grad
     d_base = d_other = None
-    if needs_other or (needs_base and not ctx.add):
-        elsewhere = _scatter(grad, None, None, indices, None, False, ctx.backend)
-        d_base = grad if ctx.add else elsewhere
-        if needs_other:
-            d_other = elsewhere.sum((0, 1), dtype=compute_dtype(grad.dtype)).to(ctx.other_dtype)
-    elif needs_base:
-        d_base = grad
+    if needs_base:
+        d_base = grad if ctx.add else _scatter(grad, None, None, indices, None, False, 0, ctx.backend)
+    if needs_other:
+        # All there is, less what went to the rows: nothing as long as the base is written.
+        wide, start = compute_dtype(grad.dtype), ctx.other_from
+        apart = (indices < start) | (indices >= grad.shape[1])
+        named = _gather(grad, None, indices.masked_fill(apart, -1), False, ctx.backend)[0]
+        d_other = grad[:, start:].sum((0, 1), dtype=wide) - named.sum((0, 1), dtype=wide)
+        d_other = d_other.to(ctx.other_dtype)
     d_rows = d_gates = None
     if gates is not None and (needs_rows or needs_gates):
         d_rows, d_gates = _scatter_backward(grad, rows, gates, indices, ctx.backend)
     elif needs_rows:
         d_rows, _ = _gather(grad, None, indices, False, ctx.backend)
-    return d_base, d_rows, d_gates, None, d_other, None, None
+    return d_base, d_rows, d_gates, None, d_other, None, None, None
 
 
 def _scatter_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -21,7 +21,7 @@ ELEMENTS = 4096  # of the result that a program of a gather writes
 INDICES = 1024  # that are compared at once
 SCATTER_ROWS = 8  # rows of the result of a scatter that one program writes
 
-_SIZES = ("total", "k", "per_set", "m", "n", "tiles")
+_SIZES = ("total", "k", "per_set", "m", "n", "tiles", "other_from")
 _TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -129,6 +129,7 @@ def scatter_rows_kernel(
     n: tl.tensor,
     k: tl.tensor,
     tiles: tl.tensor,
+    other_from: tl.tensor,
     stride_b: tl.tensor,
     stride_n: tl.tensor,
     stride_d: tl.tensor,
@@ -145,7 +146,7 @@ def scatter_rows_kernel(
     """BN rows of the result [b, n, D]: the rows [b, k, D] whose index names them, else those of the base.
 
     The rows are multiplied by their gates [b, k], and with ADD put on top of those of the base. The other [D]
-    is added to rows of the base that none names.
+    is added to rows of the base that none names, from ``other_from`` on.
     """
     i_b = tl.program_id(0).to(tl.int64) // tiles
     o_n = (tl.program_id(0).to(tl.int64) % tiles) * BN + tl.arange(0, BN)
@@ -168,6 +169,7 @@ def scatter_rows_kernel(
         b_out = b_base
         if HAS_OTHER:
             b_other = tl.load(p_other + o_d, mask=o_d < D, other=0.0).to(ACC)[None, :]
+            b_other = tl.where((o_n >= other_from)[:, None], b_other, 0.0)
             b_out = (b_base.to(ACC) + b_other).to(b_base.dtype)
         if HAS_ROWS:
             p_r = p_rows + ((i_b * k + b_from) * D)[:, None] + o_d[None, :]
@@ -289,10 +291,11 @@ def scatter(
     indices: Tensor,
     add: bool = False,
     other: Tensor | None = None,
+    other_from: int = 0,
 ) -> Tensor:
     """Base [b, n, d] with rows [b, k, d] times gates [b, k], or zeros, at the indices [b, k], or added there.
 
-    Elsewhere the other [d] is added. The base is not empty.
+    Elsewhere the other [d] is added, from the place ``other_from`` on. The base is not empty.
     """
     b, n, d = base.shape
     k = indices.shape[1]
@@ -310,6 +313,7 @@ def scatter(
             n,
             k,
             tiles,
+            other_from,
             *base.stride(),
             D=d,
             HAS_ROWS=rows is not None,

@@ -228,8 +228,9 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         light = None if self.light_attn is None else self.light_attn(x, mask)
         read = self._read(x, mask, start=0)
         whole = read.length // self.heavy_window_size * self.heavy_window_size
-        heavy, _, stats = self._attend_to_past(
+        out, _, stats = self._attend_to_past(
             x,
+            light,
             read.cut(0, whole),
             read.cut(whole),
             None,
@@ -238,7 +239,6 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             random_route=random_route,
             with_stats=return_stats,
         )
-        out = heavy if light is None else light + heavy
         return out if stats is None else (out, stats)
 
     def step(
@@ -279,10 +279,9 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             light, light_cache = self.light_attn.step(x, None if cache is None else cache.light, mask)
         ended, opened = self._windows_after(x, cache, mask)
         routed = None if cache is None else cache.routed
-        heavy, routed, _ = self._attend_to_past(
-            x, ended, opened, routed, self.num_heavy_tokens_q, self.num_heavy_tokens_kv, step=True
+        out, routed, _ = self._attend_to_past(
+            x, light, ended, opened, routed, self.num_heavy_tokens_q, self.num_heavy_tokens_kv, step=True
         )
-        out = heavy if light is None else light + heavy
         return out, AutoregressiveCache(light_cache, ended, opened, routed)
 
     def remember(self, x: Tensor, *, mask: Tensor | None = None) -> AutoregressiveCache:
@@ -325,6 +324,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
     def _attend_to_past(
         self,
         x: Tensor,
+        light: Tensor | None,
         ended: ReadTokens,
         opened: ReadTokens,
         routed: RoutedKeysValues | None,
@@ -339,6 +339,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
 
         Args:
             x: the newest tokens [b, n, d].
+            light: what it is added to [b, n, d]; None for nothing.
             ended: all tokens, x among them, of windows that have ended.
             opened: all tokens, x among them, of the window that has not.
             routed: what the window of the first token of x attends to, if that is known.
@@ -349,8 +350,8 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             with_stats: whether to return statistics; not with a known `routed`.
 
         Returns:
-            [b, n, d], zero for tokens without a past to attend to; what the open window attends to, if it has
-            tokens and more follow; the statistics.
+            [b, n, d], to which tokens without a past to attend to add nothing; what the open window attends
+            to, if it has tokens and more follow; the statistics.
         """
         heavy, w = self.heavy_attn, self.heavy_window_size
         b, n, _ = x.shape
@@ -360,7 +361,8 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         start = total - n
         first, last = max(start // w, 1), (total - 1) // w
         if n == 0 or last < 1:
-            return torch.zeros_like(x), routed, self._no_stats(x) if with_stats else None
+            out = torch.zeros_like(x) if light is None else light
+            return out, routed, self._no_stats(x) if with_stats else None
 
         stats = shared = rows = None
         if routed is None or last > start // w:
@@ -393,15 +395,15 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         out = rearrange(out, "(b c) k d -> b (c k) d", b=b, c=last - first + 1)
 
         skipped = max(w - start, 0)  # tokens of the first window
-        places = queries.indices.sub(skipped).masked_fill(queries.indices < 0, -1)
-        out = heavy.route_back(x[:, skipped:], out, queries._replace(indices=places))
+        base = out.new_zeros(()).expand(x.shape) if light is None or past is not None else light
+        out = heavy.add_back(base, out, queries, start=skipped)
         if past is not None:
-            window = torch.arange(start + skipped, total, device=x.device) // w - first
+            window = (torch.arange(start, total, device=x.device) // w - first).clamp(min=0)
             out = out.masked_fill(~past[:, window, None], 0)
-        out = F.pad(out, (0, 0, skipped, 0))
+            out = out if light is None else light + out
         if stats is None or shared is None:
             return out, newest, None
-        used = (places >= 0).view(b, last, k_q).sum(-1) / k_q
+        used = (queries.indices >= 0).view(b, last, k_q).sum(-1) / k_q
         return out, None, AutoregressiveStats(used, stats, shared)
 
     def _route_rows(

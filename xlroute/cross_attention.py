@@ -402,9 +402,10 @@ class ConditionalRoutedCrossAttention(nn.Module):
         base = x.new_zeros(()) if self.null_q_token is None else self.null_q_token
         return self._scatter(base.to(heavy).expand(x.shape), heavy, queries)
 
-    def add_back(self, light: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
-        """What `route_back` gives, on top of the output of a light branch; rounded once."""
-        return self._scatter(light, heavy.to(light), queries, add=True, other=self.null_q_token)
+    def add_back(self, light: Tensor, heavy: Tensor, queries: RouterOutput, start: int = 0) -> Tensor:
+        """What `route_back` gives for tokens from `start` on, on top of a light branch; rounded once."""
+        options = {"add": True, "other": self.null_q_token, "other_from": start}
+        return self._scatter(light, heavy.to(light), queries, **options)
 
     def _scatter(self, base: Tensor, heavy: Tensor, queries: RouterOutput, **options: Any) -> Tensor:
         return scatter_rows(

@@ -8,7 +8,7 @@ from xlroute.kernels import gather_triton as kernels
 
 Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
-SIZES = ("total", "k", "per_set", "m", "n", "tiles", "stride_m", "stride_n")
+SIZES = ("total", "k", "per_set", "m", "n", "tiles", "other_from", "stride_m", "stride_n")
 
 
 def cases(dtype: str, d: int) -> list[Case]:

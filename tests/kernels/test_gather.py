@@ -52,21 +52,23 @@ def test_gates_are_gathered_beside_their_rows(shape: tuple[int, ...]) -> None:
     assert torch.equal(straight.isnan(), indices >= 0)
 
 
-@pytest.mark.parametrize("has_other", [False, True])
+@pytest.mark.parametrize("other_from", [None, 0, 2, 6])
 @pytest.mark.parametrize("add", [False, True], ids=["replaced", "added"])
 @pytest.mark.parametrize("k", [0, 1, 4])
-def test_scatter_equals_a_loop(k: int, add: bool, has_other: bool) -> None:
+def test_scatter_equals_a_loop(k: int, add: bool, other_from: int | None) -> None:
     base = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(3, k, 4, dtype=torch.float64, requires_grad=True)
     indices = torch.stack([torch.randperm(6)[:k] for _ in range(3)])
     indices[torch.rand(3, k) < 0.3] = -1
-    other = torch.randn(4, dtype=torch.float64, requires_grad=True) if has_other else None
-    expected = base.clone() if other is None else base + other
+    other = None if other_from is None else torch.randn(4, dtype=torch.float64, requires_grad=True)
+    expected = base.clone()
+    if other is not None:
+        expected[:, other_from:] = expected[:, other_from:] + other
     for stream in range(3):
         for place, index in enumerate(indices[stream].tolist()):
             if index >= 0:
                 expected[stream, index] = rows[stream, place] + (base[stream, index] if add else 0)
-    given = scatter_rows(base, rows, indices, add=add, other=other)
+    given = scatter_rows(base, rows, indices, add=add, other=other, other_from=other_from or 0)
     cotangent = torch.randn_like(expected)
     assert torch.equal(given, expected)
     leaves = (base, rows) if other is None else (base, rows, other)
@@ -112,7 +114,7 @@ def test_gradcheck() -> None:
         for add in (False, True):
             assert check(
                 lambda x, rows, gates, other, add=add: scatter_rows(
-                    x, rows, places, gates=gates[:, :2], add=add, other=other
+                    x, rows, places, gates=gates[:, :2], add=add, other=other, other_from=2
                 ),
                 (x, rows, gates, torch.randn(3, dtype=torch.float64, requires_grad=True)),
             )
@@ -172,6 +174,8 @@ def test_errors() -> None:
     rows = torch.randn(2, 4, 3)
     with pytest.raises(ValueError, match=r"other must have shape \(3,\), got \(2,\)"):
         scatter_rows(x, rows, indices, other=torch.randn(2))
+    with pytest.raises(ValueError, match=r"other_from must be in \[0, 5\], got 6"):
+        scatter_rows(x, rows, indices, other=torch.randn(3), other_from=6)
     with pytest.raises(ValueError, match=r"gates must have the shape of indices, \(2, 4\), got \(2, 4, 1\)"):
         scatter_rows(x, rows, indices, gates=torch.rand(2, 4, 1))
     with pytest.raises(TypeError, match="gates must be a floating-point tensor"):
