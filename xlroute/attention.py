@@ -12,10 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from xlroute.backend import pick_backend
+from xlroute.beside import is_plain
 from xlroute.cross_attention import AttentionStats, ConditionalRoutedCrossAttention
 from xlroute.kernels import gather_rows
 from xlroute.local_attention import LocalAttention
-from xlroute.router import RouterOutput, RoutingStats, check_num_tokens, overlap, rows_to_route
+from xlroute.router import (
+    CoordinateDescentRouter,
+    RouterOutput,
+    RoutingStats,
+    check_num_tokens,
+    overlap,
+    rows_to_route,
+)
 
 
 class ConditionalRoutedAttention(nn.Module):
@@ -135,16 +143,40 @@ class ConditionalRoutedAttention(nn.Module):
         Raises:
             ValueError: for shapes and options that do not fit together.
         """
+        return self.beside(
+            x,
+            num_heavy_tokens_q=num_heavy_tokens_q,
+            num_heavy_tokens_kv=num_heavy_tokens_kv,
+            mask=mask,
+            return_stats=return_stats,
+        )[1]
+
+    def beside(
+        self,
+        x: Tensor,
+        *,
+        num_heavy_tokens_q: int | float | None = None,
+        num_heavy_tokens_kv: int | float | None = None,
+        mask: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, AttentionStats]]:
+        """See `xlroute.beside`."""
+        light, scored, gathered = None, x, x
+        if self.light_attn is not None and is_plain(self.light_attn, LocalAttention):
+            scored, gathered, x, light = self.light_attn.beside(x, mask, readers=3)
+        elif self.light_attn is not None:
+            light = self.light_attn(x, mask)
         out, stats = attend_within(
             self.heavy_attn,
-            x,
-            None if self.light_attn is None else self.light_attn(x, mask),
+            scored,
+            gathered,
+            light,
             num_tokens_q=num_heavy_tokens_q,
             num_tokens_kv=num_heavy_tokens_kv,
             mask=mask,
             with_stats=return_stats,
         )
-        return out if stats is None else (out, stats)
+        return x, out if stats is None else (out, stats)
 
 
 def heavy_attention(
@@ -175,6 +207,7 @@ def heavy_attention(
 def attend_within(
     heavy: ConditionalRoutedCrossAttention,
     x: Tensor,
+    gathered: Tensor,
     light: Tensor | None,
     *,
     num_tokens_q: int | float | None,
@@ -187,6 +220,7 @@ def attend_within(
     Args:
         heavy: a heavy branch, as `heavy_attention` builds it.
         x: tokens [b, n, d].
+        gathered: the same, of which those that are chosen are read; see `xlroute.beside`.
         light: what the light branch gives for them, [b, n, d]; None if there is none.
         num_tokens_q: overrides that of the heavy branch.
         num_tokens_kv: overrides that of the heavy branch.
@@ -203,9 +237,11 @@ def attend_within(
     num_kv = heavy.num_tokens_kv if num_tokens_kv is None else num_tokens_kv
     shares = mask is not None and (isinstance(num_q, float) or isinstance(num_kv, float))
     blocks = router.route_block_size is not None
-    # Who watches a router sees its calls.
-    watched = any(each._forward_hooks or each._forward_pre_hooks for each in (router, kv_router))
-    if x.ndim != 3 or shares or blocks or watched or rows_to_route(num_q, x.shape[1]) == x.shape[1]:
+    # Who watches the branch or a router sees its calls.
+    plain = is_plain(heavy, ConditionalRoutedCrossAttention) and all(
+        is_plain(each, CoordinateDescentRouter) for each in (router, kv_router)
+    )
+    if x.ndim != 3 or shares or blocks or not plain or rows_to_route(num_q, x.shape[1]) == x.shape[1]:
         out = heavy(
             x,
             x,
@@ -237,7 +273,7 @@ def attend_within(
             s[:, 1:], num_tokens=k_kv, mask=there, with_stats=with_stats
         )
     chosen = torch.cat((q_indices.flatten(1), kv_indices.flatten(1)), dim=1)
-    tokens = gather_rows(x, chosen, pick_backend(router.use_triton, x.device))
+    tokens = gather_rows(gathered, chosen, pick_backend(router.use_triton, x.device))
     queries = RouterOutput(q_indices[:, 0], q_gates[:, 0], tokens[:, :k_q], None)
     rows = torch.unflatten(tokens[:, k_q:], 1, kv_indices.shape[1:])
     routed = RouterOutput(kv_indices, kv_gates, rows, None if mask is None else kv_indices >= 0)

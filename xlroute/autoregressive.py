@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from xlroute.attention import heavy_attention
+from xlroute.beside import call_beside, normed_beside
 from xlroute.causal_routing import QueryRouting, check_query_routing, places_in_window, route_newest
 from xlroute.cross_attention import RoutedKeysValues
 from xlroute.local_attention import LocalAttention, LocalCache
@@ -225,7 +226,9 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         Raises:
             ValueError: for shapes and options that do not fit together.
         """
-        light = None if self.light_attn is None else self.light_attn(x, mask)
+        light = None
+        if self.light_attn is not None:
+            x, light = call_beside(self.light_attn, LocalAttention, x, mask)
         read = self._read(x, mask, start=0)
         whole = read.length // self.heavy_window_size * self.heavy_window_size
         out, _, stats = self._attend_to_past(
@@ -309,7 +312,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         heavy = self.heavy_attn
         assert heavy.to_k is not None
         assert heavy.q_router is not None
-        rows = heavy.context_norm(x)
+        x, rows = normed_beside(heavy.context_norm, x, heavy.kv_router.use_triton)
         keys = heavy.to_k(rows)
         if heavy.rotary_emb:
             by_head = rearrange(keys, "b n (h e) -> b n h e", h=heavy.heads)

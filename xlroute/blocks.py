@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from xlroute.attend import attend
 from xlroute.autoregressive import AutoregressiveCache, ConditionalRoutedAutoregressiveAttention
+from xlroute.beside import call_beside, normed, normed_beside
 from xlroute.causal_routing import QueryRouting, route_on
 from xlroute.cross_attention import ConditionalRoutedCrossAttention, RoutedKeysValues
 from xlroute.feedforward import ConditionalRoutedFeedForward, FeedForward
@@ -79,7 +80,9 @@ class SelfAttention(nn.Module):
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [b, h, n, e] of states [b, n, d], without position."""
-        kv = rearrange(self.to_kv(self.norm(states)), "b n (two h e) -> two b h n e", two=2, h=self.heads)
+        kv = rearrange(
+            self.to_kv(normed(self.norm, states)), "b n (two h e) -> two b h n e", two=2, h=self.heads
+        )
         return kv[0] + self.k_bias.to(kv.dtype), kv[1]
 
     def forward(self, x: Tensor, context: BlockContext) -> tuple[Tensor, BlockContext]:
@@ -88,7 +91,12 @@ class SelfAttention(nn.Module):
         Returns:
             The output [b, n, d], and the context with the keys and values of x in it.
         """
-        q = rearrange(self.to_q(self.norm(x)), "b n (h e) -> b h n e", h=self.heads)
+        return self.beside(x, context)[1]
+
+    def beside(self, x: Tensor, context: BlockContext) -> tuple[Tensor, tuple[Tensor, BlockContext]]:
+        """See `xlroute.beside`."""
+        x, rows = normed_beside(self.norm, x)
+        q = rearrange(self.to_q(rows), "b n (h e) -> b h n e", h=self.heads)
         q = q + self.q_bias.to(q.dtype)
         keys, values = self.keys_values(x)
         context = context._replace(
@@ -98,7 +106,7 @@ class SelfAttention(nn.Module):
         )
         attend_from = self._attend if self.window_size is None else self._attend_nearby
         out = attend_from(q, context.keys, context.values, context.mask)
-        return self.to_out(rearrange(out, "b h n e -> b n (h e)")), context
+        return x, (self.to_out(rearrange(out, "b h n e -> b n (h e)")), context)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Attend from queries [b, h, n, e] to all rows [b, h, w + n, e] up to each token."""
@@ -301,7 +309,7 @@ class Block(nn.Module):
 
     def read(self, x: Tensor, context: BlockContext) -> tuple[Tensor, BlockContext]:
         """Read tokens x [b, n, d]: the output [b, n, d], and what to look at after them."""
-        out, after = self.attention(x, context)
+        x, (out, after) = call_beside(self.attention, SelfAttention, x, context)
         if self.heavy_attention is not None:
             heavy, cache = self.heavy_attention.read_on(x, context.heavy)
             out, after = out + heavy, after._replace(heavy=cache)
@@ -321,9 +329,10 @@ class Block(nn.Module):
             routed, scores[..., 1] = self._route(
                 self.feedforward.router, self.feedforward.num_heavy_tokens, x, context.scores[..., 1]
             )
-            x = x + self.dropout(self.feedforward.both_branches(x, routed))
+            x, fed = self.feedforward.both_branches_beside(x, routed)
         else:
-            x = x + self.dropout(self.feedforward(x))
+            x, fed = call_beside(self.feedforward, FeedForward, x)
+        x = x + self.dropout(fed)
         return x, after._replace(scores=torch.cat((context.scores, scores), dim=1))
 
     def _route(

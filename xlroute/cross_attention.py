@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xlroute.attend import AttentionBackend, attend
 from xlroute.backend import pick_backend
+from xlroute.beside import normed
 from xlroute.kernels import gated_keys_values, gather_keys_values, gathered_attention, scatter_rows
 from xlroute.memory import MemoryLayer
 from xlroute.position import rotary_at, rotate
@@ -280,11 +281,13 @@ class ConditionalRoutedCrossAttention(nn.Module):
                 routed rows themselves.
         """
         tokens = routed.tokens.to(self.to_v.weight)
-        rows = self.context_norm(tokens if value_rows is None else value_rows.to(tokens))
+        use_triton = self.kv_router.use_triton
+        rows = normed(self.context_norm, tokens if value_rows is None else value_rows.to(tokens), use_triton)
         if self.to_k is None:
-            keys = self._project(self.to_q, self.norm(tokens))
+            keys = self._project(self.to_q, normed(self.norm, tokens, use_triton))
         else:
-            keys = self._project(self.to_k, rows if value_rows is None else self.context_norm(tokens))
+            key_rows = rows if value_rows is None else normed(self.context_norm, tokens, use_triton)
+            keys = self._project(self.to_k, key_rows)
         values = self._project(self.to_v, rows)
         if self.null_key is None:
             # Autocast computes a norm in float32.
@@ -357,7 +360,8 @@ class ConditionalRoutedCrossAttention(nn.Module):
 
     def queries(self, x: Tensor, routed: RouterOutput | None = None) -> Tensor:
         """Queries [b, h, n, e] of x [b, n, d], which are all tokens, or the routed ones."""
-        q = rearrange(self.to_q(self.norm(x)), "b n (h e) -> b h n e", h=self.heads)
+        rows = normed(self.norm, x, self.kv_router.use_triton)
+        q = rearrange(self.to_q(rows), "b n (h e) -> b h n e", h=self.heads)
         if self.log_scale is not None:
             # Attention divides the logits by the root of the head's width.
             q = F.normalize(q, dim=-1) * (self.log_scale.exp() * q.shape[-1] ** 0.5).to(q.dtype)

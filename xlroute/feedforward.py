@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlroute.backend import pick_backend
-from xlroute.kernels import scatter_rows
+from xlroute.beside import call_beside, is_plain, normed_beside
+from xlroute.kernels import bias_gelu, scatter_rows
+from xlroute.kernels.arguments import resolve_backend
 from xlroute.router import (
     CoordinateDescentRouter,
     RouterOutput,
@@ -24,9 +27,20 @@ from xlroute.router import (
 
 
 class FeedForward(nn.Sequential):
-    """Norm, expansion by `mult`, GELU, projection back: [b, n, d] -> [b, n, d]."""
+    """Norm, expansion by `mult`, GELU, projection back: [b, n, d] -> [b, n, d].
 
-    def __init__(self, dim: int, *, mult: float, dropout: float = 0.0, bias: bool = False) -> None:
+    In Triton, GELU takes the bias of the expansion along, unless somebody watches these modules.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mult: float,
+        dropout: float = 0.0,
+        bias: bool = False,
+        use_triton: bool | None = None,
+    ) -> None:
         hidden = int(dim * mult)
         if hidden < 1:
             raise ValueError(f"mult: expected at least 1 / dim, so that a hidden unit is left, got {mult}")
@@ -37,11 +51,28 @@ class FeedForward(nn.Sequential):
             nn.Dropout(dropout),
             nn.Linear(hidden, dim, bias=bias),
         )
+        self.use_triton = use_triton
 
     @property
     def to_out(self) -> nn.Linear:
         """The projection back."""
         return self[-1]  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feed tokens x [b, n, d] forward."""
+        return self.beside(x)[1]
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `xlroute.beside`."""
+        norm, expand, activate, dropout, project = self
+        x, rows = normed_beside(norm, x, self.use_triton)
+        backend = resolve_backend(pick_backend(self.use_triton, x.device), x)
+        exact = is_plain(activate, nn.GELU) and activate.approximate == "none"
+        if backend == "triton" and exact and is_plain(expand, nn.Linear) and expand.bias is not None:
+            hidden = bias_gelu(F.linear(rows, expand.weight), expand.bias, backend=backend)
+        else:
+            hidden = activate(expand(rows))
+        return x, project(dropout(hidden))
 
 
 class ConditionalRoutedFeedForward(nn.Module):
@@ -89,8 +120,9 @@ class ConditionalRoutedFeedForward(nn.Module):
             dim,
             **router_options(router_kwargs, straight_through=router_straight_through, use_triton=use_triton),
         )
-        self.light_ff = FeedForward(dim, mult=light_ff_mult, dropout=dropout, bias=True)
-        self.heavy_ff = FeedForward(dim, mult=heavy_ff_mult, dropout=dropout, bias=True)
+        options: dict[str, Any] = {"dropout": dropout, "bias": True, "use_triton": self.router.use_triton}
+        self.light_ff = FeedForward(dim, mult=light_ff_mult, **options)
+        self.heavy_ff = FeedForward(dim, mult=heavy_ff_mult, **options)
 
     def forward(
         self,
@@ -114,19 +146,37 @@ class ConditionalRoutedFeedForward(nn.Module):
         Raises:
             ValueError: for shapes and options that do not fit together.
         """
+        return self.beside(x, mask, num_heavy_tokens, return_stats=return_stats)[1]
+
+    def beside(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        num_heavy_tokens: int | float | None = None,
+        *,
+        return_stats: bool = False,
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, RoutingStats]]:
+        """See `xlroute.beside`."""
         if x.ndim != 3:
             raise ValueError(f"x: expected tokens [b, n, d], got {tuple(x.shape)}")
         num_tokens = self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens
         if rows_to_route(num_tokens, x.shape[1]) == x.shape[1] and mask is None and not return_stats:
-            return self.light_ff(x) + self.heavy_ff(x)  # type: ignore[no-any-return]
+            x, light = call_beside(self.light_ff, FeedForward, x)
+            x, heavy = call_beside(self.heavy_ff, FeedForward, x)
+            return x, light + heavy
         routed, stats = route(self.router, x, with_stats=return_stats, num_tokens=num_tokens, mask=mask)
-        out = self.both_branches(x, routed)
-        return out if stats is None else (out, stats)
+        x, out = self.both_branches_beside(x, routed)
+        return x, out if stats is None else (out, stats)
 
     def both_branches(self, x: Tensor, routed: RouterOutput) -> Tensor:
         """Feed all tokens x [b, n, d] forward, and those of them that were routed by both branches."""
-        return scatter_rows(
-            self.light_ff(x),
+        return self.both_branches_beside(x, routed)[1]
+
+    def both_branches_beside(self, x: Tensor, routed: RouterOutput) -> tuple[Tensor, Tensor]:
+        """See `xlroute.beside`: tokens x for another to read, and what `both_branches` gives for them."""
+        x, light = call_beside(self.light_ff, FeedForward, x)
+        return x, scatter_rows(
+            light,
             self.heavy_ff(routed.tokens),
             routed.indices,
             pick_backend(self.router.use_triton, x.device),

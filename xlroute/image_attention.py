@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from xlroute.attend import attend
 from xlroute.attention import attend_within, heavy_attention
+from xlroute.beside import normed
 from xlroute.cross_attention import AttentionStats
 
 
@@ -25,8 +26,11 @@ class WindowAttention(nn.Module):
     multiple of w. There are no positions but the windows.
     """
 
-    def __init__(self, dim: int, *, window_size: int, dim_head: int, heads: int) -> None:
+    def __init__(
+        self, dim: int, *, window_size: int, dim_head: int, heads: int, use_triton: bool | None = None
+    ) -> None:
         super().__init__()
+        self.use_triton = use_triton
         self.window_size = window_size
         self.heads = heads
         self.norm = nn.RMSNorm(dim)
@@ -54,9 +58,8 @@ class WindowAttention(nn.Module):
                 # Where none is to be seen, the output means nothing, but has to be finite.
                 visible = torch.where(seen.any(-1, keepdim=True), seen, visible)
             visible = visible[:, None, None]
-        q, k, v = rearrange(
-            self.to_qkv(cut(self.norm(x))), "b n (three h e) -> three b h n e", three=3, h=self.heads
-        )
+        qkv = self.to_qkv(cut(normed(self.norm, x, self.use_triton)))
+        q, k, v = rearrange(qkv, "b n (three h e) -> three b h n e", three=3, h=self.heads)
         out = rearrange(attend(q, k, v, mask=visible), "b h n e -> b n (h e)")
         out = rearrange(
             self.to_out(out),
@@ -124,7 +127,11 @@ class ConditionalRoutedImageAttention(nn.Module):
         self.dim = dim
         self.channel_first = channel_first
         self.light_attn = WindowAttention(
-            dim, window_size=light_window_size, dim_head=light_dim_head, heads=light_heads
+            dim,
+            window_size=light_window_size,
+            dim_head=light_dim_head,
+            heads=light_heads,
+            use_triton=use_triton,
         )
         self.heavy_attn = heavy_attention(
             dim,
@@ -179,6 +186,7 @@ class ConditionalRoutedImageAttention(nn.Module):
         light = self.light_attn(x, mask)
         out, stats = attend_within(
             self.heavy_attn,
+            places,
             places,
             light.flatten(1, 2),
             num_tokens_q=num_heavy_tokens_q,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xlroute.backend import pick_backend
+from xlroute.beside import normed_beside
 from xlroute.kernels import local_attention
 from xlroute.kernels.local_attention import attend_to_windows
 
@@ -83,14 +84,19 @@ class LocalAttention(nn.Module):
         Raises:
             ValueError: for shapes that do not fit together.
         """
+        return self.beside(x, mask)[-1]
+
+    def beside(self, x: Tensor, mask: Tensor | None = None, *, readers: int = 1) -> tuple[Tensor, ...]:
+        """See `xlroute.beside`; x as often as there are readers."""
+        *read, qkv = self._project(x, mask, readers)
         out = local_attention(
-            self._project(x, mask),
+            qkv,
             window_size=self.window_size,
             causal=self.causal,
             mask=mask,
             backend=pick_backend(self.use_triton, x.device),
         )
-        return self.to_out(out.flatten(2))  # type: ignore[no-any-return]
+        return *read, self.to_out(out.flatten(2))
 
     def step(
         self, x: Tensor, cache: LocalCache | None = None, mask: Tensor | None = None
@@ -110,7 +116,8 @@ class LocalAttention(nn.Module):
         """
         if not self.causal:
             raise ValueError("causal: expected True in a module that reads step by step, got False")
-        q, kv = torch.split(self._project(x, mask), [1, 2], dim=2)
+        (qkv,) = self._project(x, mask, readers=0)
+        q, kv = torch.split(qkv, [1, 2], dim=2)
         known = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         if cache is not None:
             if cache.mask.shape[0] != x.shape[0]:
@@ -125,8 +132,8 @@ class LocalAttention(nn.Module):
         # Copies: a view would keep all of a long prompt alive.
         return self.to_out(out.flatten(2)), LocalCache(kv[:, start:].clone(), known[:, start:].clone())
 
-    def _project(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Queries, keys and values [b, n, 3, h, e]."""
+    def _project(self, x: Tensor, mask: Tensor | None, readers: int) -> tuple[Tensor, ...]:
+        """x, as often as there are readers, and last its queries, keys and values [b, n, 3, h, e]."""
         d = self.norm.normalized_shape[0]
         if x.ndim != 3 or x.shape[-1] != d:
             raise ValueError(f"x: expected [b, n, {d}], got {tuple(x.shape)}")
@@ -134,4 +141,5 @@ class LocalAttention(nn.Module):
             raise ValueError(
                 f"mask: expected bool {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}"
             )
-        return self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))  # type: ignore[no-any-return]
+        *read, rows = normed_beside(self.norm, x, self.use_triton, readers=readers)
+        return *read, self.to_qkv(rows).unflatten(-1, (3, self.heads, -1))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from xlroute.beside import normed
 from xlroute.blocks import BlockContext
 from xlroute.state import TransformerXLState
 
@@ -59,7 +60,7 @@ class OpenSegment:
             entering.append(x)
             x, context = block.read(x, context)
             contexts.append(context)
-        logits = self.model.to_logits(self.model.norm(x))
+        logits = self.model.to_logits(normed(self.model.norm, x))
         # Nothing is kept before all blocks have read the piece.
         self.contexts = contexts
         self.states.append(torch.stack(entering))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from xlroute.attention import ConditionalRoutedAttention
+from xlroute.beside import call_beside
 from xlroute.cross_attention import AttentionStats
 from xlroute.feedforward import ConditionalRoutedFeedForward
 from xlroute.router import RoutingStats
@@ -124,7 +125,9 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         Raises:
             ValueError: for shapes and options that do not fit together.
         """
-        attended = self.conditional_attn(
+        x, attended = call_beside(
+            self.conditional_attn,
+            ConditionalRoutedAttention,
             x,
             mask=mask,
             num_heavy_tokens_q=num_heavy_attn_tokens_q,
@@ -133,8 +136,13 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         )
         attended, *attention_stats = attended if return_stats else (attended,)
         x = attended + x
-        fed = self.conditional_ff(
-            x, mask=mask, num_heavy_tokens=num_heavy_ff_tokens, return_stats=return_stats
+        x, fed = call_beside(
+            self.conditional_ff,
+            ConditionalRoutedFeedForward,
+            x,
+            mask=mask,
+            num_heavy_tokens=num_heavy_ff_tokens,
+            return_stats=return_stats,
         )
         fed, *feedforward_stats = fed if return_stats else (fed,)
         x = fed + x

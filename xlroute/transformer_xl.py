@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from xlroute.beside import normed
 from xlroute.blocks import Block, RoutedRows
 from xlroute.causal_routing import QueryRouting, check_query_routing
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
@@ -542,7 +543,7 @@ class RoutedTransformerXL(nn.Module):
             else:
                 x, block_scores = block(*inputs)
             scores.append(block_scores)
-        logits = self.to_logits(self.norm(x))
+        logits = self.to_logits(normed(self.norm, x))
         self._shift(state, torch.stack(entering), lengths, ends)
         state.scores = _slices(
             torch.cat((state.scores, torch.stack(scores)), dim=2), lengths, state.scores.shape[2]

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 import xlroute.kernels
-from xlroute.kernels import coordinate_descent, gather_rows, row_scores, soft_topk, top_indices
+from xlroute.kernels import (
+    bias_gelu,
+    coordinate_descent,
+    gather_rows,
+    norm_beside,
+    row_scores,
+    soft_topk,
+    top_indices,
+)
 
 
 def descend(s: Tensor, k: float | Tensor, mask: Tensor | None = None) -> Tensor:
@@ -94,8 +102,10 @@ def test_no_second_derivative(solve: Callable[..., Tensor]) -> None:
         first.sum().backward()
 
 
-def route(rows: Tensor, tokens: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """All ops in a row, as a router uses them."""
+def route(rows: Tensor, tokens: Tensor, k: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """All ops in a row, as a router and the layers around it use them."""
+    rows, normed = norm_beside(rows, weight)
+    rows = rows + bias_gelu(normed, weight)
     scores = row_scores(rows, tokens, normalize="rms", scale=0.5)
     gates = soft_topk(scores, k=k, mask=mask) + descend(scores, 3, mask)
     indices = top_indices(scores, 4, mask)
@@ -108,14 +118,15 @@ def test_compiles_as_one_graph() -> None:
         torch.randn(2, 11, 6, requires_grad=True),
         torch.randn(2, 3, 6, requires_grad=True),
         torch.full((2, 3), 2.5, requires_grad=True),
+        torch.randn(6, requires_grad=True),
         torch.rand(2, 1, 11) < 0.8,
     )
     expected = route(*inputs)
     cotangent = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, inputs[:3], cotangent)
+    wanted = torch.autograd.grad(expected, inputs[:4], cotangent)
     given = torch.compile(route, fullgraph=True, backend="aot_eager")(*inputs)
     torch.testing.assert_close(given, expected)
-    torch.testing.assert_close(torch.autograd.grad(given, inputs[:3], cotangent), wanted)
+    torch.testing.assert_close(torch.autograd.grad(given, inputs[:4], cotangent), wanted)
 
 
 # PyTorch 2.13's inductor warns of a decorator that it uses itself.
