@@ -11,8 +11,8 @@ from xlroute.kernels.arguments import Backend, check_floating, compute_dtype, re
 
 Norm = Literal["rms", "layer"]
 
-WIDEST = 8192  # rows that the kernel takes
-MOST_READERS = 3
+WIDEST = 8192  # rows, in elements, that the kernel takes
+MOST_READERS = 3  # whose gradients it takes
 
 
 def norm_beside(
@@ -145,34 +145,37 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of the op's arguments; that of x with the others added, those of None being absent."""
+def _gradients(ctx: Any, grad: Tensor | None, others: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of the op's arguments, from that of the norm; that of x with the others added."""
     x, weight, stats = ctx.saved_tensors
-    added = [other for other in others if other is not None]
     d_x = d_weight = d_bias = None
     if grad is not None:
-        d_x, d_weights = _backward(grad, added, x, weight, stats, ctx.bias_dtype is not None)
+        d_x, d_weights = _backward(grad, others, x, weight, stats, ctx.bias_dtype is not None)
         d_weight = d_weights[0].to(weight.dtype)
         d_bias = None if ctx.bias_dtype is None else d_weights[1].to(ctx.bias_dtype)
-    elif added:
-        d_x = sum(added[1:], added[0])
+    elif others:
+        d_x = sum(others[1:], others[0])
     return d_x, d_weight, d_bias, None, None, None
+
+
+def _autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, grad, [])
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class _Beside(torch.autograd.Function):
-    """The op with x for its readers: a custom op cannot return what it was given."""
+    """The op, and x for its readers: a custom op may not return what it was given."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *given, readers = arguments
-        output = _forward(*given)
-        _setup_context(ctx, tuple(given), output)
-        return (*(given[0].view_as(given[0]) for _ in range(readers)), output[0])
+        x, readers = arguments[0], arguments[-1]
+        output = _forward(*arguments[:-1])
+        _setup_context(ctx, arguments[:-1], output)
+        return (*(x.view_as(x) for _ in range(readers)), output[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *others, grad = grads
-        return *_autograd(ctx, grad, *others), None
+        return *_gradients(ctx, grad, [other for other in others if other is not None]), None

@@ -23,4 +23,4 @@ def cases(dtype: str, d: int) -> list[Case]:
     return found
 
 
-CASES = [case for dtype, d in (("bf16", 2048), ("fp32", 256), ("fp16", 5)) for case in cases(dtype, d)]
+CASES = [case for dtype, d in (("bf16", 2048), ("fp32", 5)) for case in cases(dtype, d)]
