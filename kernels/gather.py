@@ -121,10 +121,11 @@ def scatter_rows(
     add: bool = False,
     other: Tensor | None = None,
     other_from: int = 0,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """A copy of ``base`` with rows of each stream replaced, or added to; those at -1 are dropped.
 
-    Differentiable in ``base``, ``rows``, ``gates`` and ``other``.
+    Differentiable in ``base``, ``rows``, ``gates``, ``other`` and ``residual``.
 
     Args:
         base: [b, n, d]; any view, as a vector that is expanded to all places.
@@ -136,13 +137,14 @@ def scatter_rows(
         add: the rows are added to those of ``base`` instead of replacing them; rounded once too.
         other: [d], added to all other rows of ``base``.
         other_from: the first place to which it is added.
+        residual: [b, n, d], in the dtype of ``base``, added to all of the result before it is rounded.
 
     Returns:
         [b, n, d].
 
     Raises:
-        TypeError: ``base``, ``rows``, ``gates`` or ``other`` is not floating point, ``rows`` is of another
-            dtype than ``base``, or ``indices`` is not int64.
+        TypeError: ``base``, ``rows``, ``gates`` or ``other`` is not floating point, ``rows`` or ``residual``
+            is of another dtype than ``base``, or ``indices`` is not int64.
         ValueError: the shapes do not fit, the devices differ, or the backend cannot run here.
         IndexError: an index is outside [-1, n). Only checked on a CPU and outside torch.compile: elsewhere
             the check would have to wait for the device, and Triton drops the row instead.
@@ -174,8 +176,17 @@ def scatter_rows(
             raise ValueError(f"other must be on the device of base, {base.device}, got {other.device}")
     if not 0 <= other_from <= base.shape[1]:
         raise ValueError(f"other_from must be in [0, {base.shape[1]}], got {other_from}")
+    if residual is not None:
+        if residual.dtype != base.dtype:
+            raise TypeError(f"residual must have the dtype of base, {base.dtype}, got {residual.dtype}")
+        if residual.shape != base.shape:
+            raise ValueError(
+                f"residual must have the shape of base, {tuple(base.shape)}, got {tuple(residual.shape)}"
+            )
+        if residual.device != base.device:
+            raise ValueError(f"residual must be on the device of base, {base.device}, got {residual.device}")
     backend = resolve_backend(backend, base)
-    result: Tensor = _scatter(base, rows, gates, indices, other, add, other_from, backend)
+    result: Tensor = _scatter(base, rows, gates, indices, other, residual, add, other_from, backend)
     return result
 
 
@@ -252,34 +263,37 @@ def _scatter(
     gates: Tensor | None,
     indices: Tensor,
     other: Tensor | None,
+    residual: Tensor | None,
     add: bool,
     other_from: int,
     backend: str,
 ) -> Tensor:
     """``base`` [b, n, d] with ``rows`` [b, k, d] times ``gates`` [b, k], or zeros, at the indices [b, k].
 
-    Or with that added there; elsewhere with ``other`` [d] added, from the place ``other_from`` on.
+    Or with that added there; elsewhere with ``other`` [d] added, from the place ``other_from`` on; and
+    everywhere with the residual added.
     """
     b, n, d = base.shape
     if backend == "triton" and base.numel() > 0:
         from xlroute.kernels import gather_triton
 
-        return gather_triton.scatter(base, rows, gates, indices, add, other, other_from)
+        return gather_triton.scatter(base, rows, gates, indices, other, residual, add, other_from)
+    dtype = base.dtype if residual is None else _wide(base, gates)
     if rows is not None and (gates is not None or add):
         rows = rows.to(_wide(rows, gates))
         if gates is not None:
             rows = rows * gates[..., None]
         if add:
             rows = rows + _gather(base, None, indices, False, "torch")[0]
-        rows = rows.to(base.dtype)
     # Rows without a place go to one past the end, which is cut off again.
-    result = base.new_empty((b, n + 1, d))
+    result = base.new_empty((b, n + 1, d), dtype=dtype)
     result[:, :n] = base
     if other is not None:
         result[:, other_from:n] = base[:, other_from:].to(_wide(base, other)) + other
     places = torch.where(indices < 0, n, indices)[..., None].expand(-1, -1, d)
-    result = result.scatter_(1, places, 0.0) if rows is None else result.scatter_(1, places, rows)
-    return result[:, :n].clone(memory_format=torch.contiguous_format)
+    result = result.scatter_(1, places, 0.0 if rows is None else rows.to(dtype))
+    result = result[:, :n] if residual is None else result[:, :n] + residual
+    return result.to(base.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 @torch.library.custom_op("xlroute::scatter_rows_backward", mutates_args=())
@@ -317,6 +331,7 @@ def _(
     gates: Tensor | None,
     indices: Tensor,
     other: Tensor | None,
+    residual: Tensor | None,
     add: bool,
     other_from: int,
     backend: str,
@@ -362,7 +377,7 @@ def _gather_backward_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
 
 
 def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, rows, gates, indices, other, ctx.add, ctx.other_from, ctx.backend = inputs
+    _, rows, gates, indices, other, _, ctx.add, ctx.other_from, ctx.backend = inputs
     ctx.other_dtype = None if other is None else other.dtype
     # Without gates, no gradient depends on the rows.
     ctx.save_for_backward(None if gates is None else rows, gates, indices)
@@ -370,10 +385,10 @@ def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _scatter_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, gates, indices = ctx.saved_tensors
-    needs_base, needs_rows, needs_gates, _, needs_other, *_ = ctx.needs_input_grad
+    needs_base, needs_rows, needs_gates, _, needs_other, needs_residual, *_ = ctx.needs_input_grad
     d_base = d_other = None
     if needs_base:
-        d_base = grad if ctx.add else _scatter(grad, None, None, indices, None, False, 0, ctx.backend)
+        d_base = grad if ctx.add else _scatter(grad, None, None, indices, None, None, False, 0, ctx.backend)
     if needs_other:
         # All there is, less what went to the rows: nothing as long as the base is written.
         wide, start = compute_dtype(grad.dtype), ctx.other_from
@@ -386,7 +401,8 @@ def _scatter_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_rows, d_gates = _scatter_backward(grad, rows, gates, indices, ctx.backend)
     elif needs_rows:
         d_rows, _ = _gather(grad, None, indices, False, ctx.backend)
-    return d_base, d_rows, d_gates, None, d_other, None, None, None
+    d_residual = grad if needs_residual else None
+    return d_base, d_rows, d_gates, None, d_other, d_residual, None, None, None
 
 
 def _scatter_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

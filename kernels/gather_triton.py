@@ -125,6 +125,7 @@ def scatter_rows_kernel(
     p_gates: tl.tensor,
     p_indices: tl.tensor,
     p_other: tl.tensor,
+    p_residual: tl.tensor,
     p_result: tl.tensor,
     n: tl.tensor,
     k: tl.tensor,
@@ -138,6 +139,7 @@ def scatter_rows_kernel(
     GATED: tl.constexpr,
     ADD: tl.constexpr,
     HAS_OTHER: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
@@ -146,7 +148,7 @@ def scatter_rows_kernel(
     """BN rows of the result [b, n, D]: the rows [b, k, D] whose index names them, else those of the base.
 
     The rows are multiplied by their gates [b, k], and with ADD put on top of those of the base. The other [D]
-    is added to rows of the base that none names, from ``other_from`` on.
+    is added to rows of the base that none names, from ``other_from`` on; the residual [b, n, D] to all.
     """
     i_b = tl.program_id(0).to(tl.int64) // tiles
     o_n = (tl.program_id(0).to(tl.int64) % tiles) * BN + tl.arange(0, BN)
@@ -165,25 +167,23 @@ def scatter_rows_kernel(
         o_d = i_d + tl.arange(0, BD)
         m_d = (o_d < D)[None, :]
         p_b = p_base + i_b * stride_b + (o_n * stride_n)[:, None] + (o_d * stride_d)[None, :]
-        b_base = tl.load(p_b, mask=m_base[:, None] & m_d, other=0.0)  # [BN, BD]
+        b_base = tl.load(p_b, mask=m_base[:, None] & m_d, other=0.0).to(ACC)  # [BN, BD]
         b_out = b_base
+        o_to = (i_b * n + o_n)[:, None] * D + o_d[None, :]
         if HAS_OTHER:
             b_other = tl.load(p_other + o_d, mask=o_d < D, other=0.0).to(ACC)[None, :]
-            b_other = tl.where((o_n >= other_from)[:, None], b_other, 0.0)
-            b_out = (b_base.to(ACC) + b_other).to(b_base.dtype)
+            b_out = b_base + tl.where((o_n >= other_from)[:, None], b_other, 0.0)
         if HAS_ROWS:
             p_r = p_rows + ((i_b * k + b_from) * D)[:, None] + o_d[None, :]
-            b_rows = tl.load(p_r, mask=m_rows[:, None] & m_d, other=0.0)
-            if GATED or ADD:
-                b_sum = b_rows.to(ACC)
-                if GATED:
-                    b_sum = b_sum * b_gate[:, None]
-                if ADD:
-                    b_sum += b_base.to(ACC)
-                b_rows = b_sum.to(b_base.dtype)
+            b_rows = tl.load(p_r, mask=m_rows[:, None] & m_d, other=0.0).to(ACC)
+            if GATED:
+                b_rows = b_rows * b_gate[:, None]
+            if ADD:
+                b_rows += b_base
             b_out = tl.where(m_rows[:, None], b_rows, b_out)
-        p_to = p_result + (i_b * n + o_n)[:, None] * D + o_d[None, :]
-        tl.store(p_to, b_out, mask=m_n[:, None] & m_d)
+        if HAS_RESIDUAL:
+            b_out += tl.load(p_residual + o_to, mask=m_n[:, None] & m_d, other=0.0).to(ACC)
+        tl.store(p_result + o_to, b_out.to(p_result.dtype.element_ty), mask=m_n[:, None] & m_d)
 
 
 @triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
@@ -289,13 +289,15 @@ def scatter(
     rows: Tensor | None,
     gates: Tensor | None,
     indices: Tensor,
-    add: bool = False,
     other: Tensor | None = None,
+    residual: Tensor | None = None,
+    add: bool = False,
     other_from: int = 0,
 ) -> Tensor:
     """Base [b, n, d] with rows [b, k, d] times gates [b, k], or zeros, at the indices [b, k], or added there.
 
-    Elsewhere the other [d] is added, from the place ``other_from`` on. The base is not empty.
+    Elsewhere the other [d] is added, from the place ``other_from`` on, and the residual [b, n, d] everywhere.
+    The base is not empty.
     """
     b, n, d = base.shape
     k = indices.shape[1]
@@ -309,6 +311,7 @@ def scatter(
             None if gates is None else gates.contiguous(),
             indices.contiguous(),
             None if other is None else other.contiguous(),
+            None if residual is None else residual.contiguous(),
             result,
             n,
             k,
@@ -320,6 +323,7 @@ def scatter(
             GATED=gates is not None,
             ADD=add,
             HAS_OTHER=other is not None,
+            HAS_RESIDUAL=residual is not None,
             BN=SCATTER_ROWS,
             BK=INDICES // 2,
             BD=scatter_width(d),

@@ -143,15 +143,11 @@ class ConditionalRoutedAttention(nn.Module):
         Raises:
             ValueError: for shapes and options that do not fit together.
         """
-        return self.beside(
-            x,
-            num_heavy_tokens_q=num_heavy_tokens_q,
-            num_heavy_tokens_kv=num_heavy_tokens_kv,
-            mask=mask,
-            return_stats=return_stats,
-        )[1]
+        return self._attend(
+            x, num_heavy_tokens_q, num_heavy_tokens_kv, mask, residual=False, return_stats=return_stats
+        )
 
-    def beside(
+    def with_residual(
         self,
         x: Tensor,
         *,
@@ -159,11 +155,26 @@ class ConditionalRoutedAttention(nn.Module):
         num_heavy_tokens_kv: int | float | None = None,
         mask: Tensor | None = None,
         return_stats: bool = False,
-    ) -> tuple[Tensor, Tensor | tuple[Tensor, AttentionStats]]:
-        """See `xlroute.beside`."""
+    ) -> Tensor | tuple[Tensor, AttentionStats]:
+        """What `forward` gives, and x added to it."""
+        return self._attend(
+            x, num_heavy_tokens_q, num_heavy_tokens_kv, mask, residual=True, return_stats=return_stats
+        )
+
+    def _attend(
+        self,
+        x: Tensor,
+        num_heavy_tokens_q: int | float | None,
+        num_heavy_tokens_kv: int | float | None,
+        mask: Tensor | None,
+        *,
+        residual: bool,
+        return_stats: bool,
+    ) -> Tensor | tuple[Tensor, AttentionStats]:
         light, scored, gathered = None, x, x
         if self.light_attn is not None and is_plain(self.light_attn, LocalAttention):
-            scored, gathered, x, light = self.light_attn.beside(x, mask, readers=3)
+            scored, gathered, *read, light = self.light_attn.beside(x, mask, readers=2 + residual)
+            x = read[0] if residual else x
         elif self.light_attn is not None:
             light = self.light_attn(x, mask)
         out, stats = attend_within(
@@ -175,8 +186,9 @@ class ConditionalRoutedAttention(nn.Module):
             num_tokens_kv=num_heavy_tokens_kv,
             mask=mask,
             with_stats=return_stats,
+            residual=x if residual else None,
         )
-        return x, out if stats is None else (out, stats)
+        return out if stats is None else (out, stats)
 
 
 def heavy_attention(
@@ -214,6 +226,7 @@ def attend_within(
     num_tokens_kv: int | float | None,
     mask: Tensor | None,
     with_stats: bool,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, AttentionStats | None]:
     """The output of a light branch and of a heavy one: light + `heavy(x, x)`, but x is scored only once.
 
@@ -226,6 +239,7 @@ def attend_within(
         num_tokens_kv: overrides that of the heavy branch.
         mask: bool [b, n].
         with_stats: return how the routings went too.
+        residual: [b, n, d], added to both; None for nothing.
 
     Returns:
         [b, n, d], and the statistics or None.
@@ -252,7 +266,8 @@ def attend_within(
             return_stats=with_stats,
         )
         out, stats = out if with_stats else (out, None)
-        return (out if light is None else light + out), stats
+        out = out if light is None else light + out
+        return (out if residual is None else out + residual), stats
     b, n, _ = x.shape
     if mask is not None and (mask.shape != (b, n) or mask.dtype != torch.bool):
         raise ValueError(f"mask: expected bool {(b, n)}, got {mask.dtype} {tuple(mask.shape)}")
@@ -278,7 +293,12 @@ def attend_within(
     rows = torch.unflatten(tokens[:, k_q:], 1, kv_indices.shape[1:])
     routed = RouterOutput(kv_indices, kv_gates, rows, None if mask is None else kv_indices >= 0)
     out = heavy.attend(heavy.queries(queries.tokens, queries), heavy.keys_values(routed))
-    out = heavy.route_back(x, out, queries) if light is None else heavy.add_back(light, out, queries)
+    if light is None:
+        light, residual = residual, None
+    if light is None:
+        out = heavy.route_back(x, out, queries)
+    else:
+        out = heavy.add_back(light, out, queries, residual=residual)
     if q_stats is None or kv_stats is None:
         return out, None
     q_stats = RoutingStats(*(t[:, 0] for t in q_stats))

@@ -40,6 +40,21 @@ def call_beside(module: nn.Module, kind: type[nn.Module], x: Tensor, *args: Any,
     return x, module(x, *args, **kwargs)
 
 
+def call_with_residual(
+    module: nn.Module, kind: type[nn.Module], x: Tensor, *, return_stats: bool, **options: Any
+) -> tuple[Tensor, Any]:
+    """Tokens x with what a module of this kind gives for them added, and its statistics, or None.
+
+    The module's own `with_residual` adds them where it writes its output anyway.
+    """
+    if is_plain(module, kind):
+        out = module.with_residual(x, return_stats=return_stats, **options)  # type: ignore[operator]
+        return out if return_stats else (out, None)
+    out = module(x, return_stats=return_stats, **options)
+    out, stats = out if return_stats else (out, None)
+    return out + x, stats
+
+
 def normed_beside(
     norm: nn.Module, x: Tensor, use_triton: bool | None = None, *, readers: int = 1
 ) -> tuple[Tensor, ...]:

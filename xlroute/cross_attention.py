@@ -24,6 +24,7 @@ from xlroute.router import (
     CoordinateDescentRouter,
     RouterOutput,
     RoutingStats,
+    add_routed,
     check_num_tokens,
     overlap,
     route,
@@ -406,10 +407,25 @@ class ConditionalRoutedCrossAttention(nn.Module):
         base = x.new_zeros(()) if self.null_q_token is None else self.null_q_token
         return self._scatter(base.to(heavy).expand(x.shape), heavy, queries)
 
-    def add_back(self, light: Tensor, heavy: Tensor, queries: RouterOutput, start: int = 0) -> Tensor:
-        """What `route_back` gives for tokens from `start` on, on top of a light branch; rounded once."""
-        options = {"add": True, "other": self.null_q_token, "other_from": start}
-        return self._scatter(light, heavy.to(light), queries, **options)
+    def add_back(
+        self,
+        light: Tensor,
+        heavy: Tensor,
+        queries: RouterOutput,
+        *,
+        start: int = 0,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """What `route_back` gives for tokens from `start` on, on top of a light branch and a residual."""
+        return add_routed(
+            light,
+            heavy,
+            queries,
+            use_triton=self.kv_router.use_triton,
+            residual=residual,
+            other=self.null_q_token,
+            other_from=start,
+        )
 
     def _scatter(self, base: Tensor, heavy: Tensor, queries: RouterOutput, **options: Any) -> Tensor:
         return scatter_rows(

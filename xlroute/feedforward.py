@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from xlroute.backend import pick_backend
 from xlroute.beside import call_beside, is_plain, normed_beside
-from xlroute.kernels import bias_gelu, scatter_rows
+from xlroute.kernels import bias_gelu, gather_rows
 from xlroute.kernels.arguments import resolve_backend
 from xlroute.router import (
     CoordinateDescentRouter,
     RouterOutput,
     RoutingStats,
+    add_routed,
     check_num_tokens,
     route,
     router_options,
@@ -62,17 +63,17 @@ class FeedForward(nn.Sequential):
         """Feed tokens x [b, n, d] forward."""
         return self.beside(x)[1]
 
-    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See `xlroute.beside`."""
+    def beside(self, x: Tensor, *, readers: int = 1) -> tuple[Tensor, ...]:
+        """See `xlroute.beside`; x as often as there are readers."""
         norm, expand, activate, dropout, project = self
-        x, rows = normed_beside(norm, x, self.use_triton)
+        *read, rows = normed_beside(norm, x, self.use_triton, readers=readers)
         backend = resolve_backend(pick_backend(self.use_triton, x.device), x)
         exact = is_plain(activate, nn.GELU) and activate.approximate == "none"
         if backend == "triton" and exact and is_plain(expand, nn.Linear) and expand.bias is not None:
             hidden = bias_gelu(F.linear(rows, expand.weight), expand.bias, backend=backend)
         else:
             hidden = activate(expand(rows))
-        return x, project(dropout(hidden))
+        return *read, project(dropout(hidden))
 
 
 class ConditionalRoutedFeedForward(nn.Module):
@@ -146,27 +147,55 @@ class ConditionalRoutedFeedForward(nn.Module):
         Raises:
             ValueError: for shapes and options that do not fit together.
         """
-        return self.beside(x, mask, num_heavy_tokens, return_stats=return_stats)[1]
+        return self._feed(x, mask, num_heavy_tokens, residual=False, return_stats=return_stats)
 
-    def beside(
+    def with_residual(
         self,
         x: Tensor,
         mask: Tensor | None = None,
         num_heavy_tokens: int | float | None = None,
         *,
         return_stats: bool = False,
-    ) -> tuple[Tensor, Tensor | tuple[Tensor, RoutingStats]]:
-        """See `xlroute.beside`."""
+    ) -> Tensor | tuple[Tensor, RoutingStats]:
+        """What `forward` gives, and x added to it."""
+        return self._feed(x, mask, num_heavy_tokens, residual=True, return_stats=return_stats)
+
+    def _feed(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        num_heavy_tokens: int | float | None,
+        *,
+        residual: bool,
+        return_stats: bool,
+    ) -> Tensor | tuple[Tensor, RoutingStats]:
         if x.ndim != 3:
             raise ValueError(f"x: expected tokens [b, n, d], got {tuple(x.shape)}")
+        n, router = x.shape[1], self.router
         num_tokens = self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens
-        if rows_to_route(num_tokens, x.shape[1]) == x.shape[1] and mask is None and not return_stats:
+        k = rows_to_route(num_tokens, n)
+        if k == n and mask is None and not return_stats:
             x, light = call_beside(self.light_ff, FeedForward, x)
             x, heavy = call_beside(self.heavy_ff, FeedForward, x)
-            return x, light + heavy
-        routed, stats = route(self.router, x, with_stats=return_stats, num_tokens=num_tokens, mask=mask)
-        x, out = self.both_branches_beside(x, routed)
-        return x, out if stats is None else (out, stats)
+            return light + heavy + x if residual else light + heavy
+        if is_plain(self.light_ff, FeedForward):
+            scored, gathered, *read, light = self.light_ff.beside(x, readers=2 + residual)
+            x = read[0] if residual else x
+        else:
+            scored, gathered, light = x, x, self.light_ff(x)
+        if mask is None and router.route_block_size is None and is_plain(router, CoordinateDescentRouter):
+            # What a call of the router does, but its two readers of the tokens are told apart.
+            gates, indices, stats = router.choose(
+                router.scores(scored), num_tokens=k, with_stats=return_stats
+            )
+            indices, gates = indices[:, 0], gates[:, 0]
+            tokens = gather_rows(gathered, indices, pick_backend(router.use_triton, x.device))
+            routed = RouterOutput(indices, gates, tokens, None)
+            stats = None if stats is None else RoutingStats(*(t[:, 0] for t in stats))
+        else:
+            routed, stats = route(router, scored, with_stats=return_stats, num_tokens=num_tokens, mask=mask)
+        out = self._add_heavy(light, routed, x if residual else None)
+        return out if stats is None else (out, stats)
 
     def both_branches(self, x: Tensor, routed: RouterOutput) -> Tensor:
         """Feed all tokens x [b, n, d] forward, and those of them that were routed by both branches."""
@@ -175,11 +204,8 @@ class ConditionalRoutedFeedForward(nn.Module):
     def both_branches_beside(self, x: Tensor, routed: RouterOutput) -> tuple[Tensor, Tensor]:
         """See `xlroute.beside`: tokens x for another to read, and what `both_branches` gives for them."""
         x, light = call_beside(self.light_ff, FeedForward, x)
-        return x, scatter_rows(
-            light,
-            self.heavy_ff(routed.tokens),
-            routed.indices,
-            pick_backend(self.router.use_triton, x.device),
-            gates=routed.scores,
-            add=True,
-        )
+        return x, self._add_heavy(light, routed, None)
+
+    def _add_heavy(self, light: Tensor, routed: RouterOutput, residual: Tensor | None) -> Tensor:
+        heavy = self.heavy_ff(routed.tokens)
+        return add_routed(light, heavy, routed, use_triton=self.router.use_triton, residual=residual)

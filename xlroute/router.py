@@ -21,6 +21,7 @@ from xlroute.kernels import (
     gather_gated_rows,
     gather_rows,
     row_scores,
+    scatter_rows,
     soft_topk,
     soft_topk_with_indices,
     top_gates,
@@ -512,6 +513,45 @@ def overlap(indices: Tensor) -> Tensor:
     both = torch.cat((indices[..., :-1, :], indices[..., 1:, :]), dim=-1).sort(dim=-1).values
     shared = ((both[..., 1:] == both[..., :-1]) & (both[..., 1:] >= 0)).sum(-1)
     return shared / (indices[..., 1:, :] >= 0).sum(-1).clamp(min=1)
+
+
+def add_routed(
+    light: Tensor,
+    heavy: Tensor,
+    routed: RouterOutput,
+    *,
+    use_triton: bool | None,
+    residual: Tensor | None = None,
+    other: Tensor | None = None,
+    other_from: int = 0,
+) -> Tensor:
+    """The output of a light branch, and for routed tokens that of the heavy one times their gates on top.
+
+    Args:
+        light: [b, n, d].
+        heavy: [b, k, d].
+        routed: the tokens, with a single routing token.
+        use_triton: see `CoordinateDescentRouter`.
+        residual: [b, n, d], added to all; None for nothing.
+        other: [d], what the others get from the heavy branch; None for nothing.
+        other_from: the first token to get that.
+
+    Returns:
+        [b, n, d], rounded once, unless the residual is of another dtype.
+    """
+    inside = residual is not None and residual.dtype == light.dtype
+    out = scatter_rows(
+        light,
+        heavy.to(light),
+        routed.indices,
+        pick_backend(use_triton, light.device),
+        gates=routed.scores,
+        add=True,
+        other=other,
+        other_from=other_from,
+        residual=residual if inside else None,
+    )
+    return out if residual is None or inside else out + residual
 
 
 def router_options(router_kwargs: Mapping[str, Any], **options: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from xlroute.attention import ConditionalRoutedAttention
-from xlroute.beside import call_beside
+from xlroute.beside import call_with_residual
 from xlroute.cross_attention import AttentionStats
 from xlroute.feedforward import ConditionalRoutedFeedForward
 from xlroute.router import RoutingStats
@@ -125,7 +125,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         Raises:
             ValueError: for shapes and options that do not fit together.
         """
-        x, attended = call_beside(
+        x, attention_stats = call_with_residual(
             self.conditional_attn,
             ConditionalRoutedAttention,
             x,
@@ -134,9 +134,7 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             num_heavy_tokens_kv=num_heavy_attn_tokens_kv,
             return_stats=return_stats,
         )
-        attended, *attention_stats = attended if return_stats else (attended,)
-        x = attended + x
-        x, fed = call_beside(
+        x, feedforward_stats = call_with_residual(
             self.conditional_ff,
             ConditionalRoutedFeedForward,
             x,
@@ -144,6 +142,4 @@ class ConditionalRoutedTransformerBlock(nn.Module):
             num_heavy_tokens=num_heavy_ff_tokens,
             return_stats=return_stats,
         )
-        fed, *feedforward_stats = fed if return_stats else (fed,)
-        x = fed + x
-        return (x, BlockStats(*attention_stats, *feedforward_stats)) if return_stats else x
+        return (x, BlockStats(attention_stats, feedforward_stats)) if return_stats else x

@@ -32,16 +32,16 @@ def cases(dtype: str, d: int) -> list[Case]:
         (kernels.scatter_rows_bwd_kernel, types, {"D": d, "BK": rows, "BD": width, "ACC": acc}, 4),
         (
             kernels.scatter_rows_kernel,
-            types | {"p_other": f"*{dtype}"},
-            scatter | dict.fromkeys(("HAS_ROWS", "GATED", "ADD", "HAS_OTHER"), True),
+            types | dict.fromkeys(("p_other", "p_residual"), f"*{dtype}"),
+            scatter | dict.fromkeys(("HAS_ROWS", "GATED", "ADD", "HAS_OTHER", "HAS_RESIDUAL"), True),
             4,
         ),
         (
             kernels.scatter_rows_kernel,
             types,
             scatter
-            | dict.fromkeys(("HAS_ROWS", "GATED", "ADD", "HAS_OTHER"), False)
-            | dict.fromkeys(("p_rows", "p_gates", "p_other")),
+            | dict.fromkeys(("HAS_ROWS", "GATED", "ADD", "HAS_OTHER", "HAS_RESIDUAL"), False)
+            | dict.fromkeys(("p_rows", "p_gates", "p_other", "p_residual")),
             4,
         ),
     ]

@@ -54,8 +54,9 @@ def test_gates_are_gathered_beside_their_rows(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("other_from", [None, 0, 2, 6])
 @pytest.mark.parametrize("add", [False, True], ids=["replaced", "added"])
+@pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("k", [0, 1, 4])
-def test_scatter_equals_a_loop(k: int, add: bool, other_from: int | None) -> None:
+def test_scatter_equals_a_loop(k: int, has_residual: bool, add: bool, other_from: int | None) -> None:
     base = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(3, k, 4, dtype=torch.float64, requires_grad=True)
     indices = torch.stack([torch.randperm(6)[:k] for _ in range(3)])
@@ -68,10 +69,14 @@ def test_scatter_equals_a_loop(k: int, add: bool, other_from: int | None) -> Non
         for place, index in enumerate(indices[stream].tolist()):
             if index >= 0:
                 expected[stream, index] = rows[stream, place] + (base[stream, index] if add else 0)
-    given = scatter_rows(base, rows, indices, add=add, other=other, other_from=other_from or 0)
+    residual = torch.randn_like(base, requires_grad=True) if has_residual else None
+    if residual is not None:
+        expected = expected + residual
+    options = {"add": add, "other": other, "other_from": other_from or 0, "residual": residual}
+    given = scatter_rows(base, rows, indices, **options)
     cotangent = torch.randn_like(expected)
     assert torch.equal(given, expected)
-    leaves = (base, rows) if other is None else (base, rows, other)
+    leaves = tuple(t for t in (base, rows, other, residual) if t is not None)
     wanted = torch.autograd.grad(expected, leaves, cotangent, allow_unused=True)
     gradients = torch.autograd.grad(given, leaves, cotangent)
     for ours, theirs in zip(gradients, wanted, strict=True):
@@ -88,6 +93,12 @@ def test_scatter_multiplies_rows_by_their_gates() -> None:
     # Added, the sums are rounded once: better than the sum of rounded products.
     exact = scatter_rows(base.double(), rows.double(), indices, gates=gates.double(), add=True)
     added = scatter_rows(base, rows, indices, gates=gates.double(), add=True)
+    assert torch.equal(added, exact.bfloat16())
+    residual = torch.randn(3, 6, 4).bfloat16()
+    wide = (base, rows, gates, residual)
+    wide = [t.double() for t in wide]
+    exact = scatter_rows(*wide[:2], indices, gates=wide[2], add=True, residual=wide[3])
+    added = scatter_rows(base, rows, indices, gates=gates.double(), add=True, residual=residual)
     assert torch.equal(added, exact.bfloat16())
 
 
@@ -114,7 +125,7 @@ def test_gradcheck() -> None:
         for add in (False, True):
             assert check(
                 lambda x, rows, gates, other, add=add: scatter_rows(
-                    x, rows, places, gates=gates[:, :2], add=add, other=other, other_from=2
+                    x, rows, places, gates=gates[:, :2], add=add, other=other, other_from=2, residual=x.sin()
                 ),
                 (x, rows, gates, torch.randn(3, dtype=torch.float64, requires_grad=True)),
             )
@@ -174,6 +185,14 @@ def test_errors() -> None:
     rows = torch.randn(2, 4, 3)
     with pytest.raises(ValueError, match=r"other must have shape \(3,\), got \(2,\)"):
         scatter_rows(x, rows, indices, other=torch.randn(2))
+    with pytest.raises(
+        TypeError, match=r"residual must have the dtype of base, torch.float32, got torch.float64"
+    ):
+        scatter_rows(x, rows, indices, residual=x.double())
+    with pytest.raises(
+        ValueError, match=r"residual must have the shape of base, \(2, 5, 3\), got \(2, 4, 3\)"
+    ):
+        scatter_rows(x, rows, indices, residual=rows)
     with pytest.raises(ValueError, match=r"other_from must be in \[0, 5\], got 6"):
         scatter_rows(x, rows, indices, other=torch.randn(3), other_from=6)
     with pytest.raises(ValueError, match=r"gates must have the shape of indices, \(2, 4\), got \(2, 4, 1\)"):

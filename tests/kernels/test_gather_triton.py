@@ -236,9 +236,11 @@ def test_scatter_of_gated_rows(shape: tuple[int, ...], add: bool, dtype: torch.d
 @pytest.mark.parametrize(("add", "start"), [(False, 0), (True, 0), (True, 4)])
 def test_scatter_adds_another_to_the_rest(add: bool, start: int) -> None:
     base, rows, other, places = randn(2, 9, 20), randn(2, 5, 20), randn(20), distinct(2, 9, 5)
+    residual = randn(2, 20, 9).mT if add else None
 
     def scatter(base: Tensor, rows: Tensor, other: Tensor, places: Tensor, backend: Any) -> Tensor:
-        return scatter_rows(base, rows, places, backend, add=add, other=other, other_from=start)
+        options = {"add": add, "other": other, "other_from": start, "residual": residual}
+        return scatter_rows(base, rows, places, backend, **options)
 
     expected, given = both(scatter, (base, rows, other), places)
     for a, b in zip(given, expected, strict=True):
@@ -284,12 +286,12 @@ def test_opcheck(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         ops.gather_rows.default, (x.detach()[:, ::2, 1:], None, indices % 3, False, "triton")
     )
     torch.library.opcheck(ops.gather_rows_backward.default, (rows, places, 6, "triton"))
-    torch.library.opcheck(ops.scatter_rows.default, (x, rows, factors, places, None, True, 0, "triton"))
+    torch.library.opcheck(ops.scatter_rows.default, (x, rows, factors, places, None, None, True, 0, "triton"))
     grad = x.detach().requires_grad_()
     torch.library.opcheck(ops.scatter_rows_backward.default, (grad, rows, factors, places, "triton"))
     torch.library.opcheck(
         ops.scatter_rows.default,
-        (x[:1].detach().expand(2, 6, 5), None, None, places, None, False, 0, "triton"),
+        (x[:1].detach().expand(2, 6, 5), None, None, places, None, None, False, 0, "triton"),
     )
 
 

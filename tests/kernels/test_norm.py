@@ -89,7 +89,9 @@ def test_triton(
     for ours, theirs, wanted in zip(given, reference, exact, strict=True):
         assert ours.dtype == dtype
         error, allowed = (ours - wanted).norm(), 2 * (theirs - wanted).norm()
-        assert error <= allowed.clamp(min=4 * torch.finfo(dtype).eps * wanted.norm().item())
+        # Sums over many rows, whose terms may cancel, are taken in float32.
+        least = 4 * torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps
+        assert error <= allowed.clamp(min=least * wanted.norm().item())
 
 
 @pytest.mark.parametrize("norm", NORMS)

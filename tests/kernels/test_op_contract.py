@@ -94,10 +94,10 @@ def test_opcheck_gather_and_scatter(dtype: torch.dtype) -> None:
     rows = torch.randn(2, 3, 5, dtype=dtype, requires_grad=True)
     places = torch.tensor([[4, -1, 0], [5, 3, -1]])
     torch.library.opcheck(ops.gather_rows_backward.default, (rows, places, 6, "torch"))
-    torch.library.opcheck(ops.scatter_rows.default, (x, rows, None, places, None, False, 0, "torch"))
+    torch.library.opcheck(ops.scatter_rows.default, (x, rows, None, places, None, None, False, 0, "torch"))
     torch.library.opcheck(
         ops.scatter_rows.default,
-        (x.detach()[:1].expand(2, 6, 5), None, None, places, None, False, 0, "torch"),
+        (x.detach()[:1].expand(2, 6, 5), None, None, places, None, None, False, 0, "torch"),
     )
 
 

@@ -111,17 +111,16 @@ def test_triton_gives_what_pytorch_gives_in_a_model(
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
 
 
-def test_the_block_adds_few_gradients_itself(run_norms: Callable[[str], None]) -> None:
+def test_the_block_leaves_no_gradients_to_be_added(run_norms: Callable[[str], None]) -> None:
     pytest.importorskip("triton")
     layer, x = block().to(DEVICE), tokens()
     run_norms("triton")
     out = layer(x)
-    with torch.profiler.profile(record_shapes=True) as profile:
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as profile:
         torch.autograd.grad(out, (x, *layer.parameters()), torch.randn_like(out), allow_unused=True)
     added = [event for event in profile.events() if event.name in ("aten::add", "aten::add_")]
     whole = [event for event in added if event.input_shapes[:2] == [list(x.shape)] * 2]
-    # Those of the router of the feedforward: one to what it scores, one to what it gathers.
-    assert len(whole) == 2
+    assert not whole
 
 
 def test_it_compiles_to_one_graph(run_norms: Callable[[str], None]) -> None:
