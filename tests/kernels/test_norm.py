@@ -135,7 +135,7 @@ def test_gradients_of_readers_are_added_by_the_norm() -> None:
     for backend in ("torch", "triton"):
         leaves = tuple(t.requires_grad_() for t in inputs("rms", 2, 7, 24))
         outputs = [t.sin() for t in run("rms", leaves, backend, readers=3)]
-        with torch.profiler.profile(record_shapes=True) as profile:
+        with torch.profiler.profile(record_shapes=True, acc_events=True) as profile:
             torch.autograd.grad(outputs, leaves, [torch.randn_like(t) for t in outputs])
         added[backend] = sum(
             event.name in ("aten::add", "aten::add_") and event.input_shapes[0] == [2, 7, 24]
