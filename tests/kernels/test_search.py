@@ -158,7 +158,7 @@ def test_slices_of_queries_and_of_rows(
 ) -> None:
     if "triton" in request.node.callspec.id:
         kernels = request.getfixturevalue("kernels")
-        monkeypatch.setattr(kernels, "SCRATCH", 46_000)
+        monkeypatch.setattr(kernels, "SCRATCH", 30_000)
         assert kernels.rows_at_once(46, 22) == 4  # two queries of each stream
         assert kernels.rows_at_once(22 * 16, 20) == 3  # their scores three rows at a time
     queries, keys = whole_numbers(2, 3, 4), whole_numbers(2, 724, 4)
@@ -207,14 +207,14 @@ def test_few_keys_and_nothing(backend: Any) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
     for b, n, m, e, k in (
-        (2, 3, 5, 4, 5),
-        (2, 3, 5, 4, 9),
-        (2, 3, 1, 4, 1),
-        (2, 3, 0, 4, 2),
+        (2, 1, 5, 4, 5),
+        (2, 1, 5, 4, 9),
+        (2, 1, 1, 4, 1),
+        (2, 1, 0, 4, 2),
         (2, 0, 5, 4, 2),
-        (0, 3, 5, 4, 2),
-        (2, 3, 5, 4, 0),
-        (2, 3, 5, 0, 2),
+        (0, 1, 5, 4, 2),
+        (2, 1, 5, 4, 0),
+        (2, 1, 5, 0, 2),
     ):
         queries, keys = whole_numbers(b, n, e), whole_numbers(b, m, e)
         mask = torch.rand(b, m, device=DEVICE) < 0.5
@@ -234,7 +234,7 @@ def test_what_the_kernels_do_not_search() -> None:
     assert not kernels.can_search(keys.repeat(1, 1, 5), 32)  # too wide
     assert not kernels.can_search(keys.double(), 32)
     assert not kernels.can_search(keys, 33)  # more than half of the blocks
-    assert not kernels.can_search(keys[:, :-128], 32)
+    assert not kernels.can_search(keys[:, 1:], 32)
     queries, keys = random(1, 2, 300), random(1, 150, 300)
     assert_exact(search_topk(queries, keys, 3, backend="triton"), queries, keys, 3)
 
