@@ -186,6 +186,7 @@ def plain_search(queries: Tensor, keys: Tensor, k: int) -> Found:
 
 def product(queries: Tensor, keys: Tensor) -> Tensor:
     """All scores, a block of keys at a time; those of the last block."""
+    scores = queries.new_empty(0)
     for part in keys.split(SCORES_AT_ONCE // len(queries)):  # type: ignore[no-untyped-call]
         scores = queries @ part.mT
     return scores

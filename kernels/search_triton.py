@@ -17,7 +17,7 @@ with strides that are counted in 16 bytes, so one order of summation serves all 
 
 # ruff: noqa: N803
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -199,7 +199,7 @@ class Keys(NamedTuple):
     keys: Tensor  # [b, m, e]: rows begin at multiples of 16 bytes
     mask: Tensor  # [b, m]; without a mask, the keys in its place
     strides: tuple[int, ...]  # of a stream and a key, in 16 bytes; of a stream and a key of the mask
-    constants: dict[str, object]
+    constants: dict[str, Any]
 
 
 def block_of(keys: Tensor) -> int:
@@ -212,10 +212,10 @@ def can_search(keys: Tensor, k: int) -> bool:
     _, m, e = keys.shape
     if keys.dtype == torch.float64 or not 0 < e * keys.itemsize <= WIDEST or m > MOST_KEYS:
         return False
-    return 2 * (k + EXTRA) <= triton.cdiv(m, block_of(keys))
+    return 2 * (k + EXTRA) * block_of(keys) <= m
 
 
-def maxima_constants(n: int, keys: Tensor) -> dict[str, object]:
+def maxima_constants(n: int, keys: Tensor) -> dict[str, Any]:
     """What the first pass is compiled for, with n queries of a stream.
 
     Queries in float32 are not held: three products of TensorFloat32, which make up one in float32, take many
@@ -237,12 +237,14 @@ def maxima_constants(n: int, keys: Tensor) -> dict[str, object]:
 
 def scored_width(keys: Tensor) -> int:
     """Elements of a key that the second pass multiplies at once."""
-    return min(SCORED_WIDTH, triton.next_power_of_2(keys.shape[-1]))
+    width: int = triton.next_power_of_2(keys.shape[-1])
+    return min(SCORED_WIDTH, width)
 
 
 def rows_at_once(width: int, num: int) -> int:
-    """Rows of ``width`` scores that SCRATCH takes, with what the selection of ``num`` of each takes."""
-    return max(1, SCRATCH // (4 * width + 128 * triton.next_power_of_2(num) + 7168))
+    """Rows of ``width`` scores that SCRATCH takes, with what selecting ``num`` of each takes."""
+    selected: int = triton.next_power_of_2(num)
+    return max(1, SCRATCH // (4 * width + 12 * max(256, 8 * selected) + 8 * max(512, 4 * selected)))
 
 
 def search(queries: Tensor, keys: Tensor, k: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -321,7 +323,7 @@ def prepare_keys(keys: Tensor, mask: Tensor | None) -> Keys:
         keys.stride(2) != 1 or keys.stride(0) % vector or keys.stride(1) % vector or keys.data_ptr() % VECTOR
     ):
         keys = keys.clone(memory_format=torch.contiguous_format)
-    strides = (keys.stride(0) // vector, keys.stride(1) // vector)
-    strides += (0, 0) if mask is None else mask.stride()
+    of_mask = (0, 0) if mask is None else mask.stride()
+    strides = (keys.stride(0) // vector, keys.stride(1) // vector, *of_mask)
     constants = {"HAS_MASK": mask is not None, "E": keys.shape[-1], "BLOCK": block_of(keys), "VEC": vector}
     return Keys(keys, keys if mask is None else mask, strides, constants)
