@@ -152,16 +152,12 @@ def test_what_is_no_number_is_never_found(find: Search) -> None:
     assert scores[0, 0, 1].isfinite()
 
 
-def test_slices_of_queries_and_of_rows(
-    find: Search, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    if "triton" in request.node.callspec.id:
-        kernels = request.getfixturevalue("kernels")
-        monkeypatch.setattr(kernels, "SCRATCH", 30_000)
-        assert kernels.rows_at_once(29, 14) == 4  # two queries of each stream
-        assert kernels.rows_at_once(14 * 16, 12) == 3  # their scores three rows at a time
+def test_slices_of_queries_and_of_rows(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SCRATCH", 30_000)
+    assert kernels.rows_at_once(29, 14) == 4  # two queries of each stream
+    assert kernels.rows_at_once(14 * 16, 12) == 3  # their scores three rows at a time
     queries, keys = whole_numbers(2, 3, 4), whole_numbers(2, 450, 4)
-    _, indices = find(queries, keys, 12)
+    _, indices = search_topk(queries, keys, 12, backend="triton")
     assert torch.equal(indices, by_sorting(queries, keys, 12, None)[1])
 
 
