@@ -46,8 +46,8 @@ def norm_beside(
         backend: "torch", "triton", or None to pick by device.
 
     Returns:
-        x, as often as there are readers, and last the norm [..., d]; in the dtype of ``x``, but the norm in
-        float32 under autocast on a GPU.
+        x, as often as there are readers, and last the norm [..., d]; in the dtype of ``x``, which under autocast
+        is not always that of the reference.
 
     Raises:
         TypeError: a tensor is not floating point.
@@ -60,7 +60,7 @@ def norm_beside(
         return (*[x] * readers, _reference(x, weight, bias, norm, eps))
     if eps is None:
         eps = 1e-5 if norm == "layer" else torch.finfo(compute_dtype(x.dtype)).eps
-    arguments = (x, weight, bias, norm == "layer", eps, _dtype(x))
+    arguments = (x, weight, bias, norm == "layer", eps)
     if readers == 0 or not x.requires_grad or torch.compiler.is_compiling():
         # There is nothing to add up, or the compiler adds up what it is given itself, all at once.
         return (*[x] * readers, _forward(*arguments)[0])
@@ -98,19 +98,14 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: f
     return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5 if eps is None else eps)
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    """That of the norm: under autocast on a GPU float32, as PyTorch's own."""
-    return torch.float32 if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") else x.dtype
-
-
 @torch.library.custom_op("xlroute::norm", mutates_args=())
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, centered: bool, eps: float, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor | None, centered: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The norm [..., d], and float32 [1 or 2, rows]: 1 / the norm of each row, and its mean if centered."""
     from xlroute.kernels import norm_triton
 
-    return norm_triton.forward(x, weight, bias, centered, eps, dtype)
+    return norm_triton.forward(x, weight, bias, centered, eps)
 
 
 @torch.library.custom_op("xlroute::norm_backward", mutates_args=())
@@ -124,11 +119,9 @@ def _backward(
 
 
 @_forward.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, centered: bool, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, centered: bool, eps: float) -> tuple[Tensor, Tensor]:
     rows = math.prod(x.shape[:-1])
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty((1 + centered, rows), dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty((1 + centered, rows), dtype=torch.float32)
 
 
 @_backward.register_fake

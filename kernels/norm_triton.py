@@ -122,12 +122,12 @@ def norm_bwd_kernel(
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, centered: bool, eps: float, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor | None, centered: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The norms of rows x [..., d], not empty; float32 [1 or 2, rows], 1 / norm, and the mean if centered."""
     flat = _flat(x)
     rows, d = flat.shape
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stats = torch.empty((1 + centered, rows), dtype=torch.float32, device=x.device)
     at_once, width, warps = block(d, FORWARD)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
