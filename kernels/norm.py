@@ -46,8 +46,8 @@ def norm_beside(
         backend: "torch", "triton", or None to pick by device.
 
     Returns:
-        x, as often as there are readers, and last the norm [..., d]; in the dtype of ``x``, which under autocast
-        is not always that of the reference.
+        x, as often as there are readers, and last the norm [..., d]; in the dtype of ``x``, which
+        under autocast is not always that of the reference.
 
     Raises:
         TypeError: a tensor is not floating point.
