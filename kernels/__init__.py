@@ -7,6 +7,7 @@ from xlroute.kernels.gathered_attention import gathered_attention
 from xlroute.kernels.keys_values import gated_keys_values, gather_keys_values
 from xlroute.kernels.local_attention import local_attention
 from xlroute.kernels.scoring import row_scores
+from xlroute.kernels.search import search_topk
 from xlroute.kernels.selection import top_indices
 from xlroute.kernels.water_level import soft_topk, soft_topk_with_indices, top_gates, water_levels
 
@@ -22,6 +23,7 @@ __all__ = [
     "local_attention",
     "row_scores",
     "scatter_rows",
+    "search_topk",
     "soft_topk",
     "soft_topk_with_indices",
     "top_gates",

@@ -24,6 +24,11 @@ ReadRows = Callable[[int, int], Iterable[Tensor]]
 LatestScores = Tensor | Callable[[], Tensor | None] | None
 
 
+# What scores are kept as: those of routing tokens or, beside them, those of a projection's rows, which are
+# routing keys. None: they are not kept.
+Kept = Literal["scores", "keys"] | None
+
+
 class Scoring(NamedTuple):
     """How rows are scored beside their routing tokens: the options of `row_scores`."""
 
@@ -109,6 +114,15 @@ class StoredScores:
         self._first = 0  # the rows from here to `stop` have scores
         self._stop = 0
         self._end: int | None = None  # the last number that a row has been promised
+        self._keys: StoredScores | None = None
+
+    def of_kind(self, kind: Literal["scores", "keys"]) -> StoredScores:
+        """The scores of routing tokens, which are these; or routing keys, kept in memory alone."""
+        if kind == "scores":
+            return self
+        if self._keys is None:
+            self._keys = StoredScores(self._dtype, self._device)
+        return self._keys
 
     def extended(self, start: int, stop: int) -> StoredScores:
         """The scores of a stream that goes on with the numbers `start` to `stop`.
@@ -129,8 +143,9 @@ class StoredScores:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the scores that are kept, with room for those to come."""
-        return self._values.nbytes + (0 if self._carried is None else self._carried.values.nbytes)
+        """Bytes of the scores and keys that are kept, with room for those to come."""
+        others = (self._carried and self._carried.values, self._keys)
+        return self._values.nbytes + sum(each.nbytes for each in others if each is not None)
 
     @property
     def _carried(self) -> KeptScores | None:

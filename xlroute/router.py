@@ -231,7 +231,7 @@ class CoordinateDescentRouter(nn.Module):
         b, _, d = _rows_shape(x)
         _require(d == self.dim, "x", f"rows of width {self.dim}", tuple(x.shape))
         tokens = [router._tokens(None, b) for router in (self, *others)]
-        return self._scores(x, torch.cat(tokens, dim=-2), pick_backend(self.use_triton, x.device))
+        return self.scores_by(x, torch.cat(tokens, dim=-2))
 
     def choose(
         self,
@@ -293,7 +293,7 @@ class CoordinateDescentRouter(nn.Module):
         tokens = self._tokens(routing_tokens, b)
         backend = pick_backend(self.use_triton, x.device)
 
-        s = self._scores(x, tokens, backend)  # [b, r, m]
+        s = self.scores_by(x, tokens)  # [b, r, m]
         route_mask = None if mask is None else mask[:, None].expand(s.shape)
         wanted: Tensor | int = k
         if route_mask is not None and isinstance(num_tokens, float):
@@ -338,8 +338,17 @@ class CoordinateDescentRouter(nn.Module):
         _require(routing_tokens.shape == shape, "routing_tokens", str(shape), tuple(routing_tokens.shape))
         return routing_tokens
 
-    def _scores(self, x: Tensor | MemoryLayer, tokens: Tensor, backend: Backend | None) -> Tensor:
-        """Scores [b, r, m], float32 or float64."""
+    def scores_by(self, x: Tensor | MemoryLayer, tokens: Tensor, *, keep: bool = True) -> Tensor:
+        """Scores of rows by any routing tokens.
+
+        Args:
+            x: rows [b, m, d], or the layer of a memory.
+            tokens: [r, d] or [b, r, d].
+            keep: whether a memory keeps the scores for the next call, see `MemoryLayer.scores`.
+
+        Returns:
+            [b, r, m], float32 unless the rows are float64.
+        """
         normalize: Literal["rms", "l2"] | None = "rms"
         scale = self.score_scale
         if self.cosine_sim_routing:
@@ -348,9 +357,11 @@ class CoordinateDescentRouter(nn.Module):
             tokens = F.normalize(tokens.to(wide), dim=-1)
         elif scale is None:
             normalize, scale = None, 1.0
+        backend = pick_backend(self.use_triton, x.device)
         if isinstance(x, MemoryLayer):
             # A memory may be kept elsewhere than the weights.
-            return x.scores(tokens.to(x.device), normalize=normalize, scale=scale, backend=backend)
+            tokens = tokens.to(x.device)
+            return x.scores(tokens, normalize=normalize, scale=scale, backend=backend, keep=keep)
         return row_scores(x, tokens, normalize=normalize, scale=scale, backend=backend)
 
     def _top_gates(

@@ -16,9 +16,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,11 +38,16 @@ from xlroute.state import TransformerXLState, load_state
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_VERSION = 1
+MemoryRouting = Literal["learned", "content", "both", "random"]
 ROUTING_EPS = 0.5  # temperature of the choice of rows and tokens, in scores whose spread is about 1
 
 
 class Routing(NamedTuple):
-    """Which rows one memory layer chose to read for a segment."""
+    """Which rows one memory layer chose to read for a segment.
+
+    Rows that were routed by content have a dimension more, [b, g, r, k]: of chunks or, in chunks of 1, of
+    tokens; for those beyond a stream's length they mean nothing.
+    """
 
     layer: int  # the block, counted from 1
     indices: Tensor  # int64 [b, r, k], rows held by the memory, 0 the oldest; -1 for none
@@ -53,8 +58,23 @@ class Routing(NamedTuple):
     gradient_share: Tensor  # [b, r], the share of chosen rows that carry gradient to the router
 
 
+class OpenMemory(NamedTuple):
+    """The memory of a block as a segment finds it."""
+
+    layer: MemoryLayer
+    start: Tensor  # int64 [b], the position of the segment's first token in its document
+    keys: list[Tensor | None]  # of each branch, the routing keys of the rows, if it needs them
+
+
 class RoutedTransformerXL(nn.Module):
     """A Transformer-XL with a routed long-term memory.
+
+    What a segment reads of the memory is chosen by learned routing tokens, which keep what is salient
+    whatever is asked for; or by content (`memory_routing`). That is decided without a look ahead for each
+    chunk of c tokens, counted from the segment's start: by r routing tokens computed from the states that
+    enter the block in the chunk before, which for the first chunk lie in the XL window, as far as it holds
+    them. With c = 1, each token reads the rows whose keys are most like its own, a learned projection of the
+    state. All chunks' routing tokens score the memory in one read.
 
     Tokens may be routed too: as queries of the memory (`num_tokens_q`), of self-attention, or to the heavy
     feedforward. None of it looks ahead. A segment is cut into routing windows of v tokens, of which the last
@@ -104,6 +124,12 @@ class RoutedTransformerXL(nn.Module):
         num_routed_kv: routing tokens of those.
         light_ff_mult: width of the light feedforward over `dim`.
         num_heavy_ff_tokens: places for tokens of the heavy feedforward in a routing window; or a share.
+        memory_routing: how memory rows are chosen: "learned", "content", "both" side by side with half of the
+            heads each, or "random", learned routing's negative control, in training and evaluation.
+        routing_chunk: c, see above; of routing by content.
+        num_content_tokens_kv: k of that: rows that each of the r routing tokens of a chunk chooses, or a
+            token in each of r sets. `num_tokens_kv` is that of the others.
+        routing_key_dim: width of the keys for c = 1.
 
     Raises:
         ValueError: for arguments out of range.
@@ -140,6 +166,10 @@ class RoutedTransformerXL(nn.Module):
         num_routed_kv: int = 1,
         light_ff_mult: float = 0.5,
         num_heavy_ff_tokens: int | float = 1 / 8,
+        memory_routing: MemoryRouting = "learned",
+        routing_chunk: int = 64,
+        num_content_tokens_kv: int = 32,
+        routing_key_dim: int = 64,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -155,6 +185,9 @@ class RoutedTransformerXL(nn.Module):
             ("light_window_size", light_window_size, 1),
             ("light_heads", light_heads, 1),
             ("heavy_heads", heavy_heads, 1),
+            ("routing_chunk", routing_chunk, 1),
+            ("num_content_tokens_kv", num_content_tokens_kv, 1),
+            ("routing_key_dim", routing_key_dim, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -165,6 +198,16 @@ class RoutedTransformerXL(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
         check_query_routing(query_routing)
+        routings = get_args(MemoryRouting)
+        if memory_routing not in routings:
+            raise ValueError(f"memory_routing: expected one of {routings}, got {memory_routing!r}")
+        by_content = memory_routing in ("content", "both")
+        if by_content and num_tokens_q is not None:
+            raise ValueError(
+                f"num_tokens_q: expected None with memory_routing={memory_routing!r}, got {num_tokens_q}"
+            )
+        if memory_routing == "both" and heads % 2:
+            raise ValueError(f"heads: expected an even number with memory_routing='both', got {heads}")
         memory_layers = tuple(memory_layers)
         if memory_layers != tuple(sorted(set(memory_layers))) or not all(
             1 <= i <= depth for i in memory_layers
@@ -201,6 +244,10 @@ class RoutedTransformerXL(nn.Module):
             "num_routed_kv": num_routed_kv,
             "light_ff_mult": light_ff_mult,
             "num_heavy_ff_tokens": num_heavy_ff_tokens,
+            "memory_routing": memory_routing,
+            "routing_chunk": routing_chunk,
+            "num_content_tokens_kv": num_content_tokens_kv,
+            "routing_key_dim": routing_key_dim,
         }
         self.vocab_size = vocab_size
         self.dim = dim
@@ -209,20 +256,32 @@ class RoutedTransformerXL(nn.Module):
         self.memory_layers = memory_layers
         self.segment_len = segment_len
         self.gradient_checkpointing = gradient_checkpointing
+        self.routing_chunk = routing_chunk if by_content else None
 
         self.query_routing = query_routing
         self.routing_window = max(segment_len // 4, 1) if routing_window is None else routing_window
         self.routes_by_scores = routed_feedforward or (num_tokens_q is not None and bool(memory_layers))
 
         router_options = {"eps": ROUTING_EPS, **(router_kwargs or {})}
-        memory_options = {
-            "num_tokens_q": num_tokens_q,
-            "num_tokens_kv": num_tokens_kv,
-            "kv_routing_tokens": kv_routing_tokens,
-            "router_kwargs": router_options,
-        }
-        # Windows are small: blocks are for the memory.
+        # Windows are small, and a chunk looks for few rows: blocks are for the memory of a whole segment.
         window_options = {name: value for name, value in router_options.items() if name != "route_block_size"}
+        memory_options = content_options = None
+        if memory_routing != "content":
+            memory_options = {
+                "num_tokens_q": num_tokens_q,
+                "num_tokens_kv": num_tokens_kv,
+                "kv_routing_tokens": kv_routing_tokens,
+                "router_kwargs": router_options,
+                "random_route": memory_routing == "random",
+            }
+        if by_content:
+            content_options = {
+                "num_tokens_kv": num_content_tokens_kv,
+                "kv_routing_tokens": kv_routing_tokens,
+                "router_kwargs": window_options,
+                "routing_chunk": routing_chunk,
+                "routing_key_dim": routing_key_dim,
+            }
         half = max(heads // 2, 1)
         attention_options: dict[str, Any] = {"heads": heads, "light_window_size": None, "heavy_options": None}
         if routed_self_attention:
@@ -249,8 +308,9 @@ class RoutedTransformerXL(nn.Module):
                 dim_head=dim_head,
                 dropout=dropout,
                 ff_mult=ff_mult,
-                memory_heads=heads,
+                memory_heads=heads // 2 if memory_routing == "both" else heads,
                 memory_options=memory_options if number in memory_layers else None,
+                content_options=content_options if number in memory_layers else None,
                 routing_window=self.routing_window,
                 query_routing=query_routing,
                 feedforward_options=feedforward_options if routed_feedforward else None,
@@ -287,10 +347,10 @@ class RoutedTransformerXL(nn.Module):
             for branch in block.last_projections():
                 branch.weight.data *= (2 * self.depth) ** -0.5
             block.attention.look_back()
-            if block.memory is not None:
-                nn.init.zeros_(block.memory.to_out.weight)
-                nn.init.zeros_(block.memory.age_bias.weight)
-                nn.init.constant_(block.memory.memory_gate, 0.1)
+            for memory in block.memories():
+                nn.init.zeros_(memory.to_out.weight)
+                nn.init.zeros_(memory.age_bias.weight)
+                nn.init.constant_(memory.memory_gate, 0.1)
 
     # ---- State ----
 
@@ -309,7 +369,8 @@ class RoutedTransformerXL(nn.Module):
         """A new memory store that fits this model: see `MemoryStore.create`.
 
         The model reads what followed the rows that it chooses. Where eviction takes rows from between others,
-        a row whose follower has left gives nothing to read.
+        a row whose follower has left gives nothing to read. Single tokens that are routed by content score no
+        rows but those they find: with them alone, "lowest_score" lets the oldest rows leave.
 
         Args:
             path: where it is persisted; None for one in memory alone.
@@ -530,12 +591,15 @@ class RoutedTransformerXL(nn.Module):
         x = self.dropout(self.embedding(tokens))
         mask = self.window_mask(state)
         entering, scores, report = [], [], []
-        for i, (block, routed) in enumerate(self.route(state)):
+        for i, block in enumerate(self.typed_blocks()):
             entering.append(x.detach())
-            rows = None
-            if routed is not None:
-                rows, routing = routed
-                report.append(routing)
+            rows = []
+            memory = self.open_memory(state, i)
+            if memory is not None:
+                for j in range(len(memory.keys)):
+                    routed, routing = self.route(i, j, memory, x, state.window[i], mask)
+                    rows.append(routed)
+                    report.append(routing)
             inputs = (x, state.window[i], mask, rows, state.scores[i])
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, block_scores = checkpoint(block, *inputs, use_reentrant=False)
@@ -628,29 +692,39 @@ class RoutedTransformerXL(nn.Module):
         places = torch.arange(self.mem_len, device=state.window.device)
         return places >= self.mem_len - state.window_lengths.to(places.device)[:, None]
 
-    def route(self, state: TransformerXLState) -> Iterator[tuple[Block, tuple[RoutedRows, Routing] | None]]:
-        """Each block, with the rows that it chose out of the memory of the state."""
-        layers = {number: i for i, number in enumerate(self.memory_layers)}
-        for number, block in enumerate(self.typed_blocks(), start=1):
-            if state.memory is None or block.memory is None:
-                yield block, None
-                continue
-            layer = state.memory.layer(layers[number])
-            routed, stats = block.memory.kv_router.route_with_stats(
-                layer, num_tokens=block.memory.num_tokens_kv, keep_one_route_dim=True
-            )
-            positions = layer.positions(routed.indices)
-            start = (_rows_appended(layer) + state.window_lengths).to(positions.device)
-            rows = RoutedRows(
-                routed,
-                _followers(layer, routed.indices),
-                age_bucket(start[:, None, None] - positions).to(self.embedding.weight.device),
-            )
-            chosen = positions >= 0
-            yield (
-                block,
-                (rows, Routing(number, routed.indices, positions, chosen, routed.scores.detach(), *stats)),
-            )
+    def open_memory(self, state: TransformerXLState, i: int) -> OpenMemory | None:
+        """What the memory of a state holds for block i, counted from 0; None if it reads no memory."""
+        if state.memory is None or i + 1 not in self.memory_layers:
+            return None
+        layer = state.memory.layer(self.memory_layers.index(i + 1))
+        branches = self.typed_blocks()[i].memories()
+        return OpenMemory(
+            layer, _rows_appended(layer) + state.window_lengths, [b.keys(layer) for b in branches]
+        )
+
+    def route(
+        self, i: int, j: int, memory: OpenMemory, x: Tensor, before: Tensor, before_mask: Tensor
+    ) -> tuple[RoutedRows, Routing]:
+        """The rows that branch j of block i reads of its memory.
+
+        Args:
+            i: the block, counted from 0.
+            j: which of its `memories`.
+            memory: what the memory holds.
+            x: states [b, n, d] that enter the block for tokens of a segment, from the start of a chunk.
+            before: states [b, t, d] of the tokens before them, of which the last are looked at.
+            before_mask: which of them there are, bool [b, t].
+        """
+        layer = memory.layer
+        branch = self.typed_blocks()[i].memories()[j]
+        routed, stats = branch.route_for(layer, memory.keys[j], x, before, before_mask)
+        positions = layer.positions(routed.indices)
+        chosen = positions >= 0
+        start = memory.start.to(positions.device).view(-1, *[1] * (positions.ndim - 1))
+        ages = age_bucket(start - positions).to(x.device)
+        rows = RoutedRows(routed, layer.take(layer.followers(routed.indices)), ages)
+        report = Routing(i + 1, routed.indices, positions, chosen, routed.scores.detach(), *stats)
+        return rows.by_chunk(), report
 
     @torch.no_grad()
     def end_open_segment(self, state: TransformerXLState) -> None:
@@ -747,11 +821,6 @@ class RoutedTransformerXL(nn.Module):
 def _rows_appended(layer: MemoryLayer) -> Tensor:
     """Rows that each stream has appended since its reset, int64 [b]."""
     return layer.positions(layer.lengths - 1) + 1
-
-
-def _followers(layer: MemoryLayer, indices: Tensor) -> Tensor:
-    """The rows that were appended right after those at `indices` [b, r, k], [b, r, k, d]; 0 for none."""
-    return layer.take(layer.followers(indices))
 
 
 def _slices(t: Tensor, start: Tensor, length: int) -> Tensor:
