@@ -722,7 +722,7 @@ class RoutedTransformerXL(nn.Module):
         chosen = positions >= 0
         start = memory.start.to(positions.device).view(-1, *[1] * (positions.ndim - 1))
         ages = age_bucket(start - positions).to(x.device)
-        rows = RoutedRows(routed, layer.take(layer.followers(routed.indices)), ages)
+        rows = RoutedRows(routed, _followers(layer, routed.indices), ages)
         report = Routing(i + 1, routed.indices, positions, chosen, routed.scores.detach(), *stats)
         return rows.by_chunk(), report
 
@@ -821,6 +821,11 @@ class RoutedTransformerXL(nn.Module):
 def _rows_appended(layer: MemoryLayer) -> Tensor:
     """Rows that each stream has appended since its reset, int64 [b]."""
     return layer.positions(layer.lengths - 1) + 1
+
+
+def _followers(layer: MemoryLayer, indices: Tensor) -> Tensor:
+    """The rows that were appended right after those at `indices` [b, ...], [b, ..., d]; 0 for none."""
+    return layer.take(layer.followers(indices))
 
 
 def _slices(t: Tensor, start: Tensor, length: int) -> Tensor:
