@@ -26,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from xlroute.attached import AttachedRows, AttachedSegment, MemoryRows, attach, still_attached
 from xlroute.blocks import Block, RoutedRows
 from xlroute.causal_routing import QueryRouting, check_query_routing
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
-from xlroute.memory import Eviction, FingerprintError, MemoryLayer, MemoryStore, ReadOnlyError, S3Path
+from xlroute.memory import Eviction, FingerprintError, MemoryStore, ReadOnlyError, S3Path
 from xlroute.open_segment import OpenSegment
 from xlroute.position import age_bucket
 from xlroute.sampling import SamplingOptions, sample
@@ -104,6 +105,12 @@ class RoutedTransformerXL(nn.Module):
         num_routed_kv: routing tokens of those.
         light_ff_mult: width of the light feedforward over `dim`.
         num_heavy_ff_tokens: places for tokens of the heavy feedforward in a routing window; or a share.
+        memory_grad_segments: G. Rows of the memory that the last G segments have computed carry gradient, so
+            that the layers below learn what to write: truncated back-propagation through the memory. A
+            backward ends it, and so does `state.detach`; rows are then as older ones. They wait in the XL
+            window first, so where G segments hold no more than w tokens, nothing changes. 0 for none.
+        mems_grad: attention to what the last G segments have left in the XL window, of all blocks, carries
+            gradient too.
 
     Raises:
         ValueError: for arguments out of range.
@@ -140,6 +147,8 @@ class RoutedTransformerXL(nn.Module):
         num_routed_kv: int = 1,
         light_ff_mult: float = 0.5,
         num_heavy_ff_tokens: int | float = 1 / 8,
+        memory_grad_segments: int = 0,
+        mems_grad: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -155,6 +164,7 @@ class RoutedTransformerXL(nn.Module):
             ("light_window_size", light_window_size, 1),
             ("light_heads", light_heads, 1),
             ("heavy_heads", heavy_heads, 1),
+            ("memory_grad_segments", memory_grad_segments, 0),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -164,6 +174,8 @@ class RoutedTransformerXL(nn.Module):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        if mems_grad and not memory_grad_segments:
+            raise ValueError("mems_grad: expected False with memory_grad_segments=0, got True")
         check_query_routing(query_routing)
         memory_layers = tuple(memory_layers)
         if memory_layers != tuple(sorted(set(memory_layers))) or not all(
@@ -201,6 +213,8 @@ class RoutedTransformerXL(nn.Module):
             "num_routed_kv": num_routed_kv,
             "light_ff_mult": light_ff_mult,
             "num_heavy_ff_tokens": num_heavy_ff_tokens,
+            "memory_grad_segments": memory_grad_segments,
+            "mems_grad": mems_grad,
         }
         self.vocab_size = vocab_size
         self.dim = dim
@@ -209,6 +223,8 @@ class RoutedTransformerXL(nn.Module):
         self.memory_layers = memory_layers
         self.segment_len = segment_len
         self.gradient_checkpointing = gradient_checkpointing
+        self.memory_grad_segments = memory_grad_segments
+        self.mems_grad = mems_grad
 
         self.query_routing = query_routing
         self.routing_window = max(segment_len // 4, 1) if routing_window is None else routing_window
@@ -354,7 +370,8 @@ class RoutedTransformerXL(nn.Module):
         positions = torch.zeros(streams, dtype=torch.int64, device="cpu")
         if memory is not None:
             self._check_memory(memory, streams)
-            positions = _rows_appended(memory.layer(0))
+            layer = memory.layer(0)
+            positions = layer.positions(layer.lengths - 1) + 1  # rows appended
         return TransformerXLState(
             window=weight.new_zeros(self.depth, streams, self.mem_len, self.dim),
             window_lengths=torch.zeros(streams, dtype=torch.int64, device="cpu"),
@@ -529,14 +546,19 @@ class RoutedTransformerXL(nn.Module):
         self.end_open_segment(state)
         x = self.dropout(self.embedding(tokens))
         mask = self.window_mask(state)
+        attached, states = still_attached(state.attached), {}
+        near = AttachedRows(attached if self.mems_grad else (), torch.zeros_like(lengths), most=self.mem_len)
+        keeps = self.memory_grad_segments > 0 and torch.is_grad_enabled()
         entering, scores, report = [], [], []
         for i, (block, routed) in enumerate(self.route(state)):
+            if keeps and (routed is not None or self.mems_grad):
+                x = states[i] = attach(x)
             entering.append(x.detach())
             rows = None
             if routed is not None:
                 rows, routing = routed
                 report.append(routing)
-            inputs = (x, state.window[i], mask, rows, state.scores[i])
+            inputs = (x, near.in_window(state.window[i], i), mask, rows, state.scores[i])
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, block_scores = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -548,6 +570,10 @@ class RoutedTransformerXL(nn.Module):
             torch.cat((state.scores, torch.stack(scores)), dim=2), lengths, state.scores.shape[2]
         ).masked_fill(ends.to(x.device)[:, None, None], -math.inf)
         state.positions = torch.where(ends, 0, state.positions + lengths)
+        state.attached = ()
+        if states:
+            segments = (*attached, AttachedSegment(states, lengths))[-self.memory_grad_segments :]
+            state.attached = tuple(segment.ended(ends) for segment in segments)
         state = state.hand_over()
         return (logits, state, tuple(report)) if return_routing else (logits, state)
 
@@ -611,7 +637,7 @@ class RoutedTransformerXL(nn.Module):
             segment.leave()
             for module in training:
                 module.training = True
-        return torch.cat(new, dim=1), state.hand_over()
+        return torch.cat(new, dim=1), state.detach()
 
     def typed_blocks(self) -> list[Block]:
         """The blocks, with their type."""
@@ -631,20 +657,21 @@ class RoutedTransformerXL(nn.Module):
     def route(self, state: TransformerXLState) -> Iterator[tuple[Block, tuple[RoutedRows, Routing] | None]]:
         """Each block, with the rows that it chose out of the memory of the state."""
         layers = {number: i for i, number in enumerate(self.memory_layers)}
+        behind = AttachedRows(still_attached(state.attached), state.window_lengths)
         for number, block in enumerate(self.typed_blocks(), start=1):
             if state.memory is None or block.memory is None:
                 yield block, None
                 continue
-            layer = state.memory.layer(layers[number])
+            layer = behind.in_memory(state.memory.layer(layers[number]), number - 1)
             routed, stats = block.memory.kv_router.route_with_stats(
                 layer, num_tokens=block.memory.num_tokens_kv, keep_one_route_dim=True
             )
             positions = layer.positions(routed.indices)
-            start = (_rows_appended(layer) + state.window_lengths).to(positions.device)
+            ages = layer.ages(routed.indices) + state.window_lengths.to(positions.device)[:, None, None]
             rows = RoutedRows(
                 routed,
                 _followers(layer, routed.indices),
-                age_bucket(start[:, None, None] - positions).to(self.embedding.weight.device),
+                age_bucket(ages).to(self.embedding.weight.device),
             )
             chosen = positions >= 0
             yield (
@@ -664,6 +691,7 @@ class RoutedTransformerXL(nn.Module):
                 torch.zeros(state.streams, dtype=torch.bool),
             )
             state.open = state.open[:, :, :0]
+            state.attached = ()
 
     @torch.no_grad()
     def _shift(self, state: TransformerXLState, states: Tensor, lengths: Tensor, ends: Tensor) -> None:
@@ -744,12 +772,7 @@ class RoutedTransformerXL(nn.Module):
             )
 
 
-def _rows_appended(layer: MemoryLayer) -> Tensor:
-    """Rows that each stream has appended since its reset, int64 [b]."""
-    return layer.positions(layer.lengths - 1) + 1
-
-
-def _followers(layer: MemoryLayer, indices: Tensor) -> Tensor:
+def _followers(layer: MemoryRows, indices: Tensor) -> Tensor:
     """The rows that were appended right after those at `indices` [b, r, k], [b, r, k, d]; 0 for none."""
     return layer.take(layer.followers(indices))
 
