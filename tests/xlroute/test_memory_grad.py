@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -249,8 +249,17 @@ def test_gradients_with_other_options(
     assert_close(gradients(other, other_loss), gradients(model, loss))
 
 
+@pytest.fixture
+def forgetful_compiler() -> Iterator[None]:
+    """Shapes that vary from one test to the next are no reason to compile for any shape."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 # The compiler looks at .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.usefixtures("forgetful_compiler")
 def test_gradients_of_compiled_blocks(build_model: BuildModel) -> None:
     model = build_model(depth=2, memory_layers=(2,), mem_len=2, memory_grad_segments=2, mems_grad=True)
     before, after = segments(1, ragged=False), segments(1, ragged=False)
