@@ -207,6 +207,19 @@ class MemoryLayer:
         """
         return positions_of(checked_indices(indices, self.lengths), self._logs)
 
+    def ages(self, indices: Tensor) -> Tensor:
+        """How many rows the stream has appended from each of these on: 1 for the newest.
+
+        Args:
+            indices: int64 [b, ...], all in range, as for `take`; -1 means no row.
+
+        Returns:
+            Ages, int64 of the same shape; for no row, more than those of all rows.
+        """
+        appended = torch.tensor([log.appended for log in self._logs], dtype=torch.int64)
+        appended = appended.to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
+        return appended - positions_of(indices, self._logs)
+
     def followers(self, indices: Tensor) -> Tensor:
         """Which rows were appended right after some others.
 

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xlroute.attached import MemoryRows
 from xlroute.backend import pick_backend
 from xlroute.kernels import search_topk
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
-from xlroute.memory import MemoryLayer
 from xlroute.memory.routing_keys import routing_keys
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 
@@ -46,7 +46,7 @@ class ChunkRouting(nn.Module):
     def route(
         self,
         router: CoordinateDescentRouter,
-        memory: MemoryLayer,
+        memory: MemoryRows,
         x: Tensor,
         before: Tensor,
         before_mask: Tensor,
@@ -119,14 +119,14 @@ class TokenRouting(nn.Module):
         super().__init__()
         self.projection = nn.Parameter(torch.randn(sets, key_dim, dim) * dim**-0.5)
 
-    def keys(self, memory: MemoryLayer) -> Tensor:
+    def keys(self, memory: MemoryRows) -> Tensor:
         """Those of all rows [b, r, m, e], without gradient."""
         return memory.keys(self.projection.detach().to(memory.device), keep=not torch.is_grad_enabled())
 
     def route(
         self,
         router: CoordinateDescentRouter,
-        memory: MemoryLayer,
+        memory: MemoryRows,
         keys: Tensor,
         x: Tensor,
         num_tokens: int,
@@ -165,7 +165,7 @@ class TokenRouting(nn.Module):
 
 def choose(
     router: CoordinateDescentRouter,
-    memory: MemoryLayer,
+    memory: MemoryRows,
     scores: Tensor,
     candidates: Tensor | None,
     num_tokens: int,

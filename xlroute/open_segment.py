@@ -79,7 +79,7 @@ class OpenSegment:
         opened = torch.cat(self.states, dim=2)
         self.mask = self.model.window_mask(self.state)
         blocks = self.model.typed_blocks()
-        self.memories = [self.model.open_memory(self.state, i) for i in range(len(blocks))]
+        self.memories = self.model.open_memories(self.state)
         self.contexts = [
             block.context(self.state.window[i], self.mask, opened[i], (), self.state.scores[i])
             for i, block in enumerate(blocks)

@@ -354,6 +354,45 @@ def test_gradients_of_the_routing_are_those_of_its_gates(build_model: BuildModel
         torch.testing.assert_close((gradient * direction).sum(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_gradient_reaches_what_was_written(build_model: BuildModel, content: dict[str, Any]) -> None:
+    """With rows that keep their graph, gradients are those of all that was computed: finite differences."""
+    model = grown(
+        build_model,
+        content,
+        memory_grad_segments=9,
+        mems_grad=True,
+        router_kwargs={"straight_through": False, "eps": 1.0},
+    )
+    pieces = draw(2, 30).split([9, 4, 8, 9], dim=1)
+    cotangent = torch.randn(2, 9, 50, dtype=torch.float64)
+    parameters = [*model.blocks[0].parameters(), *model.blocks[1].parameters()]
+    directions = [torch.randn_like(parameter) for parameter in parameters]
+
+    def loss() -> Tensor:
+        state = fresh(model)
+        for piece in pieces:
+            logits, state = model(piece, state)
+        return (logits * cotangent).sum()
+
+    def moved(step: float) -> Tensor:
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(direction, alpha=step)
+            value = loss()
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.sub_(direction, alpha=step)
+        return value
+
+    found = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    slope = sum(
+        (gradient * direction).sum()
+        for gradient, direction in zip(found, directions, strict=True)
+        if gradient is not None
+    )
+    step = 1e-6
+    torch.testing.assert_close(slope, (moved(step) - moved(-step)) / (2 * step), rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_checkpointing_changes_nothing(build_model: BuildModel, content: dict[str, Any]) -> None:
     model = grown(build_model, content)
     saving = grown(build_model, content, gradient_checkpointing=True)
