@@ -6,12 +6,15 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from pg19_data import UserError
 
+from xlroute.transformer_xl import MemoryRouting
+
 MODES = ("none", "xl", "routed")
+ROUTINGS = get_args(MemoryRouting)
 
 # What a run writes; --overwrite removes these and nothing else.
 FILES = ("settings.json", "metrics.jsonl", "results.json", "curves.png", "routing.png", "sample.txt")
@@ -42,6 +45,8 @@ class Settings:
     memory_layers: tuple[int, ...] = (3,)
     num_tokens_kv: int = 256
     routing_tokens: int = 2
+    memory_routing: MemoryRouting = "learned"
+    routing_chunk: int = 64
     capacity: int = 2048
     routed_self_attention: bool = False
     routed_feedforward: bool = False
@@ -162,6 +167,8 @@ def parse(arguments: list[str] | None = None) -> Command:
     add("--memory-layers", type=_layers, metavar="N,N", help="blocks with routed memory, counted from 1")
     add("--num-tokens-kv", type=_number(1), help="memory rows that each routing token chooses")
     add("--routing-tokens", type=_number(1), help="sets of memory rows; divides the heads")
+    add("--memory-routing", choices=ROUTINGS, help="how memory rows are chosen (default: learned)")
+    add("--routing-chunk", type=_number(1), help="tokens that share rows chosen by content (default: 64)")
     add("--capacity", type=_number(1), help="memory rows kept of each stream and layer")
     for name, what in (
         ("self-attention", "attention to the near tokens, and of few to routed rows"),

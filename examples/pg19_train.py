@@ -61,6 +61,8 @@ def _random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTrans
         memory_layers=settings.memory_layers if mode == "routed" else (),
         num_tokens_kv=settings.num_tokens_kv,
         kv_routing_tokens=settings.routing_tokens,
+        memory_routing=settings.memory_routing,
+        routing_chunk=settings.routing_chunk,
         segment_len=settings.segment_len,
         dropout=settings.dropout,
         routed_self_attention=settings.routed_self_attention,
@@ -97,7 +99,7 @@ def memory_rows(state: TransformerXLState) -> int:
 
 
 def optimizer_for(model: RoutedTransformerXL) -> torch.optim.AdamW:
-    """AdamW that decays matrices alone: not gains, biases, embeddings, gates and routing tokens.
+    """AdamW that decays matrices alone: not gains, biases, embeddings, gates and all that routes.
 
     Gates, which start nearly shut, and routing tokens and the logit of looking at nothing, whose numbers are
     ten times as large as other weights, learn faster than the rest: else a short training would leave them
@@ -109,7 +111,7 @@ def optimizer_for(model: RoutedTransformerXL) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("memory_gate", "null_logit", "routing_token")):
             fast.append(parameter)
-        elif parameter.ndim == 2 and "embedding" not in name and "age_bias" not in name:
+        elif parameter.ndim == 2 and not any(part in name for part in ("embedding", "age_bias", "pool")):
             decayed.append(parameter)
         else:
             kept.append(parameter)

@@ -204,12 +204,14 @@ def test_routed_layers(
     monkeypatch.setattr(modules("pg19_evaluate"), "SAMPLE_LEN", 5)
     out = tmp_path / "run"
     switches = ("--routed-self-attention", "--routed-feedforward", "--modes", "routed", "--steps", "2")
+    content = ("--memory-routing", "content", "--routing-chunk", "4")
     # The last of two options of one name counts.
-    code, error = main("--data", books, "--out", out, *SIZES, *switches)
+    code, error = main("--data", books, "--out", out, *SIZES, *switches, *content)
     assert code == 0, error
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["settings"]["routed_self_attention"]
     assert results["settings"]["routed_feedforward"]
+    assert results["settings"]["memory_routing"] == "content"
     assert results["persistence"]["identical"]
     plain = json.loads((finished[0] / "results.json").read_text(encoding="utf-8"))
     dense = {row["mode"]: row for row in plain["rows"]}["routed"]
