@@ -262,7 +262,7 @@ class MemoryLayer:
 
         Where no gradient is asked for, scores are kept in memory beside the rows. As long as the tokens stay
         the same, a call reads only rows that are new, and gives the same bits as one that reads all. A store
-        with eviction "lowest_score" goes by what its layers were scored with last.
+        with eviction "lowest_score" goes by what its layers were scored with last, if that was to be kept.
 
         Args:
             tokens: Routing tokens, [r, d] for all streams or [b, r, d].
@@ -288,9 +288,8 @@ class MemoryLayer:
             rows.scores(token, scoring, kind) for rows, token in zip(self._streams, per_stream, strict=True)
         ]
         # What a CUDA graph computes is there only once it runs.
-        if self._latest_scores is not None and not (
-            tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-        ):
+        capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        if keep and self._latest_scores is not None and not capturing:
             self._latest_scores[:] = [each.detach().amax(0) for each in scores]
         if streams == 1:
             return scores[0][None]

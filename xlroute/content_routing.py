@@ -149,17 +149,15 @@ class TokenRouting(nn.Module):
             queries.detach().to(keys.dtype).flatten(0, 1),
             keys.flatten(0, 1),
             2 * num_tokens,
-            mask=None if memory.even else memory.mask.repeat_interleave(queries.shape[1], dim=0),
+            mask=None if memory.even else memory.mask.repeat_interleave(projection.shape[0], dim=0),
             backend=pick_backend(router.use_triton, keys.device),
         )
-        sizes = queries.shape[:2]
-        scores, found = (
-            torch.unflatten(t, 0, sizes).transpose(1, 2) for t in (scores, found)
-        )  # [b, n, r, K]
+        b, r, _, e = queries.shape
+        scores, found = (torch.unflatten(t, 0, (b, r)).transpose(1, 2) for t in (scores, found))
         if torch.is_grad_enabled():
             row_keys = routing_keys(memory.take(found), projection, own=True)
             scores = torch.einsum("brne,bnrke->bnrk", queries, row_keys)
-        scores = (scores * queries.shape[-1] ** 0.5).masked_fill(found < 0, -math.inf)
+        scores = (scores * e**0.5).masked_fill(found < 0, -math.inf)  # [b, n, r, K]
         return choose(router, memory, scores, found, num_tokens)
 
 

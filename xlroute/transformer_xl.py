@@ -385,8 +385,8 @@ class RoutedTransformerXL(nn.Module):
         """A new memory store that fits this model: see `MemoryStore.create`.
 
         The model reads what followed the rows that it chooses. Where eviction takes rows from between others,
-        a row whose follower has left gives nothing to read. Single tokens that are routed by content score no
-        rows but those they find: with them alone, "lowest_score" lets the oldest rows leave.
+        a row whose follower has left gives nothing to read. Scores by content are those of
+        a moment, and count for nothing there: with them alone, "lowest_score" lets the oldest rows leave.
 
         Args:
             path: where it is persisted; None for one in memory alone.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -246,14 +246,6 @@ def test_gradients_with_other_options(
         other = twin(build_model, model, memory_grad_segments=99)
     (_, loss, _), (_, other_loss, _) = (read(each, begin(each), pieces) for each in (model, other))
     assert_close(gradients(other, other_loss), gradients(model, loss))
-
-
-@pytest.fixture
-def forgetful_compiler() -> Iterator[None]:
-    """Shapes that vary from one test to the next are no reason to compile for any shape."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 # The compiler looks at .grad of tensors that are no leaves.
