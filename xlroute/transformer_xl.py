@@ -597,7 +597,8 @@ class RoutedTransformerXL(nn.Module):
 
         Returns:
             logits [b, n, vocab_size], of the token after each one; the next state; and with `return_routing`
-            one `Routing` for each memory layer, none if the state has no memory.
+            one `Routing` for each memory layer, or two for `memory_routing="both"`, the learned one first;
+            none if the state has no memory.
 
         Raises:
             ValueError, TypeError: for arguments that do not fit, or a consumed state; nothing was read then.
