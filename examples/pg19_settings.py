@@ -50,6 +50,7 @@ class Settings:
     capacity: int = 2048
     routed_self_attention: bool = False
     routed_feedforward: bool = False
+    memory_grad_segments: int = 0
     dropout: float = 0.0
     learning_rate: float = 3e-3
 
@@ -160,7 +161,7 @@ def parse(arguments: list[str] | None = None) -> Command:
     add("--device", help="cpu (default) or cuda")
     add("--steps", type=_number(1), help="training steps of each mode")
     add("--streams", type=_number(1), help="documents read side by side in training")
-    add("--segment-len", type=_number(1), help="tokens of a document read in one step")
+    add("--segment-len", type=_number(1), help="tokens of a document read at once")
     add("--mem-len", type=_number(1), help="tokens in the XL window")
     for name in ("dim", "depth", "heads", "dim-head"):
         add(f"--{name}", type=_number(1))
@@ -180,6 +181,12 @@ def parse(arguments: list[str] | None = None) -> Command:
             default=argparse.SUPPRESS,
             help=f"{what}, in all modes (CoLT5)",
         )
+    add(
+        "--memory-grad-segments",
+        type=_number(0),
+        metavar="N",
+        help="segments back through which memory rows are trained; a step then reads N + 1 (default: 0)",
+    )
     add("--dropout", type=float)
     add("--learning-rate", type=float)
     # The second process of the proof of persistence is this script again.

@@ -135,8 +135,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
 # ---- The same numbers ----
 
 
-@pytest.mark.parametrize("mems_grad", [False, True])
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(("memory", "mems_grad"), [(memory, False) for memory in MEMORIES] + [("all", True)])
 def test_logits_and_memory_are_those_without_it(
     build_model: BuildModel, memory: str, mems_grad: bool
 ) -> None:
@@ -182,8 +181,7 @@ def test_a_row_with_a_graph_stands_where_its_copy_does(build_model: BuildModel, 
 
 
 @pytest.mark.parametrize("num_tokens_kv", [3, 1000], ids=["routed", "all_rows"])
-@pytest.mark.parametrize("mems_grad", [False, True], ids=["", "mems_grad"])
-@pytest.mark.parametrize("grad_segments", [1, 2, 99])
+@pytest.mark.parametrize(("grad_segments", "mems_grad"), [(1, False), (2, True), (99, False), (99, True)])
 def test_gradients_are_those_of_a_dense_model(
     build_model: BuildModel, grad_segments: int, mems_grad: bool, num_tokens_kv: int
 ) -> None:
