@@ -22,17 +22,21 @@ def search_topk(
 
     There is no gradient: gather the keys that were found, and score them again.
 
-    Which keys are best is what float32 scores say (float64 for float64 keys), but for their rounding: any two
-    ways to add up the products of a score, on tensor cores too, differ by at most c = (e + 16) 2^-21 |query|
-    |key|. No key that was not found is better than one that was by more than 2 c, with the longest key in c.
-    The scores are sums of float32 products in float32.
+    Which keys are the best, float32 scores say (float64 for float64 keys), but for their rounding. Any two
+    ways to add up the products of a score, on tensor cores too, differ by at most c::
 
-    Triton keeps the highest score of each block of 128 adjacent keys, from tensor cores, and scores the keys
-    of the k + 8 best blocks again. The k best blocks hold the k best keys; unless more than 8 others are
-    within 2 c of them, the keys found are those that the scores in the result say, to the last bit. It holds
-    at most 64 MiB beyond the result and its inputs, as long as 4 bytes for each block of each stream fit into
-    that. Keys in rows of no multiple of 16 bytes, or at no such address, are copied first. float64, rows of
-    more than 1,024 bytes, and so few keys that half of the blocks would be scored again, run the reference.
+        c = (e + 16) 2^-21 |query| |longest key|
+
+    No key that was left out is better than one that was found by more than 2 c. The scores that are returned
+    are sums of float32 products in float32.
+
+    Triton keeps the highest score of each block of 128 adjacent keys (64 where a key takes more than 512
+    bytes), from tensor cores, and scores the keys of the k + 8 best blocks again. The k best blocks hold the
+    k best keys. So unless the maxima of more than 8 others come within 2 c of them, what is found is the best
+    to the last bit, by the scores that are returned. This takes at most 64 MiB beyond inputs and result, as
+    long as 4 bytes for each block of each stream fit into that. Keys in rows of no multiple of 16 bytes, or
+    at no such address, are copied first. float64, keys of more than 1,024 bytes, and so few of them that half
+    of the blocks would be scored again, run the reference.
 
     Args:
         queries: [b, n, e].
