@@ -572,8 +572,8 @@ class RoutedTransformerXL(nn.Module):
         state.positions = torch.where(ends, 0, state.positions + lengths)
         state.attached = ()
         if states:
-            segments = (*attached, AttachedSegment(states, lengths))[-self.memory_grad_segments :]
-            state.attached = tuple(segment.ended(ends) for segment in segments)
+            segment = AttachedSegment(states, lengths.clone())  # which may be the caller's
+            state.attached = (*attached, segment)[-self.memory_grad_segments :]
         state = state.hand_over()
         return (logits, state, tuple(report)) if return_routing else (logits, state)
 
