@@ -107,8 +107,9 @@ class RoutedTransformerXL(nn.Module):
         num_heavy_ff_tokens: places for tokens of the heavy feedforward in a routing window; or a share.
         memory_grad_segments: G. Rows of the memory that the last G segments have computed carry gradient, so
             that the layers below learn what to write: truncated back-propagation through the memory. A
-            backward ends it, and so does `state.detach`; rows are then as older ones. They wait in the XL
-            window first, so where G segments hold no more than w tokens, nothing changes. 0 for none.
+            backward ends it, and so do `state.detach` and a call under no_grad; rows are then as older ones.
+            They wait in the XL window first: where G segments hold no more than w tokens, nothing changes. 0
+            for none.
         mems_grad: attention to what the last G segments have left in the XL window, of all blocks, carries
             gradient too.
 
