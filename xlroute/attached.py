@@ -27,10 +27,6 @@ class AttachedSegment(NamedTuple):
     states: Mapping[int, Tensor]  # by block, counted from 0: what entered it, [b, n, d], out of `attach`
     lengths: Tensor  # int64 [b] on the CPU, how many of each stream count, the first ones
 
-    def ended(self, ends: Tensor) -> AttachedSegment:
-        """What is left of it where documents end, bool [b]."""
-        return self._replace(lengths=self.lengths.masked_fill(ends, 0))
-
     @property
     def spent(self) -> bool:
         """Whether a backward has been through the states, and left nothing for a second one."""
@@ -56,6 +52,8 @@ def still_attached(segments: tuple[AttachedSegment, ...]) -> tuple[AttachedSegme
 class AttachedRows:
     """The newest rows of segments, but for the very newest; they take the places of their copies.
 
+    Copies are found by age. So rows of a document that has ended, of which there are none, do no harm.
+
     Args:
         segments: Oldest first.
         newer: How many rows of each stream are left out, the newest, int64 [b] on the CPU.
@@ -80,7 +78,10 @@ class AttachedRows:
         self._places = places.masked_fill(ages > self._lengths[:, None], -1)
 
     def in_window(self, window: Tensor, block: int) -> Tensor:
-        """The XL window [b, w, d] of a block, counted from 0, with these rows as its newest ones."""
+        """The XL window [b, w, d] of a block, counted from 0, with these rows as its newest ones.
+
+        Places that are not in use may get some, of documents that have ended.
+        """
         if not self._width:
             return window
         before = window.shape[1] - self._width
@@ -109,7 +110,7 @@ class AttachedLayer:
     Args:
         layer: All rows.
         rows: The states of which the newest rows are copies, [b, a, d], right-aligned.
-        lengths: How many there are of each stream, int64 [b]. Those that have left the memory do no harm.
+        lengths: How many there are of each stream, int64 [b]; of some, the memory may hold no copy.
     """
 
     def __init__(self, layer: MemoryLayer, rows: Tensor, lengths: Tensor) -> None:

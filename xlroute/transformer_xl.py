@@ -127,8 +127,9 @@ class RoutedTransformerXL(nn.Module):
         num_heavy_ff_tokens: places for tokens of the heavy feedforward in a routing window; or a share.
         memory_grad_segments: G. Rows of the memory that the last G segments have computed carry gradient, so
             that the layers below learn what to write: truncated back-propagation through the memory. A
-            backward ends it, and so does `state.detach`; rows are then as older ones. They wait in the XL
-            window first, so where G segments hold no more than w tokens, nothing changes. 0 for none.
+            backward ends it, and so do `state.detach` and a call under no_grad; rows are then as older ones.
+            They wait in the XL window first: where G segments hold no more than w tokens, nothing changes. 0
+            for none.
         mems_grad: attention to what the last G segments have left in the XL window, of all blocks, carries
             gradient too.
         memory_routing: how memory rows are chosen: "learned", "content", "both" side by side with half of the
@@ -638,8 +639,8 @@ class RoutedTransformerXL(nn.Module):
         state.positions = torch.where(ends, 0, state.positions + lengths)
         state.attached = ()
         if states:
-            segments = (*attached, AttachedSegment(states, lengths))[-self.memory_grad_segments :]
-            state.attached = tuple(segment.ended(ends) for segment in segments)
+            segment = AttachedSegment(states, lengths.clone())  # which may be the caller's
+            state.attached = (*attached, segment)[-self.memory_grad_segments :]
         state = state.hand_over()
         return (logits, state, tuple(report)) if return_routing else (logits, state)
 
