@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from xlroute.attached import MemoryRows
 from xlroute.backend import pick_backend
-from xlroute.kernels import search_topk
+from xlroute.kernels import gather_rows, search_topk
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
 from xlroute.memory.routing_keys import routing_keys
@@ -152,13 +152,29 @@ class TokenRouting(nn.Module):
             mask=None if memory.even else memory.mask.repeat_interleave(projection.shape[0], dim=0),
             backend=pick_backend(router.use_triton, keys.device),
         )
-        b, r, _, e = queries.shape
-        scores, found = (torch.unflatten(t, 0, (b, r)).transpose(1, 2) for t in (scores, found))
+        b, r, n, e = queries.shape
+        scores, found = (torch.unflatten(t, 0, (b, r)) for t in (scores, found))  # [b, r, n, K]
         if torch.is_grad_enabled():
-            row_keys = routing_keys(memory.take(found), projection, own=True)
-            scores = torch.einsum("brne,bnrke->bnrk", queries, row_keys)
-        scores = (scores * e**0.5).masked_fill(found < 0, -math.inf)  # [b, n, r, K]
-        return choose(router, memory, scores, found, num_tokens)
+            rows, places = distinct(found.flatten(1), memory.shape[1])
+            row_keys = routing_keys(memory.take(rows), projection).transpose(1, 2)
+            row_keys = gather_rows(row_keys.flatten(0, 1), places.view(b * r, -1)).view(b, r, n, -1, e)
+            scores = torch.einsum("brne,brnke->brnk", queries, row_keys)
+        scores = (scores * e**0.5).masked_fill(found < 0, -math.inf)
+        return choose(router, memory, scores.transpose(1, 2), found.transpose(1, 2), num_tokens)
+
+
+def distinct(indices: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The rows that indices [b, n] below m name, each once in a stream, and where each index is among them.
+
+    Returns:
+        Rows, int64 [b, u], ascending, behind them -1; and places in them, int64 [b, n]; -1 for -1.
+    """
+    named = torch.zeros(len(indices), m + 1, dtype=torch.bool, device=indices.device)
+    named = named.scatter(1, torch.where(indices < 0, m, indices), True)[:, :m]
+    count = int(named.sum(1).max())
+    rows = named.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+    places = F.pad(named.cumsum(1) - 1, (0, 1), value=-1).gather(1, torch.where(indices < 0, m, indices))
+    return torch.where(named.gather(1, rows), rows, -1), places
 
 
 def choose(

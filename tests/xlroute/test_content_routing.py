@@ -13,7 +13,7 @@ from torch import Tensor
 
 import xlroute.memory.scores as scores
 from xlroute import RoutedTransformerXL, TransformerXLState
-from xlroute.content_routing import ChunkRouting, TokenRouting
+from xlroute.content_routing import ChunkRouting, TokenRouting, distinct
 from xlroute.memory import MemoryStore
 from xlroute.open_segment import OpenSegment
 
@@ -167,14 +167,17 @@ def test_with_room_for_all_rows_it_is_attention_to_all_of_them(build_model: Buil
 # ---- Causality and generation ----
 
 
-def test_nothing_before_a_changed_token_moves(build_model: BuildModel, content: dict[str, Any]) -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_before_a_changed_token_moves(
+    build_model: BuildModel, content: dict[str, Any], training: bool
+) -> None:
     model = grown(build_model, content)
     n = 24
     tokens = draw(n)
     # Stream t has other tokens from place t on; the last stream has none.
     other = (tokens + torch.randint(1, 50, (n + 1, n))) % 50
     changed = torch.where(torch.arange(n) < torch.arange(n + 1)[:, None], tokens, other)
-    with torch.no_grad():
+    with torch.set_grad_enabled(training):
         logits, _ = read(model, fresh(model, n + 1), changed, [5, 7, 1, 11])
     for t in range(n):
         torch.testing.assert_close(logits[t, :t], logits[n, :t])
@@ -223,6 +226,19 @@ def test_generating_in_two_calls_is_generating_in_one(
     for stopped in (state, model.load_state(tmp_path)):
         second, _ = model.generate(first[:, -1:], 8, stopped, temperature=0)
         assert torch.equal(torch.cat((first, second), 1), one)
+
+
+@pytest.mark.parametrize("m", [0, 1, 9])
+def test_distinct_rows(m: int) -> None:
+    indices = torch.randint(-1, m, (3, 12))
+    indices[1] = -1
+    rows, places = distinct(indices, m)
+    longest = max(len(set(row) - {-1}) for row in indices.tolist())
+    assert rows.shape == (3, longest)
+    for index, row, place in zip(indices.tolist(), rows.tolist(), places.tolist(), strict=True):
+        named = sorted(set(index) - {-1})
+        assert row == named + [-1] * (longest - len(named))
+        assert [-1 if at < 0 else row[at] for at in place] == index
 
 
 # ---- State and streams ----
