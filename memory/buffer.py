@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xlroute.kernels import gather_pinned_rows, gather_rows, row_scores
 from xlroute.memory.log import StreamLog
-from xlroute.memory.scores import KeptScores, Scoring, StoredScores
+from xlroute.memory.scores import Kept, KeptScores, Scoring, StoredScores
 
 _BLOCK_ROWS = 1 << 16  # of rows in memory that are handed on at once
 
@@ -66,10 +66,11 @@ class Rows(Protocol):
             stored: Their scores, in the numbers of the log.
         """
 
-    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
+    def scores(self, tokens: Tensor, scoring: Scoring, keep: Kept = "scores") -> Tensor:
         """Scores against routing tokens [r, d], [r, m], as from `row_scores`.
 
-        Where no gradient is asked for they are kept, and only rows that are new since the last call are read.
+        Where no gradient is asked for they are kept, and only rows that are new since the last call are read;
+        unless they are not to be kept.
         """
 
     def kept_scores(self) -> KeptScores | None:
@@ -159,16 +160,17 @@ class RowSpan:
     def prefetch(self, index: Tensor) -> None:
         """They are there."""
 
-    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
+    def scores(self, tokens: Tensor, scoring: Scoring, keep: Kept = "scores") -> Tensor:
         """See `Rows`."""
-        if torch.is_grad_enabled() and tokens.requires_grad:
+        if keep is None or (torch.is_grad_enabled() and tokens.requires_grad):
             return row_scores(self.view(), tokens, **scoring._asdict())
         rows, number = self._buffer.target, self._buffer.number
 
         def read(start: int, stop: int) -> tuple[Tensor]:
             return (rows[start - number : stop - number],)
 
-        return self._buffer.scores.of(number + self._start, number + self._stop, tokens, scoring, read)
+        stored = self._buffer.scores.of_kind(keep)
+        return stored.of(number + self._start, number + self._stop, tokens, scoring, read)
 
     def kept_scores(self) -> KeptScores | None:
         """See `Rows`."""

@@ -15,7 +15,7 @@ from xlroute.memory.chunks import Chunks
 from xlroute.memory.layout import DTYPES
 from xlroute.memory.log import Extent, StreamLog
 from xlroute.memory.rows_bytes import Bytes
-from xlroute.memory.scores import KeptScores, Scoring, StoredScores
+from xlroute.memory.scores import Kept, KeptScores, Scoring, StoredScores
 
 
 class ColdRows:
@@ -144,7 +144,7 @@ class ColdRows:
             return self._span.anew(log, room, stored)
         return ColdRows(self._files, self._layer, self.stream, log, self._device, stored)
 
-    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
+    def scores(self, tokens: Tensor, scoring: Scoring, keep: Kept = "scores") -> Tensor:
         """See `Rows`. All rows are read where there are no scores of these tokens on disk.
 
         Raises:
@@ -153,10 +153,11 @@ class ColdRows:
         """
         first = self._log.oldest
         differentiated = torch.is_grad_enabled() and tokens.requires_grad
-        if self._span is None and not differentiated and self.stored.serves(first, tokens, scoring):
-            read = partial(self._numbered_blocks, first)
-            return self.stored.of(first, self._log.end, tokens, scoring, read)
-        return self.span().scores(tokens, scoring)
+        if self._span is None and keep is not None and not differentiated:
+            stored = self.stored.of_kind(keep)
+            if stored.serves(first, tokens, scoring):
+                return stored.of(first, self._log.end, tokens, scoring, partial(self._numbered_blocks, first))
+        return self.span().scores(tokens, scoring, keep)
 
     def kept_scores(self) -> KeptScores | None:
         """See `Rows`."""

@@ -7,13 +7,14 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import pad
 
 from xlroute.kernels import Backend
 from xlroute.memory.buffer import Rows
 from xlroute.memory.log import StreamLog
-from xlroute.memory.scores import LatestScores, Scoring
+from xlroute.memory.routing_keys import routing_keys
+from xlroute.memory.scores import Kept, LatestScores, Scoring
 
 
 def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
@@ -206,6 +207,19 @@ class MemoryLayer:
         """
         return positions_of(checked_indices(indices, self.lengths), self._logs)
 
+    def ages(self, indices: Tensor) -> Tensor:
+        """How many rows the stream has appended from each of these on: 1 for the newest.
+
+        Args:
+            indices: int64 [b, ...], all in range, as for `take`; -1 means no row.
+
+        Returns:
+            Ages, int64 of the same shape; for no row, more than those of all rows.
+        """
+        appended = torch.tensor([log.appended for log in self._logs], dtype=torch.int64)
+        appended = appended.to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
+        return appended - positions_of(indices, self._logs)
+
     def followers(self, indices: Tensor) -> Tensor:
         """Which rows were appended right after some others.
 
@@ -242,18 +256,21 @@ class MemoryLayer:
         normalize: Literal["rms", "l2"] | None,
         scale: float,
         backend: Backend | None = None,
+        keep: bool = True,
     ) -> Tensor:
         """Scores every row against routing tokens: `scale * <normalize(row), token>`.
 
         Where no gradient is asked for, scores are kept in memory beside the rows. As long as the tokens stay
         the same, a call reads only rows that are new, and gives the same bits as one that reads all. A store
-        with eviction "lowest_score" goes by what its layers were scored with last.
+        with eviction "lowest_score" goes by what its layers were scored with last, if that was to be kept.
 
         Args:
             tokens: Routing tokens, [r, d] for all streams or [b, r, d].
             normalize: How rows are normalised first: "rms", "l2" or None.
             scale: Factor on the scores.
             backend: As for `xlroute.kernels.row_scores`.
+            keep: Keep the scores for the next call; False for tokens that will not come again, beside which
+                those that are kept stay.
 
         Returns:
             Scores, [b, r, m], float32 (float64 for float64 rows), differentiable in `tokens`; columns beyond
@@ -266,12 +283,45 @@ class MemoryLayer:
         streams, longest, _ = self.shape
         per_stream = self.tokens_of_streams(tokens)
         scoring = Scoring(normalize, scale, backend)
-        scores = [rows.scores(token, scoring) for rows, token in zip(self._streams, per_stream, strict=True)]
+        kind: Kept = "scores" if keep else None
+        scores = [
+            rows.scores(token, scoring, kind) for rows, token in zip(self._streams, per_stream, strict=True)
+        ]
         # What a CUDA graph computes is there only once it runs.
-        if self._latest_scores is not None and not (
-            tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-        ):
+        capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        if keep and self._latest_scores is not None and not capturing:
             self._latest_scores[:] = [each.detach().amax(0) for each in scores]
         if streams == 1:
             return scores[0][None]
-        return torch.stack([pad(each, (0, longest - each.shape[-1])) for each in scores])
+        return torch.stack([F.pad(each, (0, longest - each.shape[-1])) for each in scores])
+
+    @torch.no_grad()
+    def keys(self, projection: Tensor, *, keep: bool) -> Tensor:
+        """Routing keys of every row, see `routing_keys`.
+
+        Args:
+            projection: [r, e, d].
+            keep: Keep the projected rows in memory, beside the scores: as long as the projection stays the
+                same, a call projects only rows that are new. False for a projection that is about to change:
+                matrix products are faster, if not the same to the bit whatever other rows there are.
+
+        Returns:
+            Keys, [b, r, m, e], of the rows' type, without gradient; those beyond a stream's length mean
+            nothing.
+
+        Raises:
+            CorruptionError: A row on disk is damaged.
+        """
+        longest = self.shape[1]
+        r, e, _ = projection.shape
+        scoring = Scoring("rms", 1.0, None)
+
+        def of_stream(rows: Rows) -> Tensor:
+            if keep:
+                values = rows.scores(projection.flatten(0, 1), scoring, "keys")
+                return F.normalize(values.view(r, e, -1), dim=1).mT
+            blocks = [routing_keys(block, projection) for block in rows.blocks(0, len(rows))]
+            return torch.cat([projection.new_empty(0, r, e), *blocks]).transpose(0, 1)
+
+        keys = [of_stream(rows).to(self.dtype) for rows in self._streams]
+        return torch.stack([F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in keys])

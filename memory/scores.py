@@ -23,6 +23,10 @@ ReadRows = Callable[[int, int], Iterable[Tensor]]
 # was scored; or what reads it from disk. None if there are no scores.
 LatestScores = Tensor | Callable[[], Tensor | None] | None
 
+# What scores are kept as: those of routing tokens or, beside them, those of a projection's rows, which are
+# routing keys. None: they are not kept.
+Kept = Literal["scores", "keys"] | None
+
 
 class Scoring(NamedTuple):
     """How rows are scored beside their routing tokens: the options of `row_scores`."""
@@ -109,6 +113,15 @@ class StoredScores:
         self._first = 0  # the rows from here to `stop` have scores
         self._stop = 0
         self._end: int | None = None  # the last number that a row has been promised
+        self._keys: StoredScores | None = None  # of the same rows, once they are asked for
+
+    def of_kind(self, kind: Literal["scores", "keys"]) -> StoredScores:
+        """These, the scores of routing tokens; or routing keys, which stand beside them, in memory alone."""
+        if kind == "scores":
+            return self
+        if self._keys is None:
+            self._keys = StoredScores(self._dtype, self._device)
+        return self._keys
 
     def extended(self, start: int, stop: int) -> StoredScores:
         """The scores of a stream that goes on with the numbers `start` to `stop`.
@@ -129,8 +142,9 @@ class StoredScores:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the scores that are kept, with room for those to come."""
-        return self._values.nbytes + (0 if self._carried is None else self._carried.values.nbytes)
+        """Bytes of the scores and keys that are kept, with room for those to come."""
+        carried = 0 if self._carried is None else self._carried.values.nbytes
+        return self._values.nbytes + carried + (0 if self._keys is None else self._keys.nbytes)
 
     @property
     def _carried(self) -> KeptScores | None:

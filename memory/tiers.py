@@ -14,7 +14,7 @@ from xlroute.memory.buffer import Rows, RowSpan, on_device
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.layout import DTYPES, Layout
 from xlroute.memory.log import StreamLog
-from xlroute.memory.scores import KeptScores, Scoring, StoredScores
+from xlroute.memory.scores import Kept, KeptScores, Scoring, StoredScores
 
 
 class Tiers(NamedTuple):
@@ -141,11 +141,11 @@ class TieredRows:
         hot = self._hot.dropped(max(0, len(self._hot) + new.shape[0] - most)).appended(new)
         return TieredRows(home, hot, length, self._oldest, stored)
 
-    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
+    def scores(self, tokens: Tensor, scoring: Scoring, keep: Kept = "scores") -> Tensor:
         """See `Rows`. Rows that have no scores yet pass through the device block by block."""
-        if torch.is_grad_enabled() and tokens.requires_grad:
+        if keep is None or (torch.is_grad_enabled() and tokens.requires_grad):
             if self._cut == 0:
-                return self._hot.scores(tokens, scoring)
+                return self._hot.scores(tokens, scoring, None)
             read_all = partial(self.blocks, 0, self._length)
             scores: Tensor = _ScoresOfBlocks.apply(tokens, scoring, read_all)  # type: ignore[no-untyped-call]
             return scores
@@ -153,7 +153,8 @@ class TieredRows:
         def read(start: int, stop: int) -> Iterator[Tensor]:
             return self.blocks(start - self._oldest, stop - self._oldest)
 
-        return self.stored.of(self._oldest, self._oldest + self._length, tokens, scoring, read)
+        stored = self.stored.of_kind(keep)
+        return stored.of(self._oldest, self._oldest + self._length, tokens, scoring, read)
 
     def kept_scores(self) -> KeptScores | None:
         """See `Rows`."""

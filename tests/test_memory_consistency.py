@@ -260,7 +260,7 @@ def test_a_memory_may_be_kept_on_another_device_than_the_weights(build_model: Bu
     memory = model.create_memory(streams=1, device="meta")
     memory.append(torch.zeros(2, 1, 30, 16))
     router = model.blocks[1].memory.kv_router
-    assert router._scores(memory.layer(0), router.routing_token, None).device.type == "meta"
+    assert router.scores_by(memory.layer(0), router.routing_token).device.type == "meta"
 
 
 def test_a_segment_left_open_by_generate_is_saved_too(build_model: BuildModel, tmp_path: Path) -> None:

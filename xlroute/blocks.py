@@ -1,14 +1,16 @@
 """The block of the Transformer-XL: self-attention over [window, segment], routed memory, feedforward.
 
 Shapes: b streams, n tokens in a segment, w rows of the XL window, t tokens of an open segment, v tokens in a
-routing window, d dim, h heads, e dim_head, r routing tokens, k rows routed. Everything here is a function of
-tensors alone, so that a block can be compiled and checkpointed; the memory store is read outside.
+routing window, d dim, h heads, e dim_head, r routing tokens, k rows routed, g chunks of the segment that have
+rows of their own, 1 if they are routed for the whole segment. Reading a block is a function of tensors alone,
+so that it can be compiled and checkpointed; the memory store is read before.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -16,22 +18,51 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from xlroute.attached import MemoryRows
 from xlroute.attend import attend
 from xlroute.autoregressive import AutoregressiveCache, ConditionalRoutedAutoregressiveAttention
 from xlroute.beside import call_beside, normed, normed_beside
 from xlroute.causal_routing import QueryRouting, route_on
+from xlroute.content_routing import ChunkRouting, TokenRouting
 from xlroute.cross_attention import ConditionalRoutedCrossAttention, RoutedKeysValues
 from xlroute.feedforward import ConditionalRoutedFeedForward, FeedForward
 from xlroute.position import AGE_BUCKETS, rotary_table, rotate
-from xlroute.router import CoordinateDescentRouter, RouterOutput
+from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 
 
 class RoutedRows(NamedTuple):
     """Rows of the long-term memory that were routed to a block, what followed them, and how old they are."""
 
-    routed: RouterOutput
-    followers: Tensor  # [b, r, k, d], the row after each; 0 where there is none
-    age_buckets: Tensor  # int64 [b, r, k]
+    routed: RouterOutput  # all [b g, r, k]
+    followers: Tensor  # [b g, r, k, d], the row after each; 0 where there is none
+    age_buckets: Tensor  # int64 [b g, r, k]
+
+    def by_chunk(self) -> RoutedRows:
+        """Those of a routing [b, g, r, k], or [b, r, k] for a whole segment, as everything here has them."""
+        if self.age_buckets.ndim == 3:
+            return self
+        flat = (None if t is None else t.flatten(0, 1) for t in self.routed)
+        routed = RouterOutput(*flat)  # type: ignore[arg-type]
+        return RoutedRows(routed, self.followers.flatten(0, 1), self.age_buckets.flatten(0, 1))
+
+
+class MemoryContext(NamedTuple):
+    """The routed rows as a block attends to them."""
+
+    keys_values: RoutedKeysValues  # [b g, h, 1 + k, e]
+    bias: Tensor  # [b g, h, 1, k]
+
+    def last(self, streams: int) -> MemoryContext:
+        """That of the last chunk of each stream."""
+        keys, values, mask = self.keys_values
+        if keys.shape[0] == streams:
+            return self
+
+        def of_last(t: Tensor) -> Tensor:
+            return torch.unflatten(t, 0, (streams, -1))[:, -1]
+
+        mask = None if mask is None else of_last(mask)
+        return MemoryContext(RoutedKeysValues(of_last(keys), of_last(values), mask), of_last(self.bias))
 
 
 class BlockContext(NamedTuple):
@@ -42,8 +73,7 @@ class BlockContext(NamedTuple):
     values: Tensor  # [b, h, w + t, e]
     mask: Tensor  # bool [b, w + t]
     heavy: AutoregressiveCache | None  # all of them, for the heavy attention
-    memory: RoutedKeysValues | None
-    memory_bias: Tensor | None  # [b, h, 1, k]
+    memories: tuple[MemoryContext, ...]  # of each branch that attends to the memory; none without a memory
     scores: Tensor  # [b, v + t, 2], of the tokens before as memory queries and for the feedforward, or empty
 
 
@@ -163,34 +193,107 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
 
     A bias for the age of a row joins the logits. The output is multiplied by tanh of `memory_gate`, so that a
     model starts close to one without memory.
+
+    The rows are chosen by learned routing tokens, once for a segment; or at random; or by what is being read,
+    for each chunk of a segment or, in chunks of 1, for each token.
+
+    Args:
+        dim: d.
+        heads: h.
+        num_tokens_q: see `ConditionalRoutedCrossAttention`.
+        random_route: choose rows at random, the negative control.
+        routing_chunk: choose rows by content, for chunks of so many tokens; None for the learned tokens.
+        routing_key_dim: width of the routing keys of single tokens.
+        **options: further ones of `ConditionalRoutedCrossAttention`.
     """
 
     def __init__(
-        self, dim: int, *, heads: int, num_tokens_q: int | float | None = None, **options: Any
+        self,
+        dim: int,
+        *,
+        heads: int,
+        num_tokens_q: int | float | None = None,
+        random_route: bool = False,
+        routing_chunk: int | None = None,
+        routing_key_dim: int = 64,
+        **options: Any,
     ) -> None:
         super().__init__(dim, num_tokens_q=num_tokens_q, heads=heads, share_qk=True, qk_norm=True, **options)
         self.memory_gate = nn.Parameter(torch.zeros(()))
         self.age_bias = nn.Embedding(AGE_BUCKETS, heads)
+        self.random_route = random_route
+        self.content_routing: ChunkRouting | TokenRouting | None = None
+        if routing_chunk == 1:
+            self.content_routing = TokenRouting(dim, sets=self.sets, key_dim=routing_key_dim)
+            self.kv_router.routing_token = None
+        elif routing_chunk is not None:
+            self.content_routing = ChunkRouting(dim, sets=self.sets, chunk=routing_chunk)
 
-    def context(self, rows: RoutedRows) -> tuple[RoutedKeysValues, Tensor]:
-        """Keys and values of routed rows, and the bias on their logits, [b, h, 1, k]."""
+    @property
+    def looks_back(self) -> bool:
+        """Whether rows are chosen by the tokens before a chunk."""
+        return isinstance(self.content_routing, ChunkRouting)
+
+    def keys(self, memory: MemoryRows) -> Tensor | None:
+        """The routing keys of all rows that `route_for` needs, if it needs any."""
+        return self.content_routing.keys(memory) if isinstance(self.content_routing, TokenRouting) else None
+
+    def route_for(
+        self, memory: MemoryRows, keys: Tensor | None, x: Tensor, before: Tensor, before_mask: Tensor
+    ) -> tuple[RouterOutput, RoutingStats]:
+        """Choose the rows that tokens x [b, n, d] read: all [b, r, ...], or [b, g, r, ...] by content.
+
+        Args:
+            memory: what there is to choose from.
+            keys: those of its rows.
+            x: tokens of one segment, from the start of a chunk.
+            before: states [b, t, d] of the tokens before them; what routing looks at are the last.
+            before_mask: which of them there are, bool [b, t].
+        """
+        k, content = self.num_tokens_kv, self.content_routing
+        if content is None:
+            return self.kv_router.route_with_stats(
+                memory, num_tokens=k, keep_one_route_dim=True, random_route=self.random_route
+            )
+        assert isinstance(k, int)
+        if isinstance(content, TokenRouting):
+            assert keys is not None
+            return content.route(self.kv_router, memory, keys, x, k)
+        return content.route(self.kv_router, memory, x, before, before_mask, k)
+
+    def begin_of_chunk(self, t: int) -> int:
+        """The first token of the chunk that token t of a segment is in: they share their rows."""
+        return 0 if self.content_routing is None else t - t % self.content_routing.chunk
+
+    def context(self, rows: RoutedRows) -> MemoryContext:
+        """Keys and values of routed rows, and the bias on their logits."""
         per_set = rearrange(self.age_bias.weight, "buckets (r h) -> r h buckets", r=self.sets)
         b, _, k = rows.age_buckets.shape
         heads_per_set = per_set.shape[1]
         buckets = rows.age_buckets[:, :, None].expand(-1, -1, heads_per_set, -1)
         bias = per_set.expand(b, -1, -1, -1).gather(-1, buckets)
-        return self.keys_values(rows.routed, rows.followers), bias.reshape(b, self.heads, 1, k)
+        keys_values = self.keys_values(rows.routed, rows.followers)
+        return MemoryContext(keys_values, bias.reshape(b, self.heads, 1, k))
 
-    def gated(
-        self, x: Tensor, keys_values: RoutedKeysValues, bias: Tensor, queries: RouterOutput | None
-    ) -> Tensor:
+    def gated(self, x: Tensor, memory: MemoryContext, queries: RouterOutput | None) -> Tensor:
         """The gated output [b, n, d] for x [b, n, d], of which all tokens attend, or the routed ones."""
         if queries is None:
-            out = self.attend(self.queries(x), keys_values, bias)
+            out = self._attend_in_chunks(self.queries(x), memory)
         else:
-            out = self.attend(self.queries(queries.tokens, queries), keys_values, bias)
+            out = self.attend(self.queries(queries.tokens, queries), *memory)
             out = self.route_back(x, out, queries)
         return self.memory_gate.tanh() * out
+
+    def _attend_in_chunks(self, q: Tensor, memory: MemoryContext) -> Tensor:
+        """Attend from queries [b, h, n, e], those of each chunk to its own rows: [b, n, d]."""
+        b, _, n, _ = q.shape
+        chunks = memory.bias.shape[0] // b
+        if chunks == 1:
+            return self.attend(q, *memory)
+        assert self.content_routing is not None
+        q = F.pad(q, (0, 0, 0, chunks * self.content_routing.chunk - n))
+        out = self.attend(rearrange(q, "b h (g c) e -> (b g) h c e", g=chunks), *memory)
+        return rearrange(out, "(b g) c d -> b (g c) d", b=b)[:, :n]
 
 
 class Block(nn.Module):
@@ -206,7 +309,8 @@ class Block(nn.Module):
         dropout: of attention weights, of hidden units and of each branch's output.
         ff_mult: hidden width of the feedforward over d, or of its heavy branch.
         memory_heads: of the attention to the memory.
-        memory_options: further arguments of that; None for a block without it.
+        memory_options: further arguments of that; None for none by learned routing.
+        content_options: as those, for one whose rows are routed by content; both may be there.
         routing_window: v.
         query_routing: how tokens are routed, see `route_newest`.
         heavy_options: arguments of the heavy branch of self-attention; None for none.
@@ -224,6 +328,7 @@ class Block(nn.Module):
         ff_mult: int,
         memory_heads: int,
         memory_options: Mapping[str, Any] | None,
+        content_options: Mapping[str, Any] | None,
         routing_window: int,
         query_routing: QueryRouting,
         heavy_options: Mapping[str, Any] | None,
@@ -248,11 +353,12 @@ class Block(nn.Module):
                 dropout=dropout,
                 **heavy_options,
             )
-        self.memory: RoutedMemoryAttention | None = None
-        if memory_options is not None:
-            self.memory = RoutedMemoryAttention(
-                dim, heads=memory_heads, dim_head=dim_head, dropout=dropout, **memory_options
-            )
+        self.memory, self.content_memory = (
+            None
+            if options is None
+            else RoutedMemoryAttention(dim, heads=memory_heads, dim_head=dim_head, dropout=dropout, **options)
+            for options in (memory_options, content_options)
+        )
         self.feedforward: FeedForward | ConditionalRoutedFeedForward
         if feedforward_options is None:
             self.feedforward = FeedForward(dim, mult=ff_mult, dropout=dropout)
@@ -261,6 +367,10 @@ class Block(nn.Module):
                 dim, heavy_ff_mult=ff_mult, dropout=dropout, **feedforward_options
             )
         self.dropout = nn.Dropout(dropout)
+
+    def memories(self) -> list[RoutedMemoryAttention]:
+        """The branches that attend to the memory."""
+        return [memory for memory in (self.memory, self.content_memory) if memory is not None]
 
     def last_projections(self) -> list[nn.Linear]:
         """Those that join the residual stream, but for that of the memory."""
@@ -272,7 +382,12 @@ class Block(nn.Module):
         return [*found, feedforward.to_out]
 
     def context(
-        self, window: Tensor, window_mask: Tensor, opened: Tensor, rows: RoutedRows | None, scores: Tensor
+        self,
+        window: Tensor,
+        window_mask: Tensor,
+        opened: Tensor,
+        rows: Sequence[RoutedRows],
+        scores: Tensor,
     ) -> BlockContext:
         """What the block looks at before the next token.
 
@@ -280,7 +395,7 @@ class Block(nn.Module):
             window: states [b, w, d] of the XL window.
             window_mask: bool [b, w].
             opened: states [b, t, d] of the tokens of an open segment.
-            rows: those of the memory that were routed to the block; None without a memory.
+            rows: those of the memory that were routed to each of `memories`; none without a memory.
             scores: [b, s, 2], of at least the last v + t % v tokens, -inf where there are none; or empty.
         """
         t = opened.shape[1]
@@ -294,16 +409,12 @@ class Block(nn.Module):
             heavy = self.heavy_attention.remember(
                 F.pad(states, (0, 0, lacking, 0)), mask=F.pad(mask, (lacking, 0))
             )
-        memory = memory_bias = None
-        if rows is not None:
-            assert self.memory is not None
-            memory, memory_bias = self.memory.context(rows)
+        memories = self.memories() if rows else []
         return BlockContext(
             *self.attention.keys_values(states[:, -near:]),
             mask[:, -near:],
             heavy,
-            memory,
-            memory_bias,
+            tuple(memory.context(routed) for memory, routed in zip(memories, rows, strict=True)),
             scores[:, -(self.routing_window + t % self.routing_window) :],
         )
 
@@ -315,16 +426,16 @@ class Block(nn.Module):
             out, after = out + heavy, after._replace(heavy=cache)
         x = x + self.dropout(out)
         scores = context.scores.new_full((*x.shape[:2], context.scores.shape[-1]), -math.inf)
-        if context.memory is not None:
-            assert self.memory is not None
-            assert context.memory_bias is not None
+        if context.memories:
             queries = None
-            if self.memory.q_router is not None:
+            if self.memory is not None and self.memory.q_router is not None:
                 assert self.memory.num_tokens_q is not None
                 queries, scores[..., 0] = self._route(
                     self.memory.q_router, self.memory.num_tokens_q, x, context.scores[..., 0]
                 )
-            x = x + self.dropout(self.memory.gated(x, context.memory, context.memory_bias, queries))
+            branches = zip(self.memories(), context.memories, strict=True)
+            found = (branch.gated(x, memory, queries) for branch, memory in branches)
+            x = x + self.dropout(reduce(torch.add, found))
         if isinstance(self.feedforward, ConditionalRoutedFeedForward):
             routed, scores[..., 1] = self._route(
                 self.feedforward.router, self.feedforward.num_heavy_tokens, x, context.scores[..., 1]
@@ -333,7 +444,10 @@ class Block(nn.Module):
         else:
             x, fed = call_beside(self.feedforward, FeedForward, x)
         x = x + self.dropout(fed)
-        return x, after._replace(scores=torch.cat((context.scores, scores), dim=1))
+        return x, after._replace(
+            memories=tuple(memory.last(len(x)) for memory in context.memories),
+            scores=torch.cat((context.scores, scores), dim=1),
+        )
 
     def _route(
         self, router: CoordinateDescentRouter, num_tokens: int | float, x: Tensor, before: Tensor
@@ -350,7 +464,7 @@ class Block(nn.Module):
         return routed, scores.detach()
 
     def forward(
-        self, x: Tensor, window: Tensor, window_mask: Tensor, rows: RoutedRows | None, scores: Tensor
+        self, x: Tensor, window: Tensor, window_mask: Tensor, rows: Sequence[RoutedRows], scores: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Read a whole segment x [b, n, d]: the output [b, n, d], and the scores [b, n, 2] of its tokens."""
         x, after = self.read(x, self.context(window, window_mask, x[:, :0], rows, scores))

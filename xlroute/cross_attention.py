@@ -399,8 +399,10 @@ class ConditionalRoutedCrossAttention(nn.Module):
 
     def _project(self, projection: nn.Linear, rows: Tensor) -> Tensor:
         """Project the rows of all sets [b, r, k, d] for the heads of their set: [b, r, k, h/r, e]."""
-        weight = rearrange(projection.weight, "(r o) d -> r d o", r=self.sets)
-        return rearrange(rows @ weight, "b r k (h e) -> b r k h e", h=self.heads // self.sets)
+        weight = rearrange(projection.weight, "(r o) d -> r o d", r=self.sets)
+        # A matrix product would copy the weight for every b.
+        projected = torch.einsum("brkd,rod->brko", rows, weight)
+        return rearrange(projected, "b r k (h e) -> b r k h e", h=self.heads // self.sets)
 
     def route_back(self, x: Tensor, heavy: Tensor, queries: RouterOutput) -> Tensor:
         """Put the gated outputs of routed queries in their places; others get the learned output, or zero."""

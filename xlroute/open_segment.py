@@ -8,14 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xlroute.beside import normed
-from xlroute.blocks import BlockContext
+from xlroute.blocks import BlockContext, MemoryContext
 from xlroute.state import TransformerXLState
 
 if TYPE_CHECKING:
-    from xlroute.transformer_xl import RoutedTransformerXL
+    from xlroute.transformer_xl import OpenMemory, RoutedTransformerXL
 
 
 class OpenSegment:
@@ -32,7 +33,9 @@ class OpenSegment:
         self.segment_len = segment_len
         self.states = [state.open]  # states entering the blocks, pieces of [L, b, n, d]
         self.length = state.open.shape[2]
-        self.contexts: list[BlockContext] = []  # empty until the segment's first token is read
+        self.mask: Tensor  # of the XL window, which places are in use
+        self.memories: list[OpenMemory | None] = []
+        self.contexts: list[BlockContext] = []  # both empty until the segment's first token is read
 
     def read(self, tokens: Tensor) -> Tensor:
         """Read tokens [b, n]: their logits [b, n, vocab_size]."""
@@ -41,6 +44,9 @@ class OpenSegment:
             if self.length >= self.segment_len:
                 self._end_segment()
             room = self.segment_len - self.length
+            if self.model.routing_chunk is not None and self.length % self.model.routing_chunk:
+                # A chunk that has begun has its rows; those that begin with a piece are routed together.
+                room = min(room, -self.length % self.model.routing_chunk)
             pieces.append(self._read_piece(tokens[:, :room]))
             tokens = tokens[:, room:]
             if self.length == self.segment_len:
@@ -56,9 +62,9 @@ class OpenSegment:
             self._open_contexts()
         x = self.model.embedding(tokens)
         entering, contexts = [], []
-        for block, context in zip(self.model.typed_blocks(), self.contexts, strict=True):
+        for i, (block, context) in enumerate(zip(self.model.typed_blocks(), self.contexts, strict=True)):
             entering.append(x)
-            x, context = block.read(x, context)
+            x, context = block.read(x, context._replace(memories=self._routed(i, x, context.memories)))
             contexts.append(context)
         logits = self.model.to_logits(normed(self.model.norm, x))
         # Nothing is kept before all blocks have read the piece.
@@ -72,21 +78,36 @@ class OpenSegment:
 
     def _open_contexts(self) -> None:
         opened = torch.cat(self.states, dim=2)
-        mask = self.model.window_mask(self.state)
+        self.mask = self.model.window_mask(self.state)
+        self.memories = self.model.open_memories(self.state)
         self.contexts = [
-            block.context(
-                self.state.window[i],
-                mask,
-                opened[i],
-                None if routed is None else routed[0],
-                self.state.scores[i],
-            )
-            for i, (block, routed) in enumerate(self.model.route(self.state))
+            block.context(self.state.window[i], self.mask, opened[i], (), self.state.scores[i])
+            for i, block in enumerate(self.model.typed_blocks())
         ]
+
+    def _routed(self, i: int, x: Tensor, present: tuple[MemoryContext, ...]) -> tuple[MemoryContext, ...]:
+        """What block i reads of the memory for a piece x [b, n, d]: as before if no chunk begins there."""
+        memory = self.memories[i]
+        if memory is None:
+            return ()
+        found = []
+        for j, branch in enumerate(self.model.typed_blocks()[i].memories()):
+            begin = branch.begin_of_chunk(self.length)
+            if present and begin < self.length:
+                found.append(present[j])
+                continue
+            chunk, before, mask = x, self.state.window[i], self.mask
+            if branch.looks_back:
+                opened = torch.cat([piece[i] for piece in self.states], dim=1)
+                chunk = torch.cat((opened[:, begin:], x), dim=1)
+                before = torch.cat((before, opened[:, :begin]), dim=1)
+                mask = F.pad(mask, (0, begin), value=True)
+            found.append(branch.context(self.model.route(i, j, memory, chunk, before, mask)[0]))
+        return tuple(found)
 
     def _end_segment(self) -> None:
         self.leave()
         self.model.end_open_segment(self.state)
         self.states = [self.state.open]
         self.length = 0
-        self.contexts = []
+        self.memories, self.contexts = [], []

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xlroute.attached import MemoryRows
 from xlroute.backend import pick_backend
 from xlroute.kernels import (
     Backend,
@@ -27,7 +28,6 @@ from xlroute.kernels import (
     top_gates,
     top_indices,
 )
-from xlroute.memory import MemoryLayer
 
 
 class RoutingStats(NamedTuple):
@@ -157,7 +157,7 @@ class CoordinateDescentRouter(nn.Module):
 
     def forward(
         self,
-        x: Tensor | MemoryLayer,
+        x: Tensor | MemoryRows,
         *,
         num_tokens: int | float,
         mask: Tensor | None = None,
@@ -196,7 +196,7 @@ class CoordinateDescentRouter(nn.Module):
 
     def route_with_stats(
         self,
-        x: Tensor | MemoryLayer,
+        x: Tensor | MemoryRows,
         *,
         num_tokens: int | float,
         mask: Tensor | None = None,
@@ -232,7 +232,7 @@ class CoordinateDescentRouter(nn.Module):
         b, _, d = _rows_shape(x)
         _require(d == self.dim, "x", f"rows of width {self.dim}", tuple(x.shape))
         tokens = [router._tokens(None, b) for router in (self, *others)]
-        return self._scores(x, torch.cat(tokens, dim=-2), pick_backend(self.use_triton, x.device))
+        return self.scores_by(x, torch.cat(tokens, dim=-2))
 
     def choose(
         self,
@@ -273,7 +273,7 @@ class CoordinateDescentRouter(nn.Module):
 
     def _route(
         self,
-        x: Tensor | MemoryLayer,
+        x: Tensor | MemoryRows,
         *,
         num_tokens: int | float,
         mask: Tensor | None,
@@ -285,7 +285,7 @@ class CoordinateDescentRouter(nn.Module):
         b, m, d = _rows_shape(x)
         _require(d == self.dim, "x", f"rows of width {self.dim}", tuple(x.shape))
         k = rows_to_route(num_tokens, m)
-        if isinstance(x, MemoryLayer):
+        if isinstance(x, MemoryRows):
             if mask is not None:
                 raise ValueError("mask: expected None with the layer of a memory, which brings its own")
             mask = None if x.even else x.mask
@@ -294,7 +294,7 @@ class CoordinateDescentRouter(nn.Module):
         tokens = self._tokens(routing_tokens, b)
         backend = pick_backend(self.use_triton, x.device)
 
-        s = self._scores(x, tokens, backend)  # [b, r, m]
+        s = self.scores_by(x, tokens)  # [b, r, m]
         route_mask = None if mask is None else mask[:, None].expand(s.shape)
         wanted: Tensor | int = k
         if route_mask is not None and isinstance(num_tokens, float):
@@ -305,7 +305,7 @@ class CoordinateDescentRouter(nn.Module):
             if isinstance(wanted, Tensor):
                 indices = _first(indices, wanted)
                 picked = picked.masked_fill(indices < 0, 0)
-            rows = x.take_routed(indices) if isinstance(x, MemoryLayer) else gather_rows(x, indices, backend)
+            rows = x.take_routed(indices) if isinstance(x, MemoryRows) else gather_rows(x, indices, backend)
         else:
             chosen_by = torch.rand_like(s) if random_route else None
             gates, indices = self._solve(s, route_mask, k, wanted, chosen_by, backend)
@@ -339,8 +339,17 @@ class CoordinateDescentRouter(nn.Module):
         _require(routing_tokens.shape == shape, "routing_tokens", str(shape), tuple(routing_tokens.shape))
         return routing_tokens
 
-    def _scores(self, x: Tensor | MemoryLayer, tokens: Tensor, backend: Backend | None) -> Tensor:
-        """Scores [b, r, m], float32 or float64."""
+    def scores_by(self, x: Tensor | MemoryRows, tokens: Tensor, *, keep: bool = True) -> Tensor:
+        """Scores of rows by any routing tokens.
+
+        Args:
+            x: rows [b, m, d], or the layer of a memory.
+            tokens: [r, d] or [b, r, d].
+            keep: whether a memory keeps the scores for the next call, see `MemoryLayer.scores`.
+
+        Returns:
+            [b, r, m], float32 unless the rows are float64.
+        """
         normalize: Literal["rms", "l2"] | None = "rms"
         scale = self.score_scale
         if self.cosine_sim_routing:
@@ -349,9 +358,11 @@ class CoordinateDescentRouter(nn.Module):
             tokens = F.normalize(tokens.to(wide), dim=-1)
         elif scale is None:
             normalize, scale = None, 1.0
-        if isinstance(x, MemoryLayer):
+        backend = pick_backend(self.use_triton, x.device)
+        if isinstance(x, MemoryRows):
             # A memory may be kept elsewhere than the weights.
-            return x.scores(tokens.to(x.device), normalize=normalize, scale=scale, backend=backend)
+            tokens = tokens.to(x.device)
+            return x.scores(tokens, normalize=normalize, scale=scale, backend=backend, keep=keep)
         return row_scores(x, tokens, normalize=normalize, scale=scale, backend=backend)
 
     def _top_gates(
@@ -387,10 +398,10 @@ class CoordinateDescentRouter(nn.Module):
         return self.route_block_size is not None and self.route_block_size < m
 
     def _gather(
-        self, x: Tensor | MemoryLayer, gates: Tensor, indices: Tensor, backend: Backend | None
+        self, x: Tensor | MemoryRows, gates: Tensor, indices: Tensor, backend: Backend | None
     ) -> tuple[Tensor, Tensor]:
         """The rows [b, r, k, d] at indices [b, r, k], and their gates out of all [b, r, m]."""
-        if not isinstance(x, MemoryLayer):
+        if not isinstance(x, MemoryRows):
             return gather_gated_rows(
                 x, gates, indices, backend=backend, straight_through=self.straight_through
             )
@@ -493,7 +504,7 @@ class CoordinateDescentRouter(nn.Module):
 
 
 def route(
-    router: CoordinateDescentRouter, x: Tensor | MemoryLayer, *, with_stats: bool, **options: Any
+    router: CoordinateDescentRouter, x: Tensor | MemoryRows, *, with_stats: bool, **options: Any
 ) -> tuple[RouterOutput, RoutingStats | None]:
     """A call of the router, and how saturated the gates are if that is asked for."""
     if with_stats:
@@ -629,8 +640,8 @@ def block_quotas(valid: Tensor, total: Tensor | int) -> Tensor:
     return quotas + (rank < left)
 
 
-def _rows_shape(x: Tensor | MemoryLayer) -> tuple[int, int, int]:
-    if not isinstance(x, Tensor | MemoryLayer):
+def _rows_shape(x: Tensor | MemoryRows) -> tuple[int, int, int]:
+    if not isinstance(x, Tensor | MemoryRows):
         raise TypeError(f"x: expected a tensor [b, m, d] or a MemoryLayer, got {type(x).__name__}")
     if len(x.shape) != 3:
         raise ValueError(f"x: expected rows [b, m, d], got {tuple(x.shape)}")

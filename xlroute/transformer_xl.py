@@ -16,9 +16,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,11 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from xlroute.attached import AttachedRows, AttachedSegment, MemoryRows, attach, still_attached
 from xlroute.beside import normed
 from xlroute.blocks import Block, RoutedRows
 from xlroute.causal_routing import QueryRouting, check_query_routing
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
-from xlroute.memory import Eviction, FingerprintError, MemoryLayer, MemoryStore, ReadOnlyError, S3Path
+from xlroute.memory import Eviction, FingerprintError, MemoryStore, ReadOnlyError, S3Path
 from xlroute.open_segment import OpenSegment
 from xlroute.position import age_bucket
 from xlroute.sampling import SamplingOptions, sample
@@ -39,11 +40,16 @@ from xlroute.state import TransformerXLState, load_state
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_VERSION = 1
+MemoryRouting = Literal["learned", "content", "both", "random"]
 ROUTING_EPS = 0.5  # temperature of the choice of rows and tokens, in scores whose spread is about 1
 
 
 class Routing(NamedTuple):
-    """Which rows one memory layer chose to read for a segment."""
+    """Which rows one memory layer chose to read for a segment.
+
+    Rows that were routed by content have a dimension more, [b, g, r, k]: of chunks or, in chunks of 1, of
+    tokens; for those beyond a stream's length they mean nothing.
+    """
 
     layer: int  # the block, counted from 1
     indices: Tensor  # int64 [b, r, k], rows held by the memory, 0 the oldest; -1 for none
@@ -54,8 +60,23 @@ class Routing(NamedTuple):
     gradient_share: Tensor  # [b, r], the share of chosen rows that carry gradient to the router
 
 
+class OpenMemory(NamedTuple):
+    """The memory of a block as a segment finds it."""
+
+    rows: MemoryRows
+    newer: Tensor  # int64 [b], rows between those and the segment, which are in the XL window
+    keys: list[Tensor | None]  # of each branch, the routing keys of the rows, if it needs them
+
+
 class RoutedTransformerXL(nn.Module):
     """A Transformer-XL with a routed long-term memory.
+
+    What a segment reads of the memory is chosen by learned routing tokens, which keep what is salient
+    whatever is asked for; or by content (`memory_routing`). That is decided without a look ahead for each
+    chunk of c tokens, counted from the segment's start: by r routing tokens computed from the states that
+    enter the block in the chunk before, which for the first chunk lie in the XL window, as far as it holds
+    them. With c = 1, each token reads the rows whose keys are most like its own, a learned projection of the
+    state. All chunks' routing tokens score the memory in one read.
 
     Tokens may be routed too: as queries of the memory (`num_tokens_q`), of self-attention, or to the heavy
     feedforward. None of it looks ahead. A segment is cut into routing windows of v tokens, of which the last
@@ -105,6 +126,19 @@ class RoutedTransformerXL(nn.Module):
         num_routed_kv: routing tokens of those.
         light_ff_mult: width of the light feedforward over `dim`.
         num_heavy_ff_tokens: places for tokens of the heavy feedforward in a routing window; or a share.
+        memory_grad_segments: G. Rows of the memory that the last G segments have computed carry gradient, so
+            that the layers below learn what to write: truncated back-propagation through the memory. A
+            backward ends it, and so do `state.detach` and a call under no_grad; rows are then as older ones.
+            They wait in the XL window first: where G segments hold no more than w tokens, nothing changes. 0
+            for none.
+        mems_grad: attention to what the last G segments have left in the XL window, of all blocks, carries
+            gradient too.
+        memory_routing: how memory rows are chosen: "learned", "content", "both" side by side with half of the
+            heads each, or "random", learned routing's negative control, in training and evaluation.
+        routing_chunk: c, see above; of routing by content.
+        num_content_tokens_kv: k of that: rows that each of the r routing tokens of a chunk chooses, or a
+            token in each of r sets. `num_tokens_kv` is that of the others.
+        routing_key_dim: width of the keys for c = 1.
 
     Raises:
         ValueError: for arguments out of range.
@@ -141,6 +175,12 @@ class RoutedTransformerXL(nn.Module):
         num_routed_kv: int = 1,
         light_ff_mult: float = 0.5,
         num_heavy_ff_tokens: int | float = 1 / 8,
+        memory_grad_segments: int = 0,
+        mems_grad: bool = False,
+        memory_routing: MemoryRouting = "learned",
+        routing_chunk: int = 64,
+        num_content_tokens_kv: int = 32,
+        routing_key_dim: int = 64,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -156,6 +196,10 @@ class RoutedTransformerXL(nn.Module):
             ("light_window_size", light_window_size, 1),
             ("light_heads", light_heads, 1),
             ("heavy_heads", heavy_heads, 1),
+            ("memory_grad_segments", memory_grad_segments, 0),
+            ("routing_chunk", routing_chunk, 1),
+            ("num_content_tokens_kv", num_content_tokens_kv, 1),
+            ("routing_key_dim", routing_key_dim, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -165,7 +209,19 @@ class RoutedTransformerXL(nn.Module):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        if mems_grad and not memory_grad_segments:
+            raise ValueError("mems_grad: expected False with memory_grad_segments=0, got True")
         check_query_routing(query_routing)
+        routings = get_args(MemoryRouting)
+        if memory_routing not in routings:
+            raise ValueError(f"memory_routing: expected one of {routings}, got {memory_routing!r}")
+        by_content = memory_routing in ("content", "both")
+        if by_content and num_tokens_q is not None:
+            raise ValueError(
+                f"num_tokens_q: expected None with memory_routing={memory_routing!r}, got {num_tokens_q}"
+            )
+        if memory_routing == "both" and heads % 2:
+            raise ValueError(f"heads: expected an even number with memory_routing='both', got {heads}")
         memory_layers = tuple(memory_layers)
         if memory_layers != tuple(sorted(set(memory_layers))) or not all(
             1 <= i <= depth for i in memory_layers
@@ -202,6 +258,12 @@ class RoutedTransformerXL(nn.Module):
             "num_routed_kv": num_routed_kv,
             "light_ff_mult": light_ff_mult,
             "num_heavy_ff_tokens": num_heavy_ff_tokens,
+            "memory_grad_segments": memory_grad_segments,
+            "mems_grad": mems_grad,
+            "memory_routing": memory_routing,
+            "routing_chunk": routing_chunk,
+            "num_content_tokens_kv": num_content_tokens_kv,
+            "routing_key_dim": routing_key_dim,
         }
         self.vocab_size = vocab_size
         self.dim = dim
@@ -210,20 +272,34 @@ class RoutedTransformerXL(nn.Module):
         self.memory_layers = memory_layers
         self.segment_len = segment_len
         self.gradient_checkpointing = gradient_checkpointing
+        self.memory_grad_segments = memory_grad_segments
+        self.mems_grad = mems_grad
+        self.routing_chunk = routing_chunk if by_content else None
 
         self.query_routing = query_routing
         self.routing_window = max(segment_len // 4, 1) if routing_window is None else routing_window
         self.routes_by_scores = routed_feedforward or (num_tokens_q is not None and bool(memory_layers))
 
         router_options = {"eps": ROUTING_EPS, **(router_kwargs or {})}
-        memory_options = {
-            "num_tokens_q": num_tokens_q,
-            "num_tokens_kv": num_tokens_kv,
-            "kv_routing_tokens": kv_routing_tokens,
-            "router_kwargs": router_options,
-        }
-        # Windows are small: blocks are for the memory.
+        # Windows are small, and a chunk looks for few rows: blocks are for the memory of a whole segment.
         window_options = {name: value for name, value in router_options.items() if name != "route_block_size"}
+        memory_options = content_options = None
+        if memory_routing != "content":
+            memory_options = {
+                "num_tokens_q": num_tokens_q,
+                "num_tokens_kv": num_tokens_kv,
+                "kv_routing_tokens": kv_routing_tokens,
+                "router_kwargs": router_options,
+                "random_route": memory_routing == "random",
+            }
+        if by_content:
+            content_options = {
+                "num_tokens_kv": num_content_tokens_kv,
+                "kv_routing_tokens": kv_routing_tokens,
+                "router_kwargs": window_options,
+                "routing_chunk": routing_chunk,
+                "routing_key_dim": routing_key_dim,
+            }
         half = max(heads // 2, 1)
         attention_options: dict[str, Any] = {"heads": heads, "light_window_size": None, "heavy_options": None}
         if routed_self_attention:
@@ -250,8 +326,9 @@ class RoutedTransformerXL(nn.Module):
                 dim_head=dim_head,
                 dropout=dropout,
                 ff_mult=ff_mult,
-                memory_heads=heads,
+                memory_heads=heads // 2 if memory_routing == "both" else heads,
                 memory_options=memory_options if number in memory_layers else None,
+                content_options=content_options if number in memory_layers else None,
                 routing_window=self.routing_window,
                 query_routing=query_routing,
                 feedforward_options=feedforward_options if routed_feedforward else None,
@@ -288,10 +365,10 @@ class RoutedTransformerXL(nn.Module):
             for branch in block.last_projections():
                 branch.weight.data *= (2 * self.depth) ** -0.5
             block.attention.look_back()
-            if block.memory is not None:
-                nn.init.zeros_(block.memory.to_out.weight)
-                nn.init.zeros_(block.memory.age_bias.weight)
-                nn.init.constant_(block.memory.memory_gate, 0.1)
+            for memory in block.memories():
+                nn.init.zeros_(memory.to_out.weight)
+                nn.init.zeros_(memory.age_bias.weight)
+                nn.init.constant_(memory.memory_gate, 0.1)
 
     # ---- State ----
 
@@ -310,7 +387,8 @@ class RoutedTransformerXL(nn.Module):
         """A new memory store that fits this model: see `MemoryStore.create`.
 
         The model reads what followed the rows that it chooses. Where eviction takes rows from between others,
-        a row whose follower has left gives nothing to read.
+        a row whose follower has left gives nothing to read. Scores by content are those of
+        a moment, and count for nothing there: with them alone, "lowest_score" lets the oldest rows leave.
 
         Args:
             path: where it is persisted; None for one in memory alone.
@@ -355,7 +433,8 @@ class RoutedTransformerXL(nn.Module):
         positions = torch.zeros(streams, dtype=torch.int64, device="cpu")
         if memory is not None:
             self._check_memory(memory, streams)
-            positions = _rows_appended(memory.layer(0))
+            layer = memory.layer(0)
+            positions = layer.positions(layer.lengths - 1) + 1  # rows appended
         return TransformerXLState(
             window=weight.new_zeros(self.depth, streams, self.mem_len, self.dim),
             window_lengths=torch.zeros(streams, dtype=torch.int64, device="cpu"),
@@ -520,7 +599,8 @@ class RoutedTransformerXL(nn.Module):
 
         Returns:
             logits [b, n, vocab_size], of the token after each one; the next state; and with `return_routing`
-            one `Routing` for each memory layer, none if the state has no memory.
+            one `Routing` for each memory layer, or two for `memory_routing="both"`, the learned one first;
+            none if the state has no memory.
 
         Raises:
             ValueError, TypeError: for arguments that do not fit, or a consumed state; nothing was read then.
@@ -530,14 +610,23 @@ class RoutedTransformerXL(nn.Module):
         self.end_open_segment(state)
         x = self.dropout(self.embedding(tokens))
         mask = self.window_mask(state)
+        attached, states = still_attached(state.attached), {}
+        near = AttachedRows(attached if self.mems_grad else (), torch.zeros_like(lengths), most=self.mem_len)
+        keeps = self.memory_grad_segments > 0 and torch.is_grad_enabled()
         entering, scores, report = [], [], []
-        for i, (block, routed) in enumerate(self.route(state)):
+        memories = self.open_memories(state)
+        for i, (block, memory) in enumerate(zip(self.typed_blocks(), memories, strict=True)):
+            if keeps and (memory is not None or self.mems_grad):
+                x = states[i] = attach(x)
             entering.append(x.detach())
-            rows = None
-            if routed is not None:
-                rows, routing = routed
-                report.append(routing)
-            inputs = (x, state.window[i], mask, rows, state.scores[i])
+            window = near.in_window(state.window[i], i)
+            rows = []
+            if memory is not None:
+                for j in range(len(block.memories())):
+                    routed, routing = self.route(i, j, memory, x, window, mask)
+                    rows.append(routed)
+                    report.append(routing)
+            inputs = (x, window, mask, rows, state.scores[i])
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, block_scores = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -549,6 +638,10 @@ class RoutedTransformerXL(nn.Module):
             torch.cat((state.scores, torch.stack(scores)), dim=2), lengths, state.scores.shape[2]
         ).masked_fill(ends.to(x.device)[:, None, None], -math.inf)
         state.positions = torch.where(ends, 0, state.positions + lengths)
+        state.attached = ()
+        if states:
+            segment = AttachedSegment(states, lengths.clone())  # which may be the caller's
+            state.attached = (*attached, segment)[-self.memory_grad_segments :]
         state = state.hand_over()
         return (logits, state, tuple(report)) if return_routing else (logits, state)
 
@@ -612,7 +705,7 @@ class RoutedTransformerXL(nn.Module):
             segment.leave()
             for module in training:
                 module.training = True
-        return torch.cat(new, dim=1), state.hand_over()
+        return torch.cat(new, dim=1), state.detach()
 
     def typed_blocks(self) -> list[Block]:
         """The blocks, with their type."""
@@ -629,29 +722,40 @@ class RoutedTransformerXL(nn.Module):
         places = torch.arange(self.mem_len, device=state.window.device)
         return places >= self.mem_len - state.window_lengths.to(places.device)[:, None]
 
-    def route(self, state: TransformerXLState) -> Iterator[tuple[Block, tuple[RoutedRows, Routing] | None]]:
-        """Each block, with the rows that it chose out of the memory of the state."""
-        layers = {number: i for i, number in enumerate(self.memory_layers)}
-        for number, block in enumerate(self.typed_blocks(), start=1):
-            if state.memory is None or block.memory is None:
-                yield block, None
-                continue
-            layer = state.memory.layer(layers[number])
-            routed, stats = block.memory.kv_router.route_with_stats(
-                layer, num_tokens=block.memory.num_tokens_kv, keep_one_route_dim=True
-            )
-            positions = layer.positions(routed.indices)
-            start = (_rows_appended(layer) + state.window_lengths).to(positions.device)
-            rows = RoutedRows(
-                routed,
-                _followers(layer, routed.indices),
-                age_bucket(start[:, None, None] - positions).to(self.embedding.weight.device),
-            )
-            chosen = positions >= 0
-            yield (
-                block,
-                (rows, Routing(number, routed.indices, positions, chosen, routed.scores.detach(), *stats)),
-            )
+    def open_memories(self, state: TransformerXLState) -> list[OpenMemory | None]:
+        """What the memory of a state holds for each block; None for a block that reads no memory."""
+        opened: list[OpenMemory | None] = [None] * self.depth
+        if state.memory is not None:
+            behind = AttachedRows(still_attached(state.attached), state.window_lengths)
+            for layer, number in enumerate(self.memory_layers):
+                rows = behind.in_memory(state.memory.layer(layer), number - 1)
+                branches = self.typed_blocks()[number - 1].memories()
+                keys = [branch.keys(rows) for branch in branches]
+                opened[number - 1] = OpenMemory(rows, state.window_lengths, keys)
+        return opened
+
+    def route(
+        self, i: int, j: int, memory: OpenMemory, x: Tensor, before: Tensor, before_mask: Tensor
+    ) -> tuple[RoutedRows, Routing]:
+        """The rows that branch j of block i reads of its memory.
+
+        Args:
+            i: the block, counted from 0.
+            j: which of its `memories`.
+            memory: what the memory holds for it.
+            x: states [b, n, d] that enter the block for tokens of a segment, from the start of a chunk.
+            before: states [b, t, d] of the tokens before them, of which the last are looked at.
+            before_mask: which of them there are, bool [b, t].
+        """
+        rows, newer, keys = memory
+        branch = self.typed_blocks()[i].memories()[j]
+        routed, stats = branch.route_for(rows, keys[j], x, before, before_mask)
+        indices = routed.indices
+        positions = rows.positions(indices)
+        ages = rows.ages(indices) + newer.to(indices.device).view(-1, *[1] * (indices.ndim - 1))
+        found = RoutedRows(routed, _followers(rows, indices), age_bucket(ages).to(x.device))
+        report = Routing(i + 1, indices, positions, positions >= 0, routed.scores.detach(), *stats)
+        return found.by_chunk(), report
 
     @torch.no_grad()
     def end_open_segment(self, state: TransformerXLState) -> None:
@@ -665,6 +769,7 @@ class RoutedTransformerXL(nn.Module):
                 torch.zeros(state.streams, dtype=torch.bool),
             )
             state.open = state.open[:, :, :0]
+            state.attached = ()
 
     @torch.no_grad()
     def _shift(self, state: TransformerXLState, states: Tensor, lengths: Tensor, ends: Tensor) -> None:
@@ -745,13 +850,8 @@ class RoutedTransformerXL(nn.Module):
             )
 
 
-def _rows_appended(layer: MemoryLayer) -> Tensor:
-    """Rows that each stream has appended since its reset, int64 [b]."""
-    return layer.positions(layer.lengths - 1) + 1
-
-
-def _followers(layer: MemoryLayer, indices: Tensor) -> Tensor:
-    """The rows that were appended right after those at `indices` [b, r, k], [b, r, k, d]; 0 for none."""
+def _followers(layer: MemoryRows, indices: Tensor) -> Tensor:
+    """The rows that were appended right after those at `indices` [b, ...], [b, ..., d]; 0 for none."""
     return layer.take(layer.followers(indices))
 
 

@@ -145,11 +145,13 @@ def test_it_is_what_loops_compute(build_model: BuildModel, routed: dict[str, Any
     for piece in tokens.split([7, 2, 1, 6, 9], dim=1):
         x = model.embedding(piece[0])
         used = int(state.window_lengths[0])
-        for i, (block, rows) in enumerate(model.route(state)):
+        for i, block in enumerate(model.typed_blocks()):
             window = state.window[i, 0, model.mem_len - used :]
-            x = block_by_hand(
-                by_hand, block, window, model.mem_len, x, None if rows is None else rows[0], scores[i]
-            )
+            memory = model.open_memories(state)[i]
+            rows = None
+            if memory is not None:
+                rows, _ = model.route(i, 0, memory, x[None], state.window[i], model.window_mask(state))
+            x = block_by_hand(by_hand, block, window, model.mem_len, x, rows, scores[i])
         expected = model.to_logits(model.norm(x))
         logits, state = model(piece, state)
         torch.testing.assert_close(logits[0], expected)

@@ -79,9 +79,11 @@ def test_routed_rows_come_with_the_rows_that_followed_them(build_model: BuildMod
     state = model.initial_state(streams=2, memory=model.create_memory(streams=2))
     _, state = model(tokens, state, lengths=torch.tensor([26, 12]))
     assert state.memory is not None
-    layers = [routed for _, routed in model.route(state) if routed is not None]
-    assert len(layers) == 2
-    for layer, (rows, routing) in enumerate(layers):
+    for layer, block in enumerate((1, 2)):
+        memory = model.open_memories(state)[block]
+        assert memory is not None
+        x = torch.randn(2, 5, 16, dtype=torch.float64)
+        rows, routing = model.route(block, 0, memory, x, state.window[block], model.window_mask(state))
         held, _ = state.memory.rows(layer)
         for stream, length in enumerate((20, 6)):
             for indices, followers in zip(routing.indices[stream], rows.followers[stream], strict=True):
