@@ -88,10 +88,8 @@ def read_dense(
                             behind, num_tokens=block.memory.num_tokens_kv, keep_one_route_dim=True
                         )
                         after = F.pad(behind, (0, 0, 0, 1))
-                        ages = whole.shape[1] - (whole.shape[1] - window.shape[1] - behind.shape[1])
-                        rows = RoutedRows(
-                            routed, after[0, routed.indices + 1], age_bucket(ages - routed.indices)
-                        )
+                        ages = behind.shape[1] + window.shape[1] - routed.indices
+                        rows = RoutedRows(routed, after[0, routed.indices + 1], age_bucket(ages))
                     lacking = model.mem_len - window.shape[1]
                     mask = torch.arange(model.mem_len)[None] >= lacking
                     window = F.pad(window, (0, 0, lacking, 0))
