@@ -232,20 +232,16 @@ def test_gradients_are_finite_differences(build_model: BuildModel) -> None:
     torch.testing.assert_close(slope, (moved(step) - moved(-step)) / (2 * step), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("option", ["gradient_checkpointing", "routed"])
-def test_gradients_with_other_options(
-    build_model: BuildModel, routed_all: dict[str, Any], option: str
+@pytest.mark.parametrize("routes", [False, True])
+def test_gradients_of_recomputed_blocks(
+    build_model: BuildModel, routed_all: dict[str, Any], routes: bool
 ) -> None:
-    """Blocks that are recomputed, and what is routed; all segments are as many as any number of them."""
+    options = routed_all if routes else {}
+    model = build_model(mem_len=3, memory_grad_segments=3, mems_grad=True, **options)
+    saving = twin(build_model, model, gradient_checkpointing=True)
     pieces = segments()
-    if option == "gradient_checkpointing":
-        model = build_model(mem_len=3, memory_grad_segments=3, mems_grad=True)
-        other = twin(build_model, model, gradient_checkpointing=True)
-    else:
-        model = build_model(mem_len=3, memory_grad_segments=len(pieces), mems_grad=True, **routed_all)
-        other = twin(build_model, model, memory_grad_segments=99)
-    (_, loss, _), (_, other_loss, _) = (read(each, begin(each), pieces) for each in (model, other))
-    assert_close(gradients(other, other_loss), gradients(model, loss))
+    (_, loss, _), (_, other, _) = (read(each, begin(each), pieces) for each in (model, saving))
+    assert_close(gradients(saving, other), gradients(model, loss))
 
 
 @pytest.fixture
