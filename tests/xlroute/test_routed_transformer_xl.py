@@ -311,6 +311,7 @@ def test_half_precision(build_model: BuildModel, routed_all: dict[str, Any]) -> 
 
 # The compiler looks at .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.usefixtures("forgetful_compiler")
 def test_a_block_compiles_to_one_graph(build_model: BuildModel, routed_all: dict[str, Any]) -> None:
     model = build_model(**routed_all, depth=1, memory_layers=(1,))
     tokens = torch.randint(50, (2, 10))
