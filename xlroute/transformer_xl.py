@@ -222,8 +222,8 @@ class RoutedTransformerXL(nn.Module):
             )
         if memory_routing == "both" and heads % (2 * kv_routing_tokens):
             raise ValueError(
-                f"heads: expected a multiple of {2 * kv_routing_tokens} with memory_routing='both', which are "
-                f"two branches of kv_routing_tokens={kv_routing_tokens} sets each, got {heads}"
+                f"heads: expected a multiple of {2 * kv_routing_tokens} with memory_routing='both', two "
+                f"branches of kv_routing_tokens={kv_routing_tokens} sets each, got {heads}"
             )
         memory_layers = tuple(memory_layers)
         if memory_layers != tuple(sorted(set(memory_layers))) or not all(
