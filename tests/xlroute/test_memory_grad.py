@@ -88,9 +88,9 @@ def read_dense(
                             behind, num_tokens=block.memory.num_tokens_kv, keep_one_route_dim=True
                         )
                         after = F.pad(behind, (0, 0, 0, 1))
-                        ages = whole.shape[1] - (whole.shape[1] - window.shape[1] - behind.shape[1])
+                        ages = behind.shape[1] + window.shape[1] - routed.indices
                         followers = after[0, routed.indices + 1]
-                        rows.append(RoutedRows(routed, followers, age_bucket(ages - routed.indices)))
+                        rows.append(RoutedRows(routed, followers, age_bucket(ages)))
                     lacking = model.mem_len - window.shape[1]
                     mask = torch.arange(model.mem_len)[None] >= lacking
                     window = F.pad(window, (0, 0, lacking, 0))
@@ -233,20 +233,16 @@ def test_gradients_are_finite_differences(build_model: BuildModel) -> None:
     torch.testing.assert_close(slope, (moved(step) - moved(-step)) / (2 * step), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("option", ["gradient_checkpointing", "routed"])
-def test_gradients_with_other_options(
-    build_model: BuildModel, routed_all: dict[str, Any], option: str
+@pytest.mark.parametrize("routes", [False, True])
+def test_gradients_of_recomputed_blocks(
+    build_model: BuildModel, routed_all: dict[str, Any], routes: bool
 ) -> None:
-    """Blocks that are recomputed, and what is routed; all segments are as many as any number of them."""
+    options = routed_all if routes else {}
+    model = build_model(mem_len=3, memory_grad_segments=3, mems_grad=True, **options)
+    saving = twin(build_model, model, gradient_checkpointing=True)
     pieces = segments()
-    if option == "gradient_checkpointing":
-        model = build_model(mem_len=3, memory_grad_segments=3, mems_grad=True)
-        other = twin(build_model, model, gradient_checkpointing=True)
-    else:
-        model = build_model(mem_len=3, memory_grad_segments=len(pieces), mems_grad=True, **routed_all)
-        other = twin(build_model, model, memory_grad_segments=99)
-    (_, loss, _), (_, other_loss, _) = (read(each, begin(each), pieces) for each in (model, other))
-    assert_close(gradients(other, other_loss), gradients(model, loss))
+    (_, loss, _), (_, other, _) = (read(each, begin(each), pieces) for each in (model, saving))
+    assert_close(gradients(saving, other), gradients(model, loss))
 
 
 # The compiler looks at .grad of tensors that are no leaves.
