@@ -134,7 +134,8 @@ class RoutedTransformerXL(nn.Module):
         mems_grad: attention to what the last G segments have left in the XL window, of all blocks, carries
             gradient too.
         memory_routing: how memory rows are chosen: "learned", "content", "both" side by side with half of the
-            heads each, or "random", learned routing's negative control, in training and evaluation.
+            heads each, or "random", learned routing's negative control, drawn by PyTorch's own generator in
+            training and evaluation.
         routing_chunk: c, see above; of routing by content.
         num_content_tokens_kv: k of that: rows that each of the r routing tokens of a chunk chooses, or a
             token in each of r sets. `num_tokens_kv` is that of the others.
@@ -220,8 +221,11 @@ class RoutedTransformerXL(nn.Module):
             raise ValueError(
                 f"num_tokens_q: expected None with memory_routing={memory_routing!r}, got {num_tokens_q}"
             )
-        if memory_routing == "both" and heads % 2:
-            raise ValueError(f"heads: expected an even number with memory_routing='both', got {heads}")
+        if memory_routing == "both" and heads % (2 * kv_routing_tokens):
+            raise ValueError(
+                f"heads: expected a multiple of {2 * kv_routing_tokens} with memory_routing='both', two "
+                f"branches of kv_routing_tokens={kv_routing_tokens} sets each, got {heads}"
+            )
         memory_layers = tuple(memory_layers)
         if memory_layers != tuple(sorted(set(memory_layers))) or not all(
             1 <= i <= depth for i in memory_layers
@@ -387,8 +391,8 @@ class RoutedTransformerXL(nn.Module):
         """A new memory store that fits this model: see `MemoryStore.create`.
 
         The model reads what followed the rows that it chooses. Where eviction takes rows from between others,
-        a row whose follower has left gives nothing to read. Scores by content are those of
-        a moment, and count for nothing there: with them alone, "lowest_score" lets the oldest rows leave.
+        a row whose follower has left gives nothing to read. Scores by content are those of a moment, and
+        count for nothing there: with them alone, "lowest_score" lets the oldest rows leave.
 
         Args:
             path: where it is persisted; None for one in memory alone.

@@ -89,7 +89,8 @@ def read_dense(
                         )
                         after = F.pad(behind, (0, 0, 0, 1))
                         ages = behind.shape[1] + window.shape[1] - routed.indices
-                        rows.append(RoutedRows(routed, after[0, routed.indices + 1], age_bucket(ages)))
+                        followers = after[0, routed.indices + 1]
+                        rows.append(RoutedRows(routed, followers, age_bucket(ages)))
                     lacking = model.mem_len - window.shape[1]
                     mask = torch.arange(model.mem_len)[None] >= lacking
                     window = F.pad(window, (0, 0, lacking, 0))
