@@ -93,7 +93,7 @@ def check_eps(eps: float) -> None:
     Raises:
         ValueError: ``eps`` is zero, negative, infinite or NaN.
     """
-    if not (eps > 0 and math.isfinite(eps)):
+    if not 0 < eps < math.inf:
         raise ValueError(f"eps must be a positive finite number, got {eps}")
 
 

@@ -75,7 +75,7 @@ def coordinate_descent(
     if n_iters < 1:
         raise ValueError(f"n_iters must be at least 1, got {n_iters}")
     eps_init = eps if eps_init is None else eps_init
-    if not (eps_init >= eps and math.isfinite(eps_init)):
+    if not eps <= eps_init < math.inf:
         raise ValueError(f"eps_init must be finite and at least eps = {eps}, got {eps_init}")
     if not 0 < eps_decay <= 1:
         raise ValueError(f"eps_decay must be in (0, 1], got {eps_decay}")

@@ -68,7 +68,8 @@ def row_scores(
         raise ValueError(f"tokens must be on the device of rows, {rows.device}, got {tokens.device}")
     if normalize not in ("rms", "l2", None):
         raise ValueError(f"normalize must be 'rms', 'l2' or None, got {normalize!r}")
-    if not math.isfinite(scale):
+    # Compared, not math.isfinite(scale), which torch.compile cannot trace for one that changes between calls.
+    if not abs(scale) < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     backend = resolve_backend(backend, rows)
     try:
