@@ -44,7 +44,7 @@ class Test:
 PRESETS = {
     "small": (
         Settings(),
-        Test((512, 8192), pairs=16, questions=16, streams=8, passkeys=16, longest={}),
+        Test((512, 8192), pairs=10, questions=10, streams=10, passkeys=16, longest={}),
     ),
 }
 
@@ -141,8 +141,7 @@ def documents_of(length: int, settings: Settings, test: Test) -> dict[str, Docum
             streams=streams,
             pairs=pairs,
             questions=questions,
-            # Nothing but the memory holds what lies so far back, wherever the segments begin.
-            nearest=settings.segment_len + settings.mem_len,
+            nearest=settings.nearest,
             overwritten=overwritten,
             value_len=settings.value_len,
             gap=settings.gap,

@@ -1,6 +1,6 @@
 """Documents of examples/recall.py: facts in distractor text, and questions about them at known distances.
 
-A fact is a key and its value: =:QXK07. A question is answered at once, ?:QXK07; or it is announced, ?:QXK,
+A fact is a key and its value: =:QXK07. A question is answered at once, ?:QXK07; or it is announced, ?QXK,
 and answered a gap later, !:QXK07, so that a router that looks at the chunk before can know what will be
 asked. Keys are three capitals and values digits; all else is small letters, drawn at random. No key is asked
 for twice, so that no answer can be read off an earlier one.
@@ -95,7 +95,7 @@ class Documents:
             torch.full((b, p, f), FACT), key_symbols[:, :, None].expand(-1, -1, f, -1), value_symbols
         )
         asked = _text(torch.where(announced, ANSWER, QUESTION), key_symbols[:, :q], self.questions.answers)
-        announcing = _text(torch.full((b, q), QUESTION), key_symbols[:, :q])[announced]
+        announcing = torch.cat((torch.full((b, q, 1), QUESTION), key_symbols[:, :q]), 2)[announced]
         streams = torch.arange(b)[:, None].expand(b, q)[announced]
         everything = [
             _spread(torch.arange(b)[:, None, None].expand(b, p, f), fact_starts, told),

@@ -18,12 +18,19 @@ from xlroute import RoutedTransformerXL, TransformerXLState
 WARM_UP = 50  # updates
 FINAL_LEARNING_RATE = 0.05  # of the highest one
 FAST_RATE = 10.0  # learning rate of gates and routing tokens, in those of the other weights
-FAST = ("memory_gate", "null_logit", "age_bias", "routing_token")
+FAST = ("memory_gate", "null_logit", "routing_token")
 GRADIENT_NORM = 1.0
 GROWTH = 0.5  # share of the training in which documents grow to their full length
 OVERWRITTEN = 0.5  # share of the training documents whose pairs are all told twice
+FEWEST_SEGMENTS = 4  # of a training document
+
+# How the models start, see `build_model`.
 SHARPNESS = 3.0  # by which the biases of heads that look back are multiplied
+MIX = 0.3  # of what attention and feedforward add below the memory
 DISTURBANCE = 0.1  # of what the self-attention of a block adds before its memory is read
+GATE = 0.5
+COSINE_SCALE, NULL_LOGIT = 80.0, 40.0
+AGE_SLOPE = 0.4  # by which a row's logit falls from one bucket of ages to the next, two to a doubling
 
 
 @dataclass(frozen=True)
@@ -32,9 +39,9 @@ class Settings:
 
     device: str = "cpu"
     seed: int = 0
-    steps: int = 400  # batches of documents
+    steps: int = 80  # batches of documents
     minutes: float = math.inf  # of each training, which ends then at the latest
-    streams: int = 16
+    streams: int = 8
     training_len: int = 512
     segment_len: int = 64
     mem_len: int = 16
@@ -43,10 +50,15 @@ class Settings:
     heads: int = 4
     dim_head: int = 32
     memory_layer: int = 2
-    rows: int = 16  # that a routing token or a token chooses
+    rows: int = 8  # that a routing token or a token chooses
     value_len: int = 2
     gap: int = 64
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
+
+    @property
+    def nearest(self) -> int:
+        """Tokens that a fact lies back at least if the memory alone can hold it, wherever segments begin."""
+        return self.segment_len + self.mem_len
 
 
 class Mode(NamedTuple):
@@ -89,9 +101,12 @@ class Trained(NamedTuple):
 def build_model(mode: str, settings: Settings) -> RoutedTransformerXL:
     """An untrained model.
 
-    What the memory needs to be of use at once is set up here. The heads below it look 0, 1, ... tokens back,
-    sharply, so that a row holds what stood before it and two keys that end alike differ. What self-attention
-    adds before the memory is read is small, so that a query is like the row of the same text.
+    It starts as what it has to become, and training makes it exact. The heads below the memory look 0, 1, ...
+    tokens back, sharply, so that a row tells what stood before it and keys that end alike differ; but they
+    add little, so that its own token is read off it most easily. What self-attention adds before the memory
+    is read is small, so that a query is like the row of the same text. What followed that row is copied, and
+    of several such rows the newer one weighs more. How much more is not trained, so that it holds for ages
+    beyond those of the training.
     """
     windows = {"none": 0, "short": settings.mem_len, "document": settings.training_len}
     torch.manual_seed(settings.seed)
@@ -116,16 +131,29 @@ def build_model(mode: str, settings: Settings) -> RoutedTransformerXL:
             if number < settings.memory_layer:
                 block.attention.q_bias *= SHARPNESS
                 block.attention.k_bias *= SHARPNESS
-            elif number == settings.memory_layer:
+                for projection in block.last_projections():
+                    projection.weight *= MIX
+            if block.memories() and MODES[mode].memory:
                 block.attention.to_out.weight *= DISTURBANCE
+            for memory in block.memories():
+                assert memory.null_logit is not None
+                assert memory.log_scale is not None
+                memory.memory_gate.fill_(GATE)
+                memory.null_logit.fill_(NULL_LOGIT)
+                memory.log_scale.fill_(math.log(COSINE_SCALE))
+                memory.to_out.weight.copy_(memory.to_v.weight.T)
+                ages = torch.arange(float(memory.age_bias.num_embeddings))
+                memory.age_bias.weight.copy_(-AGE_SLOPE * ages[:, None])
+                memory.age_bias.requires_grad_(False)
     return model.to(settings.device)
 
 
 def train(mode: str, settings: Settings) -> Trained:
-    """Train a model on documents that grow from two segments to the training length.
+    """Train a model on documents that grow from few segments to the training length.
 
     Each batch has a length and a number of pairs drawn at random, the same for all modes. An update follows
-    each segment that asks something.
+    each segment that asks for facts beyond window and segment. What is asked for nearer facts is not trained:
+    the memory cannot know them, and what it would learn from them is to be vague.
     """
     model = build_model(mode, settings).train()
     optimizer = optimizer_for(model)
@@ -136,14 +164,22 @@ def train(mode: str, settings: Settings) -> Trained:
     hits: list[Tensor] = []
     while done < 1:
         longest = round((settings.training_len / settings.segment_len) ** min(1.0, done / GROWTH))
-        documents = draw_documents(max(2, longest), step, settings, drawn)
+        documents = draw_documents(max(FEWEST_SEGMENTS, longest), step, settings, drawn)
+        distances = documents.questions.distances.to(settings.device)
         for logits, piece in read(model, mode, [documents], settings):
-            if not (piece.asked >= 0).any():
+            asked = piece.asked >= 0
+            asked &= distances.gather(1, piece.asked.clamp(min=0)) >= settings.nearest
+            if not asked.any():
                 continue
+            predicted, targets = logits[asked].float(), piece.targets[asked]
+            F.cross_entropy(predicted, targets).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * learning_rate(updates, done, settings)
-            hits.append(improve(model, optimizer, logits, piece, documents, settings))
+            optimizer.step()
+            optimizer.zero_grad()
             updates += 1
+            hits.append(predicted.argmax(-1) == targets)
         step += 1
         tokens += documents.streams * documents.length
         done = max(step / settings.steps, (time.perf_counter() - began) / 60 / settings.minutes)
@@ -159,7 +195,7 @@ def draw_documents(longest: int, step: int, settings: Settings, drawn: torch.Gen
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=drawn))
 
-    length = draw(2, longest) * settings.segment_len
+    length = draw(FEWEST_SEGMENTS, longest) * settings.segment_len
     overwritten = draw(0, 1) == 1
     room = length // slot_width(settings.value_len) // (2 + overwritten)
     return training_documents(
@@ -173,33 +209,12 @@ def draw_documents(longest: int, step: int, settings: Settings, drawn: torch.Gen
     )
 
 
-def improve(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    logits: Tensor,
-    piece: Piece,
-    documents: Documents,
-    settings: Settings,
-) -> Tensor:
-    """One update by what a segment asks; which symbols were right whose facts lay in the memory, bool [a]."""
-    asked = piece.asked >= 0
-    predicted, targets = logits[asked].float(), piece.targets[asked]
-    loss = F.cross_entropy(predicted, targets)
-    loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
-    optimizer.step()
-    optimizer.zero_grad()
-    streams = asked.nonzero()[:, 0].cpu()
-    distances = documents.questions.distances[streams, piece.asked[asked].cpu()]
-    far = distances >= settings.segment_len + settings.mem_len
-    return (predicted.argmax(-1) == targets).cpu()[far]
-
-
 def optimizer_for(model: nn.Module) -> torch.optim.AdamW:
     """AdamW, with a higher learning rate for the numbers that are far larger than other weights."""
-    fast = [p for name, p in model.named_parameters() if any(part in name for part in FAST)]
-    slow = [p for name, p in model.named_parameters() if not any(part in name for part in FAST)]
-    groups = [{"params": slow, "rate": 1.0}, {"params": fast, "rate": FAST_RATE}]
+    groups: list[dict[str, Any]] = [{"params": [], "rate": rate} for rate in (1.0, FAST_RATE)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[any(part in name for part in FAST)]["params"].append(parameter)
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
 
