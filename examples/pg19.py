@@ -151,10 +151,11 @@ def run_mode(mode: str, run: Run) -> list[dict[str, Any]]:
     work = multiply_adds(mode, run.settings, run.tokenizer.vocab_size + 1)
     rows = [table_row(mode, training, result, run.corpus, work)]
     if mode == "routed":
+        width = max((chosen.shape[1] for chosen in result.chosen), default=0)
         np.savez(
             folder / "routing.npz",
             starts=np.array(result.starts),
-            chosen=np.stack([pad_choice(chosen, run.settings.num_tokens_kv) for chosen in result.chosen]),
+            chosen=np.stack([pad_choice(chosen, width) for chosen in result.chosen]),
         )
         peak = PeakMemory(run.settings.device)
         emptied = evaluate("emptied", training.model, run, forget=True)

@@ -106,7 +106,10 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
                 result.gradient_shares.append(float(routing[0].gradient_share.mean()))
             if first_book and routing:
                 result.starts.append(int(positions[0]))
-                result.chosen.append(routing[0].positions[0].cpu().numpy())
+                chosen = routing[0].positions[0]
+                if chosen.ndim == 3:  # of chunks: what each set of rows holds of all of them
+                    chosen = chosen.transpose(0, 1).flatten(1)
+                result.chosen.append(chosen.cpu().numpy())
             first_book = first_book and not bool(ends[0])
             progress.set_postfix_str(f"{memory_rows(state):,} memory rows", refresh=False)
             progress.update(int(lengths.sum()))

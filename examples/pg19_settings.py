@@ -6,12 +6,15 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from pg19_data import UserError
 
+from xlroute.transformer_xl import MemoryRouting
+
 MODES = ("none", "xl", "routed")
+ROUTINGS = get_args(MemoryRouting)
 
 # What a run writes; --overwrite removes these and nothing else.
 FILES = ("settings.json", "metrics.jsonl", "results.json", "curves.png", "routing.png", "sample.txt")
@@ -42,9 +45,12 @@ class Settings:
     memory_layers: tuple[int, ...] = (3,)
     num_tokens_kv: int = 256
     routing_tokens: int = 2
+    memory_routing: MemoryRouting = "learned"
+    routing_chunk: int = 64
     capacity: int = 2048
     routed_self_attention: bool = False
     routed_feedforward: bool = False
+    memory_grad_segments: int = 0
     dropout: float = 0.0
     learning_rate: float = 3e-3
 
@@ -155,13 +161,15 @@ def parse(arguments: list[str] | None = None) -> Command:
     add("--device", help="cpu (default) or cuda")
     add("--steps", type=_number(1), help="training steps of each mode")
     add("--streams", type=_number(1), help="documents read side by side in training")
-    add("--segment-len", type=_number(1), help="tokens of a document read in one step")
+    add("--segment-len", type=_number(1), help="tokens of a document read at once")
     add("--mem-len", type=_number(1), help="tokens in the XL window")
     for name in ("dim", "depth", "heads", "dim-head"):
         add(f"--{name}", type=_number(1))
     add("--memory-layers", type=_layers, metavar="N,N", help="blocks with routed memory, counted from 1")
     add("--num-tokens-kv", type=_number(1), help="memory rows that each routing token chooses")
     add("--routing-tokens", type=_number(1), help="sets of memory rows; divides the heads")
+    add("--memory-routing", choices=ROUTINGS, help="how memory rows are chosen (default: learned)")
+    add("--routing-chunk", type=_number(1), help="tokens that share rows chosen by content (default: 64)")
     add("--capacity", type=_number(1), help="memory rows kept of each stream and layer")
     for name, what in (
         ("self-attention", "attention to the near tokens, and of few to routed rows"),
@@ -173,6 +181,12 @@ def parse(arguments: list[str] | None = None) -> Command:
             default=argparse.SUPPRESS,
             help=f"{what}, in all modes (CoLT5)",
         )
+    add(
+        "--memory-grad-segments",
+        type=_number(0),
+        metavar="N",
+        help="segments back through which memory rows are trained; a step then reads N + 1 (default: 0)",
+    )
     add("--dropout", type=float)
     add("--learning-rate", type=float)
     # The second process of the proof of persistence is this script again.

@@ -8,9 +8,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FrameType
@@ -61,10 +62,13 @@ def _random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTrans
         memory_layers=settings.memory_layers if mode == "routed" else (),
         num_tokens_kv=settings.num_tokens_kv,
         kv_routing_tokens=settings.routing_tokens,
+        memory_routing=settings.memory_routing,
+        routing_chunk=settings.routing_chunk,
         segment_len=settings.segment_len,
         dropout=settings.dropout,
         routed_self_attention=settings.routed_self_attention,
         routed_feedforward=settings.routed_feedforward,
+        memory_grad_segments=settings.memory_grad_segments,
     )
 
 
@@ -97,7 +101,7 @@ def memory_rows(state: TransformerXLState) -> int:
 
 
 def optimizer_for(model: RoutedTransformerXL) -> torch.optim.AdamW:
-    """AdamW that decays matrices alone: not gains, biases, embeddings, gates and routing tokens.
+    """AdamW that decays matrices alone: not gains, biases, embeddings, gates and all that routes.
 
     Gates, which start nearly shut, and routing tokens and the logit of looking at nothing, whose numbers are
     ten times as large as other weights, learn faster than the rest: else a short training would leave them
@@ -109,7 +113,7 @@ def optimizer_for(model: RoutedTransformerXL) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("memory_gate", "null_logit", "routing_token")):
             fast.append(parameter)
-        elif parameter.ndim == 2 and "embedding" not in name and "age_bias" not in name:
+        elif parameter.ndim == 2 and not any(part in name for part in ("embedding", "age_bias", "pool")):
             decayed.append(parameter)
         else:
             kept.append(parameter)
@@ -240,7 +244,7 @@ class Training:
     model: RoutedTransformerXL
     optimizer: torch.optim.AdamW
     state: TransformerXLState
-    step: int = 0  # steps done; also the data cursor, since the data are a function of the seed
+    step: int = 0  # steps done; tells where in the data to go on, which are a function of the seed
     tokens: int = 0  # that were trained on
     seconds: float = 0.0  # spent in steps
     peak_bytes: int = 0
@@ -313,8 +317,13 @@ def train(mode: str, run: Run) -> Training:
     peak = PeakMemory(settings.device)
     # Nats per token are bits per byte up to this factor, exact for bytes and for other tokens an average.
     bits = bytes_per_token(corpus, tokenizer) * math.log(2)
+    reads = 1 + settings.memory_grad_segments  # segments in a step
     data = training_segments(
-        corpus, tokenizer, streams=settings.streams, segment_len=settings.segment_len, skip=training.step
+        corpus,
+        tokenizer,
+        streams=settings.streams,
+        segment_len=settings.segment_len,
+        skip=training.step * reads,
     )
     progress = tqdm(
         total=settings.steps,
@@ -327,12 +336,12 @@ def train(mode: str, run: Run) -> Training:
     smooth: float | None = None
     with run.interrupt.held(), progress:
         while training.step < settings.steps:
-            tokens, targets, lengths, ends = next(data)
+            segments = list(islice(data, reads))
             began = time.perf_counter()
-            loss = train_step(training, settings, tokens, targets, lengths, ends)
+            loss, counted = train_step(training, settings, segments)
             seconds = time.perf_counter() - began
             training.step += 1
-            training.tokens += int(lengths.sum())
+            training.tokens += counted
             training.seconds += seconds
             training.peak_bytes = max(training.peak_bytes, peak.bytes())
             metrics.append(
@@ -343,7 +352,7 @@ def train(mode: str, run: Run) -> Training:
                 learning_rate=learning_rate(training.step - 1, settings),
                 memory_rows=memory_rows(training.state),
                 tokens=training.tokens,
-                tokens_per_second=round(int(lengths.sum()) / seconds, 1),
+                tokens_per_second=round(counted / seconds, 1),
             )
             smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
             progress.set_postfix_str(
@@ -362,18 +371,22 @@ def train(mode: str, run: Run) -> Training:
 
 
 def train_step(
-    training: Training, settings: Settings, tokens: Tensor, targets: Tensor, lengths: Tensor, ends: Tensor
-) -> float:
-    """Read one segment of every stream and improve the weights; the mean loss in nats per token."""
+    training: Training, settings: Settings, segments: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
+) -> tuple[float, int]:
+    """Read segments of every stream and improve the weights: the mean loss in nats, of how many tokens."""
     for group in training.optimizer.param_groups:
         group["lr"] = group["rate"] * learning_rate(training.step, settings)
-    with autocast(settings):
-        logits, training.state = training.model(
-            tokens.to(settings.device), training.state, lengths=lengths, ends=ends
-        )
-    loss = token_nats(logits, targets, lengths).sum() / int(lengths.sum())
+    nats = []
+    for tokens, targets, lengths, ends in segments:
+        with autocast(settings):
+            logits, training.state = training.model(
+                tokens.to(settings.device), training.state, lengths=lengths, ends=ends
+            )
+        nats.append(token_nats(logits, targets, lengths).sum())
+    counted = sum(int(lengths.sum()) for _, _, lengths, _ in segments)
+    loss = torch.stack(nats).sum() / counted
     training.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(training.model.parameters(), GRADIENT_NORM)
     training.optimizer.step()
-    return loss.item()
+    return loss.item(), counted

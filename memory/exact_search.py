@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from xlroute.kernels import row_scores, top_indices
 from xlroute.kernels.scoring import Normalize
+from xlroute.kernels.search import take_best
 
 # Of one block, over all tokens: 64 MiB in float32.
 _MOST_SCORES = 2**24
@@ -51,23 +51,3 @@ def search_rows(
             )
             first += rows.shape[0]
     return take_best(scores, indices, k)
-
-
-def take_best(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Takes the k highest of some scores, and their indices.
-
-    Args:
-        scores: [r, n]; -inf and NaN for what cannot be taken.
-        indices: What they are the scores of, int64 [r, n], ascending where scores are equal.
-        k: How many.
-
-    Returns:
-        Scores [r, k], highest first and among equals the lower index first; and their indices, int64 [r, k].
-        Where there are no more, they are -inf and -1.
-    """
-    scores = scores.masked_fill(scores.isnan(), -math.inf)
-    scores, order = scores.sort(dim=-1, descending=True, stable=True)
-    scores, indices = scores[:, :k], indices.gather(-1, order[:, :k])
-    indices = indices.masked_fill(scores == -math.inf, -1)
-    missing = k - scores.shape[1]
-    return pad(scores, (0, missing), value=-math.inf), pad(indices, (0, missing), value=-1)

@@ -14,9 +14,10 @@ from torch import Tensor
 from xlroute.kernels import row_scores
 from xlroute.kernels.arguments import check_floating, compute_dtype
 from xlroute.kernels.scoring import L2_EPS, RMS_EPS
+from xlroute.kernels.search import take_best
 from xlroute.memory.buffer import Rows
 from xlroute.memory.errors import CorruptionError, NoPathError, StoreWriteError
-from xlroute.memory.exact_search import search_rows, take_best
+from xlroute.memory.exact_search import search_rows
 from xlroute.memory.faiss_index import FAISS_KINDS, TRAINED_KINDS, FaissIndex, FaissKind, import_faiss
 from xlroute.memory.index_files import SavedRows, read_index, write_index
 from xlroute.memory.layer import MemoryLayer

@@ -207,6 +207,19 @@ class MemoryLayer:
         """
         return positions_of(checked_indices(indices, self.lengths), self._logs)
 
+    def ages(self, indices: Tensor) -> Tensor:
+        """How many rows the stream has appended from each of these on: 1 for the newest.
+
+        Args:
+            indices: int64 [b, ...], all in range, as for `take`; -1 means no row.
+
+        Returns:
+            Ages, int64 of the same shape; for no row, more than those of all rows.
+        """
+        appended = torch.tensor([log.appended for log in self._logs], dtype=torch.int64)
+        appended = appended.to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
+        return appended - positions_of(indices, self._logs)
+
     def followers(self, indices: Tensor) -> Tensor:
         """Which rows were appended right after some others.
 
@@ -249,7 +262,7 @@ class MemoryLayer:
 
         Where no gradient is asked for, scores are kept in memory beside the rows. As long as the tokens stay
         the same, a call reads only rows that are new, and gives the same bits as one that reads all. A store
-        with eviction "lowest_score" goes by what its layers were scored with last.
+        with eviction "lowest_score" goes by what its layers were scored with last, if that was to be kept.
 
         Args:
             tokens: Routing tokens, [r, d] for all streams or [b, r, d].
@@ -275,9 +288,8 @@ class MemoryLayer:
             rows.scores(token, scoring, kind) for rows, token in zip(self._streams, per_stream, strict=True)
         ]
         # What a CUDA graph computes is there only once it runs.
-        if self._latest_scores is not None and not (
-            tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-        ):
+        capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        if keep and self._latest_scores is not None and not capturing:
             self._latest_scores[:] = [each.detach().amax(0) for each in scores]
         if streams == 1:
             return scores[0][None]

@@ -23,7 +23,6 @@ ReadRows = Callable[[int, int], Iterable[Tensor]]
 # was scored; or what reads it from disk. None if there are no scores.
 LatestScores = Tensor | Callable[[], Tensor | None] | None
 
-
 # What scores are kept as: those of routing tokens or, beside them, those of a projection's rows, which are
 # routing keys. None: they are not kept.
 Kept = Literal["scores", "keys"] | None
@@ -114,10 +113,10 @@ class StoredScores:
         self._first = 0  # the rows from here to `stop` have scores
         self._stop = 0
         self._end: int | None = None  # the last number that a row has been promised
-        self._keys: StoredScores | None = None
+        self._keys: StoredScores | None = None  # of the same rows, once they are asked for
 
     def of_kind(self, kind: Literal["scores", "keys"]) -> StoredScores:
-        """The scores of routing tokens, which are these; or routing keys, kept in memory alone."""
+        """These, the scores of routing tokens; or routing keys, which stand beside them, in memory alone."""
         if kind == "scores":
             return self
         if self._keys is None:
@@ -144,8 +143,8 @@ class StoredScores:
     @property
     def nbytes(self) -> int:
         """Bytes of the scores and keys that are kept, with room for those to come."""
-        others = (self._carried and self._carried.values, self._keys)
-        return self._values.nbytes + sum(each.nbytes for each in others if each is not None)
+        carried = 0 if self._carried is None else self._carried.values.nbytes
+        return self._values.nbytes + carried + (0 if self._keys is None else self._keys.nbytes)
 
     @property
     def _carried(self) -> KeptScores | None:

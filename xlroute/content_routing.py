@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xlroute.attached import MemoryRows
 from xlroute.backend import pick_backend
 from xlroute.kernels import search_topk
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
-from xlroute.memory import MemoryLayer
 from xlroute.memory.routing_keys import routing_keys
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 
@@ -46,7 +46,7 @@ class ChunkRouting(nn.Module):
     def route(
         self,
         router: CoordinateDescentRouter,
-        memory: MemoryLayer,
+        memory: MemoryRows,
         x: Tensor,
         before: Tensor,
         before_mask: Tensor,
@@ -119,14 +119,14 @@ class TokenRouting(nn.Module):
         super().__init__()
         self.projection = nn.Parameter(torch.randn(sets, key_dim, dim) * dim**-0.5)
 
-    def keys(self, memory: MemoryLayer) -> Tensor:
+    def keys(self, memory: MemoryRows) -> Tensor:
         """Those of all rows [b, r, m, e], without gradient."""
         return memory.keys(self.projection.detach().to(memory.device), keep=not torch.is_grad_enabled())
 
     def route(
         self,
         router: CoordinateDescentRouter,
-        memory: MemoryLayer,
+        memory: MemoryRows,
         keys: Tensor,
         x: Tensor,
         num_tokens: int,
@@ -149,23 +149,21 @@ class TokenRouting(nn.Module):
             queries.detach().to(keys.dtype).flatten(0, 1),
             keys.flatten(0, 1),
             2 * num_tokens,
-            mask=None if memory.even else memory.mask.repeat_interleave(queries.shape[1], dim=0),
+            mask=None if memory.even else memory.mask.repeat_interleave(projection.shape[0], dim=0),
             backend=pick_backend(router.use_triton, keys.device),
         )
-        sizes = queries.shape[:2]
-        scores, found = (
-            torch.unflatten(t, 0, sizes).transpose(1, 2) for t in (scores, found)
-        )  # [b, n, r, K]
+        b, r, _, e = queries.shape
+        scores, found = (torch.unflatten(t, 0, (b, r)).transpose(1, 2) for t in (scores, found))
         if torch.is_grad_enabled():
             row_keys = routing_keys(memory.take(found), projection, own=True)
             scores = torch.einsum("brne,bnrke->bnrk", queries, row_keys)
-        scores = (scores * queries.shape[-1] ** 0.5).masked_fill(found < 0, -math.inf)
+        scores = (scores * e**0.5).masked_fill(found < 0, -math.inf)  # [b, n, r, K]
         return choose(router, memory, scores, found, num_tokens)
 
 
 def choose(
     router: CoordinateDescentRouter,
-    memory: MemoryLayer,
+    memory: MemoryRows,
     scores: Tensor,
     candidates: Tensor | None,
     num_tokens: int,

@@ -32,7 +32,7 @@ class OpenSegment:
         self.segment_len = segment_len
         self.states = [state.open]  # states entering the blocks, pieces of [L, b, n, d]
         self.length = state.open.shape[2]
-        self.mask = model.window_mask(state)
+        self.mask: Tensor  # of the XL window, which places are in use
         self.memories: list[OpenMemory | None] = []
         self.contexts: list[BlockContext] = []  # both empty until the segment's first token is read
 
@@ -78,11 +78,10 @@ class OpenSegment:
     def _open_contexts(self) -> None:
         opened = torch.cat(self.states, dim=2)
         self.mask = self.model.window_mask(self.state)
-        blocks = self.model.typed_blocks()
-        self.memories = [self.model.open_memory(self.state, i) for i in range(len(blocks))]
+        self.memories = self.model.open_memories(self.state)
         self.contexts = [
             block.context(self.state.window[i], self.mask, opened[i], (), self.state.scores[i])
-            for i, block in enumerate(blocks)
+            for i, block in enumerate(self.model.typed_blocks())
         ]
 
     def _routed(self, i: int, x: Tensor, present: tuple[MemoryContext, ...]) -> tuple[MemoryContext, ...]:
@@ -96,12 +95,12 @@ class OpenSegment:
             if present and begin < self.length:
                 found.append(present[j])
                 continue
-            opened = x[:, :0]
+            chunk, before, mask = x, self.state.window[i], self.mask
             if branch.looks_back:
                 opened = torch.cat([piece[i] for piece in self.states], dim=1)
-            chunk = torch.cat((opened[:, begin:], x), dim=1)
-            before = torch.cat((self.state.window[i], opened[:, :begin]), dim=1)
-            mask = F.pad(self.mask, (0, before.shape[1] - self.mask.shape[1]), value=True)
+                chunk = torch.cat((opened[:, begin:], x), dim=1)
+                before = torch.cat((before, opened[:, :begin]), dim=1)
+                mask = F.pad(mask, (0, begin), value=True)
             found.append(branch.context(self.model.route(i, j, memory, chunk, before, mask)[0]))
         return tuple(found)
 

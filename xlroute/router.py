@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xlroute.attached import MemoryRows
 from xlroute.backend import pick_backend
 from xlroute.kernels import (
     Backend,
@@ -26,7 +27,6 @@ from xlroute.kernels import (
     top_gates,
     top_indices,
 )
-from xlroute.memory import MemoryLayer
 
 
 class RoutingStats(NamedTuple):
@@ -156,7 +156,7 @@ class CoordinateDescentRouter(nn.Module):
 
     def forward(
         self,
-        x: Tensor | MemoryLayer,
+        x: Tensor | MemoryRows,
         *,
         num_tokens: int | float,
         mask: Tensor | None = None,
@@ -195,7 +195,7 @@ class CoordinateDescentRouter(nn.Module):
 
     def route_with_stats(
         self,
-        x: Tensor | MemoryLayer,
+        x: Tensor | MemoryRows,
         *,
         num_tokens: int | float,
         mask: Tensor | None = None,
@@ -272,7 +272,7 @@ class CoordinateDescentRouter(nn.Module):
 
     def _route(
         self,
-        x: Tensor | MemoryLayer,
+        x: Tensor | MemoryRows,
         *,
         num_tokens: int | float,
         mask: Tensor | None,
@@ -284,7 +284,7 @@ class CoordinateDescentRouter(nn.Module):
         b, m, d = _rows_shape(x)
         _require(d == self.dim, "x", f"rows of width {self.dim}", tuple(x.shape))
         k = rows_to_route(num_tokens, m)
-        if isinstance(x, MemoryLayer):
+        if isinstance(x, MemoryRows):
             if mask is not None:
                 raise ValueError("mask: expected None with the layer of a memory, which brings its own")
             mask = None if x.even else x.mask
@@ -304,7 +304,7 @@ class CoordinateDescentRouter(nn.Module):
             if isinstance(wanted, Tensor):
                 indices = _first(indices, wanted)
                 picked = picked.masked_fill(indices < 0, 0)
-            rows = x.take_routed(indices) if isinstance(x, MemoryLayer) else gather_rows(x, indices, backend)
+            rows = x.take_routed(indices) if isinstance(x, MemoryRows) else gather_rows(x, indices, backend)
         else:
             chosen_by = torch.rand_like(s) if random_route else None
             gates, indices = self._solve(s, route_mask, k, wanted, chosen_by, backend)
@@ -338,7 +338,7 @@ class CoordinateDescentRouter(nn.Module):
         _require(routing_tokens.shape == shape, "routing_tokens", str(shape), tuple(routing_tokens.shape))
         return routing_tokens
 
-    def scores_by(self, x: Tensor | MemoryLayer, tokens: Tensor, *, keep: bool = True) -> Tensor:
+    def scores_by(self, x: Tensor | MemoryRows, tokens: Tensor, *, keep: bool = True) -> Tensor:
         """Scores of rows by any routing tokens.
 
         Args:
@@ -358,7 +358,7 @@ class CoordinateDescentRouter(nn.Module):
         elif scale is None:
             normalize, scale = None, 1.0
         backend = pick_backend(self.use_triton, x.device)
-        if isinstance(x, MemoryLayer):
+        if isinstance(x, MemoryRows):
             # A memory may be kept elsewhere than the weights.
             tokens = tokens.to(x.device)
             return x.scores(tokens, normalize=normalize, scale=scale, backend=backend, keep=keep)
@@ -397,10 +397,10 @@ class CoordinateDescentRouter(nn.Module):
         return self.route_block_size is not None and self.route_block_size < m
 
     def _gather(
-        self, x: Tensor | MemoryLayer, gates: Tensor, indices: Tensor, backend: Backend | None
+        self, x: Tensor | MemoryRows, gates: Tensor, indices: Tensor, backend: Backend | None
     ) -> tuple[Tensor, Tensor]:
         """The rows [b, r, k, d] at indices [b, r, k], and their gates out of all [b, r, m]."""
-        if not isinstance(x, MemoryLayer):
+        if not isinstance(x, MemoryRows):
             return gather_gated_rows(
                 x, gates, indices, backend=backend, straight_through=self.straight_through
             )
@@ -503,7 +503,7 @@ class CoordinateDescentRouter(nn.Module):
 
 
 def route(
-    router: CoordinateDescentRouter, x: Tensor | MemoryLayer, *, with_stats: bool, **options: Any
+    router: CoordinateDescentRouter, x: Tensor | MemoryRows, *, with_stats: bool, **options: Any
 ) -> tuple[RouterOutput, RoutingStats | None]:
     """A call of the router, and how saturated the gates are if that is asked for."""
     if with_stats:
@@ -600,8 +600,8 @@ def block_quotas(valid: Tensor, total: Tensor | int) -> Tensor:
     return quotas + (rank < left)
 
 
-def _rows_shape(x: Tensor | MemoryLayer) -> tuple[int, int, int]:
-    if not isinstance(x, Tensor | MemoryLayer):
+def _rows_shape(x: Tensor | MemoryRows) -> tuple[int, int, int]:
+    if not isinstance(x, Tensor | MemoryRows):
         raise TypeError(f"x: expected a tensor [b, m, d] or a MemoryLayer, got {type(x).__name__}")
     if len(x.shape) != 3:
         raise ValueError(f"x: expected rows [b, m, d], got {tuple(x.shape)}")

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from xlroute.attached import AttachedSegment
 from xlroute.memory import (
     CorruptionError,
     FingerprintError,
@@ -56,6 +57,8 @@ class TransformerXLState:
         scores: by which the last 2 v tokens read were routed, as memory queries and to the feedforward,
             [L, b, 2 v, 2], right-aligned, -inf where there are none; empty for a model that routes neither.
         memory: the long-term memory; None for XL memory alone.
+        attached: the last segments whose states gradient can still reach, oldest first; none unless the
+            model has `memory_grad_segments`. They are not saved.
     """
 
     window: Tensor
@@ -65,6 +68,7 @@ class TransformerXLState:
     scores: Tensor
     memory: MemoryStore | None
     model: RoutedTransformerXL = field(repr=False)
+    attached: tuple[AttachedSegment, ...] = field(default=(), repr=False)
     _consumed: bool = field(default=False, init=False, repr=False)
     _memory_version: int = field(default=0, init=False, repr=False)
 
@@ -84,6 +88,16 @@ class TransformerXLState:
         self.check()
         memory = None if self.memory is None else self.memory.fork()
         return self._with(memory)
+
+    def detach(self) -> TransformerXLState:
+        """The next state, of the same content, from which no gradient goes back; this one counts as consumed.
+
+        It ends what `memory_grad_segments` keeps, as a backward does.
+        """
+        self.check()
+        state = self.hand_over()
+        state.attached = ()
+        return state
 
     def clear_memory(self) -> None:
         """Forget the long-term memory of every stream, and keep the XL window."""
@@ -165,7 +179,14 @@ class TransformerXLState:
     def _with(self, memory: MemoryStore | None) -> TransformerXLState:
         """A state of the same content with that memory."""
         return TransformerXLState(
-            self.window, self.window_lengths, self.positions, self.open, self.scores, memory, self.model
+            self.window,
+            self.window_lengths,
+            self.positions,
+            self.open,
+            self.scores,
+            memory,
+            self.model,
+            self.attached,
         )
 
     def note_memory(self) -> None:

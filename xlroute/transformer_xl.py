@@ -26,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from xlroute.attached import AttachedRows, AttachedSegment, MemoryRows, attach, still_attached
 from xlroute.blocks import Block, RoutedRows
 from xlroute.causal_routing import QueryRouting, check_query_routing
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
-from xlroute.memory import Eviction, FingerprintError, MemoryLayer, MemoryStore, ReadOnlyError, S3Path
+from xlroute.memory import Eviction, FingerprintError, MemoryStore, ReadOnlyError, S3Path
 from xlroute.open_segment import OpenSegment
 from xlroute.position import age_bucket
 from xlroute.sampling import SamplingOptions, sample
@@ -61,8 +62,8 @@ class Routing(NamedTuple):
 class OpenMemory(NamedTuple):
     """The memory of a block as a segment finds it."""
 
-    layer: MemoryLayer
-    start: Tensor  # int64 [b], the position of the segment's first token in its document
+    rows: MemoryRows
+    newer: Tensor  # int64 [b], rows between those and the segment, which are in the XL window
     keys: list[Tensor | None]  # of each branch, the routing keys of the rows, if it needs them
 
 
@@ -124,6 +125,12 @@ class RoutedTransformerXL(nn.Module):
         num_routed_kv: routing tokens of those.
         light_ff_mult: width of the light feedforward over `dim`.
         num_heavy_ff_tokens: places for tokens of the heavy feedforward in a routing window; or a share.
+        memory_grad_segments: G. Rows of the memory that the last G segments have computed carry gradient, so
+            that the layers below learn what to write: truncated back-propagation through the memory. A
+            backward ends it, and so does `state.detach`; rows are then as older ones. They wait in the XL
+            window first, so where G segments hold no more than w tokens, nothing changes. 0 for none.
+        mems_grad: attention to what the last G segments have left in the XL window, of all blocks, carries
+            gradient too.
         memory_routing: how memory rows are chosen: "learned", "content", "both" side by side with half of the
             heads each, or "random", learned routing's negative control, in training and evaluation.
         routing_chunk: c, see above; of routing by content.
@@ -166,6 +173,8 @@ class RoutedTransformerXL(nn.Module):
         num_routed_kv: int = 1,
         light_ff_mult: float = 0.5,
         num_heavy_ff_tokens: int | float = 1 / 8,
+        memory_grad_segments: int = 0,
+        mems_grad: bool = False,
         memory_routing: MemoryRouting = "learned",
         routing_chunk: int = 64,
         num_content_tokens_kv: int = 32,
@@ -185,6 +194,7 @@ class RoutedTransformerXL(nn.Module):
             ("light_window_size", light_window_size, 1),
             ("light_heads", light_heads, 1),
             ("heavy_heads", heavy_heads, 1),
+            ("memory_grad_segments", memory_grad_segments, 0),
             ("routing_chunk", routing_chunk, 1),
             ("num_content_tokens_kv", num_content_tokens_kv, 1),
             ("routing_key_dim", routing_key_dim, 1),
@@ -197,6 +207,8 @@ class RoutedTransformerXL(nn.Module):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+        if mems_grad and not memory_grad_segments:
+            raise ValueError("mems_grad: expected False with memory_grad_segments=0, got True")
         check_query_routing(query_routing)
         routings = get_args(MemoryRouting)
         if memory_routing not in routings:
@@ -244,6 +256,8 @@ class RoutedTransformerXL(nn.Module):
             "num_routed_kv": num_routed_kv,
             "light_ff_mult": light_ff_mult,
             "num_heavy_ff_tokens": num_heavy_ff_tokens,
+            "memory_grad_segments": memory_grad_segments,
+            "mems_grad": mems_grad,
             "memory_routing": memory_routing,
             "routing_chunk": routing_chunk,
             "num_content_tokens_kv": num_content_tokens_kv,
@@ -256,6 +270,8 @@ class RoutedTransformerXL(nn.Module):
         self.memory_layers = memory_layers
         self.segment_len = segment_len
         self.gradient_checkpointing = gradient_checkpointing
+        self.memory_grad_segments = memory_grad_segments
+        self.mems_grad = mems_grad
         self.routing_chunk = routing_chunk if by_content else None
 
         self.query_routing = query_routing
@@ -369,8 +385,8 @@ class RoutedTransformerXL(nn.Module):
         """A new memory store that fits this model: see `MemoryStore.create`.
 
         The model reads what followed the rows that it chooses. Where eviction takes rows from between others,
-        a row whose follower has left gives nothing to read. Single tokens that are routed by content score no
-        rows but those they find: with them alone, "lowest_score" lets the oldest rows leave.
+        a row whose follower has left gives nothing to read. Scores by content are those of
+        a moment, and count for nothing there: with them alone, "lowest_score" lets the oldest rows leave.
 
         Args:
             path: where it is persisted; None for one in memory alone.
@@ -415,7 +431,8 @@ class RoutedTransformerXL(nn.Module):
         positions = torch.zeros(streams, dtype=torch.int64, device="cpu")
         if memory is not None:
             self._check_memory(memory, streams)
-            positions = _rows_appended(memory.layer(0))
+            layer = memory.layer(0)
+            positions = layer.positions(layer.lengths - 1) + 1  # rows appended
         return TransformerXLState(
             window=weight.new_zeros(self.depth, streams, self.mem_len, self.dim),
             window_lengths=torch.zeros(streams, dtype=torch.int64, device="cpu"),
@@ -580,7 +597,8 @@ class RoutedTransformerXL(nn.Module):
 
         Returns:
             logits [b, n, vocab_size], of the token after each one; the next state; and with `return_routing`
-            one `Routing` for each memory layer, none if the state has no memory.
+            one `Routing` for each memory layer, or two for `memory_routing="both"`, the learned one first;
+            none if the state has no memory.
 
         Raises:
             ValueError, TypeError: for arguments that do not fit, or a consumed state; nothing was read then.
@@ -590,17 +608,23 @@ class RoutedTransformerXL(nn.Module):
         self.end_open_segment(state)
         x = self.dropout(self.embedding(tokens))
         mask = self.window_mask(state)
+        attached, states = still_attached(state.attached), {}
+        near = AttachedRows(attached if self.mems_grad else (), torch.zeros_like(lengths), most=self.mem_len)
+        keeps = self.memory_grad_segments > 0 and torch.is_grad_enabled()
         entering, scores, report = [], [], []
-        for i, block in enumerate(self.typed_blocks()):
+        memories = self.open_memories(state)
+        for i, (block, memory) in enumerate(zip(self.typed_blocks(), memories, strict=True)):
+            if keeps and (memory is not None or self.mems_grad):
+                x = states[i] = attach(x)
             entering.append(x.detach())
+            window = near.in_window(state.window[i], i)
             rows = []
-            memory = self.open_memory(state, i)
             if memory is not None:
-                for j in range(len(memory.keys)):
-                    routed, routing = self.route(i, j, memory, x, state.window[i], mask)
+                for j in range(len(block.memories())):
+                    routed, routing = self.route(i, j, memory, x, window, mask)
                     rows.append(routed)
                     report.append(routing)
-            inputs = (x, state.window[i], mask, rows, state.scores[i])
+            inputs = (x, window, mask, rows, state.scores[i])
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, block_scores = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -612,6 +636,10 @@ class RoutedTransformerXL(nn.Module):
             torch.cat((state.scores, torch.stack(scores)), dim=2), lengths, state.scores.shape[2]
         ).masked_fill(ends.to(x.device)[:, None, None], -math.inf)
         state.positions = torch.where(ends, 0, state.positions + lengths)
+        state.attached = ()
+        if states:
+            segments = (*attached, AttachedSegment(states, lengths))[-self.memory_grad_segments :]
+            state.attached = tuple(segment.ended(ends) for segment in segments)
         state = state.hand_over()
         return (logits, state, tuple(report)) if return_routing else (logits, state)
 
@@ -675,7 +703,7 @@ class RoutedTransformerXL(nn.Module):
             segment.leave()
             for module in training:
                 module.training = True
-        return torch.cat(new, dim=1), state.hand_over()
+        return torch.cat(new, dim=1), state.detach()
 
     def typed_blocks(self) -> list[Block]:
         """The blocks, with their type."""
@@ -692,15 +720,17 @@ class RoutedTransformerXL(nn.Module):
         places = torch.arange(self.mem_len, device=state.window.device)
         return places >= self.mem_len - state.window_lengths.to(places.device)[:, None]
 
-    def open_memory(self, state: TransformerXLState, i: int) -> OpenMemory | None:
-        """What the memory of a state holds for block i, counted from 0; None if it reads no memory."""
-        if state.memory is None or i + 1 not in self.memory_layers:
-            return None
-        layer = state.memory.layer(self.memory_layers.index(i + 1))
-        branches = self.typed_blocks()[i].memories()
-        return OpenMemory(
-            layer, _rows_appended(layer) + state.window_lengths, [b.keys(layer) for b in branches]
-        )
+    def open_memories(self, state: TransformerXLState) -> list[OpenMemory | None]:
+        """What the memory of a state holds for each block; None for a block that reads no memory."""
+        opened: list[OpenMemory | None] = [None] * self.depth
+        if state.memory is not None:
+            behind = AttachedRows(still_attached(state.attached), state.window_lengths)
+            for layer, number in enumerate(self.memory_layers):
+                rows = behind.in_memory(state.memory.layer(layer), number - 1)
+                branches = self.typed_blocks()[number - 1].memories()
+                keys = [branch.keys(rows) for branch in branches]
+                opened[number - 1] = OpenMemory(rows, state.window_lengths, keys)
+        return opened
 
     def route(
         self, i: int, j: int, memory: OpenMemory, x: Tensor, before: Tensor, before_mask: Tensor
@@ -710,21 +740,20 @@ class RoutedTransformerXL(nn.Module):
         Args:
             i: the block, counted from 0.
             j: which of its `memories`.
-            memory: what the memory holds.
+            memory: what the memory holds for it.
             x: states [b, n, d] that enter the block for tokens of a segment, from the start of a chunk.
             before: states [b, t, d] of the tokens before them, of which the last are looked at.
             before_mask: which of them there are, bool [b, t].
         """
-        layer = memory.layer
+        rows, newer, keys = memory
         branch = self.typed_blocks()[i].memories()[j]
-        routed, stats = branch.route_for(layer, memory.keys[j], x, before, before_mask)
-        positions = layer.positions(routed.indices)
-        chosen = positions >= 0
-        start = memory.start.to(positions.device).view(-1, *[1] * (positions.ndim - 1))
-        ages = age_bucket(start - positions).to(x.device)
-        rows = RoutedRows(routed, _followers(layer, routed.indices), ages)
-        report = Routing(i + 1, routed.indices, positions, chosen, routed.scores.detach(), *stats)
-        return rows.by_chunk(), report
+        routed, stats = branch.route_for(rows, keys[j], x, before, before_mask)
+        indices = routed.indices
+        positions = rows.positions(indices)
+        ages = rows.ages(indices) + newer.to(indices.device).view(-1, *[1] * (indices.ndim - 1))
+        found = RoutedRows(routed, _followers(rows, indices), age_bucket(ages).to(x.device))
+        report = Routing(i + 1, indices, positions, positions >= 0, routed.scores.detach(), *stats)
+        return found.by_chunk(), report
 
     @torch.no_grad()
     def end_open_segment(self, state: TransformerXLState) -> None:
@@ -738,6 +767,7 @@ class RoutedTransformerXL(nn.Module):
                 torch.zeros(state.streams, dtype=torch.bool),
             )
             state.open = state.open[:, :, :0]
+            state.attached = ()
 
     @torch.no_grad()
     def _shift(self, state: TransformerXLState, states: Tensor, lengths: Tensor, ends: Tensor) -> None:
@@ -818,12 +848,7 @@ class RoutedTransformerXL(nn.Module):
             )
 
 
-def _rows_appended(layer: MemoryLayer) -> Tensor:
-    """Rows that each stream has appended since its reset, int64 [b]."""
-    return layer.positions(layer.lengths - 1) + 1
-
-
-def _followers(layer: MemoryLayer, indices: Tensor) -> Tensor:
+def _followers(layer: MemoryRows, indices: Tensor) -> Tensor:
     """The rows that were appended right after those at `indices` [b, ...], [b, ..., d]; 0 for none."""
     return layer.take(layer.followers(indices))
 

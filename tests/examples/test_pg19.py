@@ -204,12 +204,14 @@ def test_routed_layers(
     monkeypatch.setattr(modules("pg19_evaluate"), "SAMPLE_LEN", 5)
     out = tmp_path / "run"
     switches = ("--routed-self-attention", "--routed-feedforward", "--modes", "routed", "--steps", "2")
+    content = ("--memory-routing", "content", "--routing-chunk", "4")
     # The last of two options of one name counts.
-    code, error = main("--data", books, "--out", out, *SIZES, *switches)
+    code, error = main("--data", books, "--out", out, *SIZES, *switches, *content)
     assert code == 0, error
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["settings"]["routed_self_attention"]
     assert results["settings"]["routed_feedforward"]
+    assert results["settings"]["memory_routing"] == "content"
     assert results["persistence"]["identical"]
     plain = json.loads((finished[0] / "results.json").read_text(encoding="utf-8"))
     dense = {row["mode"]: row for row in plain["rows"]}["routed"]
@@ -217,6 +219,40 @@ def test_routed_layers(
     assert routed["parameters"] > dense["parameters"]
     assert routed["multiply_adds"] < dense["multiply_adds"]
     assert emptied["multiply_adds"] is None
+
+
+def test_memory_rows_that_are_trained(
+    modules: Callable[[str], Any], main: Main, books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step reads several segments, and a stopped run goes on where it was in the data."""
+    monkeypatch.setattr(modules("pg19_evaluate"), "SAMPLE_LEN", 5)
+    train = modules("pg19_train")
+    step, data = train.train_step, train.training_segments
+    skipped, read = [], []
+
+    def training_segments(*arguments: Any, skip: int, **options: Any) -> Any:
+        skipped.append(skip)
+        return data(*arguments, skip=skip, **options)
+
+    def train_step(training: Any, settings: Any, segments: Any) -> Any:
+        if not read:
+            os.kill(os.getpid(), signal.SIGINT)
+        read.append(segments)
+        assert training.model.memory_grad_segments == 2
+        return step(training, settings, segments)
+
+    monkeypatch.setattr(train, "training_segments", training_segments)
+    monkeypatch.setattr(train, "train_step", train_step)
+    out = tmp_path / "run"
+    options = ("--modes", "routed", "--steps", "2", "--memory-grad-segments", "2")
+    code, _ = main("--data", books, "--out", out, *SIZES, *options)
+    assert code == 128 + signal.SIGINT
+    code, error = main("--resume", "--out", out)
+    assert code == 0, error
+    assert skipped == [0, 3]
+    assert [len(segments) for segments in read] == [3, 3]
+    counts = [sum(int(lengths.sum()) for _, _, lengths, _ in segments) for segments in read]
+    assert [line["tokens"] for line in metrics(out)] == [counts[0], sum(counts)]
 
 
 def test_a_finished_run_reports_again(main: Main, finished: tuple[Path, str]) -> None:

@@ -56,6 +56,13 @@ def test_opcheck_top_indices() -> None:
     torch.library.opcheck(op, (s.detach().bfloat16().transpose(0, 2), 1, None, "torch"))
 
 
+def test_opcheck_search_topk() -> None:
+    op = torch.ops.xlroute.search_topk.default
+    queries, keys = torch.randn(2, 3, 4), torch.randn(2, 9, 4)
+    torch.library.opcheck(op, (queries, keys, 5, torch.rand(2, 9) < 0.7, "torch"))
+    torch.library.opcheck(op, (queries.bfloat16(), keys.bfloat16()[:, ::2], 1, None, "torch"))
+
+
 @pytest.mark.parametrize("normalize", ["rms", "l2", None])
 def test_opcheck_row_scores(normalize: str | None) -> None:
     op = torch.ops.xlroute.row_scores.default

@@ -134,6 +134,8 @@ class Reference:
         for layer in range(LAYERS):
             held = store.layer(layer)
             assert torch.equal(held.positions(indices[:, None]), positions[:, None])
+            ages = torch.tensor(self.appended)[:, None] - positions
+            assert torch.equal(held.ages(indices[:, shuffled]), ages[:, shuffled])
             assert torch.equal(held.followers(indices[:, shuffled]), followers[:, shuffled])
             picked = store.gather(layer, indices)
             found, mask = store.rows(layer)

@@ -1,8 +1,9 @@
-"""Routing and norms written out in loops, for the tests of the routed layers."""
+"""What tests of the routed layers share: routing and norms written out in loops, a forgetful compiler."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -124,3 +125,11 @@ class ByHand:
 @pytest.fixture(scope="session")
 def by_hand() -> type[ByHand]:
     return ByHand
+
+
+@pytest.fixture
+def forgetful_compiler() -> Iterator[None]:
+    """Shapes that vary from one test to the next are no reason to compile for any shape."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

@@ -14,6 +14,7 @@ from torch import Tensor
 import xlroute.memory.scores as scores
 from xlroute import RoutedTransformerXL, TransformerXLState
 from xlroute.content_routing import ChunkRouting, TokenRouting
+from xlroute.memory import MemoryStore
 from xlroute.open_segment import OpenSegment
 
 BuildModel = Callable[..., RoutedTransformerXL]
@@ -227,14 +228,16 @@ def test_generating_in_two_calls_is_generating_in_one(
 # ---- State and streams ----
 
 
+@pytest.mark.parametrize("capacity", [{}, {"capacity": 8, "eviction": "lowest_score"}])
 def test_reading_goes_on_from_a_saved_state_bit_for_bit(
-    build_model: BuildModel, content: dict[str, Any], tmp_path: Path
+    build_model: BuildModel, content: dict[str, Any], capacity: dict[str, Any], tmp_path: Path
 ) -> None:
     model = grown(build_model, content)
     tokens = draw(2, 35)
     with torch.no_grad():
-        state = model.initial_state(streams=2, memory=model.create_memory(tmp_path / "memory", streams=2))
-        whole, _ = read(model, fresh(model), tokens, 7)
+        begun = [model.create_memory(path, streams=2, **capacity) for path in (None, tmp_path / "memory")]
+        plain, state = (model.initial_state(streams=2, memory=memory) for memory in begun)
+        whole, _ = read(model, plain, tokens, 7)
         _, state = read(model, state, tokens[:, :21], 7)
         state.save(tmp_path / "state")
         after, _ = read(model, model.load_state(tmp_path / "state"), tokens[:, 21:], 7)
@@ -286,20 +289,30 @@ def test_the_rows_of_a_memory_are_projected_once(
         counted.clear()
 
 
-def test_keys_are_the_same_kept_or_not(build_model: BuildModel) -> None:
-    model = build_model()
-    memory = model.create_memory(streams=2)
+@pytest.mark.parametrize("place", ["memory", "disk", "tiers", "opened", "opened in tiers"])
+def test_keys_are_the_same_kept_or_not_and_wherever_rows_are(place: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"layers": 2, "streams": 2, "dim": 16, "dtype": torch.float64}
+    budget = {"device_bytes": 2048} if "tiers" in place else {}
+    memory = MemoryStore.create(None if place == "memory" else tmp_path / "memory", **sizes, **budget)
     projection = torch.randn(3, 8, 16, dtype=torch.float64)
-    for n in (4, 0, 7):
+    for n in (4, 0, 70):
         memory.append(torch.randn(2, 2, n, 16, dtype=torch.float64), lengths=torch.tensor([n, n // 2]))
-        layer = memory.layer(1)
-        kept, anew = (layer.keys(projection, keep=keep) for keep in (True, False))
-        assert kept.shape == (2, 3, layer.shape[1], 8)
-        for stream, length in enumerate(layer.lengths.tolist()):
-            torch.testing.assert_close(kept[stream, :, :length], anew[stream, :, :length])
-            for j, row in enumerate(memory.rows(1)[0][stream, :length]):
-                expected = torch.stack([unit(each @ rms(row)) for each in projection])
-                torch.testing.assert_close(kept[stream, :, j], expected)
+        if place.startswith("opened"):
+            memory.commit()
+            read_from = MemoryStore.open(tmp_path / "memory", **budget)
+        else:
+            read_from = memory
+        layer = read_from.layer(1)
+        rows, _ = read_from.rows(1)
+        for _ in range(2):
+            kept, anew = (layer.keys(projection, keep=keep) for keep in (True, False))
+            assert kept.shape == (2, 3, layer.shape[1], 8)
+            for stream, length in enumerate(layer.lengths.tolist()):
+                torch.testing.assert_close(kept[stream, :, :length], anew[stream, :, :length])
+                for j, row in enumerate(rows[stream, :length]):
+                    expected = torch.stack([unit(each @ rms(row)) for each in projection])
+                    torch.testing.assert_close(kept[stream, :, j], expected)
+    memory.close()
 
 
 # ---- Training ----
@@ -352,6 +365,57 @@ def test_gradients_of_the_routing_are_those_of_its_gates(build_model: BuildModel
             assert torch.equal(same, chosen)
         expected = (values[0] - values[1]) / (2 * step)
         torch.testing.assert_close((gradient * direction).sum(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_reaches_what_was_written(build_model: BuildModel, content: dict[str, Any]) -> None:
+    """With rows that keep their graph, gradients are those of all that was computed: finite differences."""
+    model = grown(
+        build_model,
+        content,
+        memory_grad_segments=9,
+        mems_grad=True,
+        router_kwargs={"straight_through": False, "eps": 1.0},
+    )
+    pieces = draw(2, 30).split([9, 4, 8, 9], dim=1)
+    cotangent = torch.randn(2, 9, 50, dtype=torch.float64)
+    parameters = [*model.blocks[0].parameters(), *model.blocks[1].parameters()]
+    directions = [torch.randn_like(parameter) for parameter in parameters]
+
+    def loss() -> Tensor:
+        state = fresh(model)
+        for piece in pieces:
+            logits, state = model(piece, state)
+        return (logits * cotangent).sum()
+
+    def moved(step: float) -> Tensor:
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(direction, alpha=step)
+            value = loss()
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.sub_(direction, alpha=step)
+        return value
+
+    found = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    slope = sum(
+        (gradient * direction).sum()
+        for gradient, direction in zip(found, directions, strict=True)
+        if gradient is not None
+    )
+    step = 1e-6
+    torch.testing.assert_close(slope, (moved(step) - moved(-step)) / (2 * step), rtol=1e-5, atol=1e-5)
+
+
+# The compiler looks at .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.usefixtures("forgetful_compiler")
+def test_a_block_compiles_to_one_graph(build_model: BuildModel) -> None:
+    model = build_model(**KINDS["both"], num_content_tokens_kv=2, depth=2, memory_layers=(2,))
+    tokens = draw(2, 16)
+    _, state = model(tokens[:, :8], fresh(model))
+    plain, _ = model(tokens[:, 8:], state.fork())
+    model.blocks[1].compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(model(tokens[:, 8:], state)[0], plain)
 
 
 def test_gradient_checkpointing_changes_nothing(build_model: BuildModel, content: dict[str, Any]) -> None:

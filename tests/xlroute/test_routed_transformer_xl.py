@@ -147,7 +147,7 @@ def test_it_is_what_loops_compute(build_model: BuildModel, routed: dict[str, Any
         used = int(state.window_lengths[0])
         for i, block in enumerate(model.typed_blocks()):
             window = state.window[i, 0, model.mem_len - used :]
-            memory = model.open_memory(state, i)
+            memory = model.open_memories(state)[i]
             rows = None
             if memory is not None:
                 rows, _ = model.route(i, 0, memory, x[None], state.window[i], model.window_mask(state))

@@ -80,7 +80,7 @@ def test_routed_rows_come_with_the_rows_that_followed_them(build_model: BuildMod
     _, state = model(tokens, state, lengths=torch.tensor([26, 12]))
     assert state.memory is not None
     for layer, block in enumerate((1, 2)):
-        memory = model.open_memory(state, block)
+        memory = model.open_memories(state)[block]
         assert memory is not None
         x = torch.randn(2, 5, 16, dtype=torch.float64)
         rows, routing = model.route(block, 0, memory, x, state.window[block], model.window_mask(state))

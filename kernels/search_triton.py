@@ -1,0 +1,329 @@
+"""The k best keys of each query: block maxima on tensor cores, then the keys of the best blocks once more.
+
+1. ``search_maxima_kernel`` multiplies queries with keys, and of each block of adjacent keys it writes nothing
+   but the highest score.
+2. `top_indices` chooses blocks by their maxima.
+3. ``search_scores_kernel`` scores the keys of these blocks in float32.
+4. `top_indices` chooses among them, and ``search_found_kernel`` looks up scores and indices of what it chose.
+
+The k best blocks hold the k best keys, equal scores by the lower index: if a key lies in no chosen block,
+each of k blocks has a maximum that is higher, or as high and of a block, so of a key, with a lower index. But
+maxima are off by what tensor cores cut off of sums. So EXTRA blocks more are chosen: a key is missed only if
+even more maxima lie that close to the k-th, and then one is found whose score does so too.
+
+A score has the same bits in whatever batch or buffer its key lies: keys always come at multiples of 16 bytes,
+with strides that are counted in 16 bytes, so one order of summation serves all of them.
+"""
+
+# ruff: noqa: N803
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from xlroute.kernels.scoring_triton import VECTOR
+from xlroute.kernels.selection import top_indices
+
+EXTRA = 8  # blocks beyond k that are scored again
+WIDEST = 1024  # bytes of a key
+MOST_KEYS = 1 << 30  # of a stream: their indices are int32 on the way
+MOST_QUERIES = 128  # that a program holds
+STAGED = 1 << 16  # bytes of keys that a program has on their way
+PROGRAMS = 1056  # of the first pass, about: each of them takes as many blocks
+FEWEST_BLOCKS = 4  # for one program
+SCORED_WIDTH = 64  # elements of a key that the second pass multiplies at once
+FOUND = 256  # keys that are looked up at once
+SCRATCH = 48 << 20  # bytes of maxima, or of scores, and of what their selection takes
+
+DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_SIZES = ("first", "n", "total", "m", "k", "tiles", "spans", "span", "blocks", "chosen")
+_STRIDES = ("stride_kb", "stride_km", "stride_mb", "stride_mm")
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def load_rows(
+    p: tl.tensor,
+    o_row: tl.tensor,
+    stride: tl.tensor,
+    I_E: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    VEC: tl.constexpr,
+) -> tl.tensor:
+    """BE columns of rows that exist, from I_E on, zero beyond E; the stride is counted in VEC elements."""
+    o_e = I_E + tl.arange(0, BE)
+    p_row = p + (o_row.to(tl.int64) * stride)[:, None] * VEC + o_e[None, :]
+    if I_E + BE <= E:  # noqa: SIM108  (a constant)
+        b_row = tl.load(p_row)
+    else:
+        b_row = tl.load(p_row, mask=(o_e < E)[None, :], other=0.0)
+    return b_row
+
+
+@triton.jit(do_not_specialize=(*_SIZES, *_STRIDES))  # type: ignore[untyped-decorator]
+def search_maxima_kernel(
+    p_queries: tl.tensor,
+    p_keys: tl.tensor,
+    p_mask: tl.tensor,
+    p_maxima: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    tiles: tl.tensor,
+    spans: tl.tensor,
+    span: tl.tensor,
+    blocks: tl.tensor,
+    stride_kb: tl.tensor,
+    stride_km: tl.tensor,
+    stride_mb: tl.tensor,
+    stride_mm: tl.tensor,
+    HAS_MASK: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    BQ: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """The highest score of each of ``span`` blocks for BQ queries of a stream: maxima [b, n, blocks].
+
+    Programs that read the same keys follow each other. In place of what lies beyond the last query or key
+    they read that one once more, which changes no maximum. Nor does NaN: the maximum passes over it.
+    """
+    i_span = tl.program_id(0) // tiles % spans
+    i_stream = (tl.program_id(0) // tiles // spans).to(tl.int64)
+    o_q = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
+    o_last = tl.minimum(o_q, n - 1)
+    p_queries += i_stream * n * E
+    p_keys += i_stream * stride_kb * VEC
+    p_mask += i_stream * stride_mb
+    p_out = p_maxima + (i_stream * n + o_q) * blocks
+    if BE >= E:
+        b_q = load_rows(p_queries, o_last, E // VEC, 0, E, BE, VEC).to(DOT)  # [BQ, BE]
+    for i_block in range(i_span * span, tl.minimum((i_span + 1) * span, blocks)):
+        o_key = tl.minimum(i_block * BLOCK + tl.arange(0, BLOCK), m - 1)
+        if HAS_MASK:
+            b_seen = tl.load(p_mask + o_key.to(tl.int64) * stride_mm)
+        b_s = tl.zeros([BQ, BLOCK], tl.float32)
+        for i_e in tl.static_range(0, E, BE):
+            if BE < E:
+                b_q = load_rows(p_queries, o_last, E // VEC, i_e, E, BE, VEC).to(DOT)
+            b_key = load_rows(p_keys, o_key, stride_km, i_e, E, BE, VEC).to(DOT)  # [BLOCK, BE]
+            b_s = tl.dot(b_q, tl.trans(b_key), b_s, input_precision=PRECISION)
+        if HAS_MASK:
+            b_s = tl.where((b_seen != 0)[None, :], b_s, float("-inf"))
+        tl.store(p_out + i_block, tl.max(b_s, axis=1), mask=o_q < n)
+
+
+@triton.jit(do_not_specialize=(*_SIZES, *_STRIDES))  # type: ignore[untyped-decorator]
+def search_scores_kernel(
+    p_queries: tl.tensor,
+    p_keys: tl.tensor,
+    p_mask: tl.tensor,
+    p_blocks: tl.tensor,
+    p_scores: tl.tensor,
+    first: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    chosen: tl.tensor,
+    stride_kb: tl.tensor,
+    stride_km: tl.tensor,
+    stride_mb: tl.tensor,
+    stride_mm: tl.tensor,
+    HAS_MASK: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+) -> None:
+    """Scores of one chosen block for one query; -inf for what is no key: [rows, chosen * BLOCK].
+
+    Row i is that of query (first + i) % n of its stream.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    i_row = first + pid // chosen
+    i_stream = i_row // n
+    i_block = tl.load(p_blocks + pid)
+    o_block = tl.arange(0, BLOCK)
+    o_key = i_block * BLOCK + o_block
+    m_key = (o_key >= 0) & (o_key < m)
+    if HAS_MASK:
+        p_mask += i_stream * stride_mb
+        m_key = m_key & (tl.load(p_mask + o_key * stride_mm, mask=m_key, other=0) != 0)
+    p_key = p_keys + i_stream * stride_kb * VEC + (o_key * stride_km)[:, None] * VEC
+    b_s = tl.zeros([BLOCK], tl.float32)
+    for i_e in tl.static_range(0, E, BE):
+        o_e = i_e + tl.arange(0, BE)
+        b_q = tl.load(p_queries + i_row * E + o_e, mask=o_e < E, other=0.0).to(tl.float32)
+        b_key = tl.load(p_key + o_e[None, :], mask=m_key[:, None] & (o_e < E)[None, :], other=0.0)
+        b_s += tl.sum(b_key.to(tl.float32) * b_q[None, :], axis=1)
+    tl.store(p_scores + pid * BLOCK + o_block, tl.where(m_key, b_s, float("-inf")))
+
+
+@triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
+def search_found_kernel(
+    p_scores: tl.tensor,
+    p_blocks: tl.tensor,
+    p_places: tl.tensor,
+    p_found: tl.tensor,
+    p_indices: tl.tensor,
+    first: tl.tensor,
+    n: tl.tensor,
+    total: tl.tensor,
+    k: tl.tensor,
+    chosen: tl.tensor,
+    BK: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Scores and indices of what was chosen for a query, out of the ``total`` queries of a stream."""
+    pid = tl.program_id(0).to(tl.int64)
+    o_row = ((first + pid) // n * total + (first + pid) % n) * k
+    for start in range(0, k, BK):
+        o_k = start + tl.arange(0, BK)
+        m_k = o_k < k
+        b_place = tl.load(p_places + pid * k + o_k, mask=m_k, other=-1)
+        m_found = b_place >= 0
+        b_s = tl.load(p_scores + pid * chosen * BLOCK + b_place, mask=m_found, other=float("-inf"))
+        b_block = tl.load(p_blocks + pid * chosen + b_place // BLOCK, mask=m_found, other=0)
+        tl.store(p_found + o_row + o_k, b_s, mask=m_k)
+        tl.store(p_indices + o_row + o_k, tl.where(m_found, b_block * BLOCK + b_place % BLOCK, -1), mask=m_k)
+
+
+class Keys(NamedTuple):
+    """Keys and mask as kernels take them."""
+
+    keys: Tensor  # [b, m, e]: rows begin at multiples of 16 bytes
+    mask: Tensor  # [b, m]; without a mask, the keys in its place
+    strides: tuple[int, ...]  # of a stream and a key, in 16 bytes; of a stream and a key of the mask
+    constants: dict[str, Any]
+
+
+def block_of(keys: Tensor) -> int:
+    """How many adjacent keys make up a block."""
+    return 128 if 2 * keys.shape[-1] * keys.itemsize <= WIDEST else 64
+
+
+def can_search(keys: Tensor, k: int) -> bool:
+    """Whether these kernels search such keys; not where they would score half of the blocks again."""
+    _, m, e = keys.shape
+    if keys.dtype == torch.float64 or not 0 < e * keys.itemsize <= WIDEST or m > MOST_KEYS:
+        return False
+    return 2 * (k + EXTRA) * block_of(keys) <= m
+
+
+def maxima_constants(n: int, keys: Tensor) -> dict[str, Any]:
+    """What the first pass is compiled for, with n queries of a stream.
+
+    Queries in float32 are not held: three products of TensorFloat32, which make up one in float32, take many
+    registers.
+    """
+    width = max(16, triton.next_power_of_2(keys.shape[-1]))
+    wide = keys.dtype == torch.float32
+    most = MOST_QUERIES if width <= 128 and not wide else MOST_QUERIES // 2
+    queries = max(16, min(most, triton.next_power_of_2(n)))
+    return {
+        "BE": min(width, 32) if wide else width,
+        "BQ": queries,
+        "DOT": DOT[keys.dtype] if keys.is_cuda else tl.float32,
+        "PRECISION": "tf32x3" if wide else "ieee",
+        "num_warps": 8 if wide or queries == MOST_QUERIES else 4,
+        "num_stages": 1 if wide else max(2, min(4, STAGED // (block_of(keys) * width * keys.itemsize))),
+    }
+
+
+def scored_width(keys: Tensor) -> int:
+    """Elements of a key that the second pass multiplies at once."""
+    width: int = triton.next_power_of_2(keys.shape[-1])
+    return min(SCORED_WIDTH, width)
+
+
+def rows_at_once(width: int, num: int) -> int:
+    """Rows of ``width`` scores that SCRATCH takes, with what selecting ``num`` of each takes."""
+    selected: int = triton.next_power_of_2(num)
+    return max(1, SCRATCH // (4 * width + 12 * max(256, 8 * selected) + 8 * max(512, 4 * selected)))
+
+
+def search(queries: Tensor, keys: Tensor, k: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`xlroute.kernels.search_topk` where `can_search` says so, for what is not empty."""
+    b, n, _ = queries.shape
+    given = prepare_keys(keys, mask)
+    queries = pad(queries, (0, given.keys.shape[-1] - queries.shape[-1]))
+    block, chosen = block_of(keys), k + EXTRA
+    scores = torch.empty((b, n, k), dtype=torch.float32, device=queries.device)
+    indices = torch.empty((b, n, k), dtype=torch.int64, device=queries.device)
+    step = max(1, rows_at_once(triton.cdiv(keys.shape[1], block), chosen) // b)
+    step -= step % MOST_QUERIES if step > MOST_QUERIES else 0
+    rows = rows_at_once(chosen * block, k)
+    with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
+        for start in range(0, n, step):
+            some = queries[:, start : start + step].contiguous()
+            best = best_blocks(some, given, chosen)
+            out = scores[:, start:], indices[:, start:]
+            for first in range(0, len(best), rows):
+                search_blocks(some, given, best[first : first + rows], first, k, n, out)
+    return scores, indices
+
+
+def best_blocks(queries: Tensor, given: Keys, chosen: int) -> Tensor:
+    """The blocks with the highest maxima for each query, ascending, -1 for none: [b n, chosen]."""
+    keys, mask, strides, constants = given
+    b, n, _ = queries.shape
+    options = constants | maxima_constants(n, keys)
+    blocks = triton.cdiv(keys.shape[1], block_of(keys))
+    tiles = triton.cdiv(n, options["BQ"])
+    span = max(FEWEST_BLOCKS, triton.cdiv(b * tiles * blocks, PROGRAMS))
+    spans = triton.cdiv(blocks, span)
+    maxima = torch.empty((b * n, blocks), dtype=torch.float32, device=keys.device)
+    search_maxima_kernel[(b * spans * tiles,)](
+        queries, keys, mask, maxima, n, keys.shape[1], tiles, spans, span, blocks, *strides, **options
+    )
+    return top_indices(maxima, chosen, backend="triton").sort(dim=-1).values
+
+
+def search_blocks(
+    queries: Tensor, given: Keys, blocks: Tensor, first: int, k: int, total: int, out: tuple[Tensor, Tensor]
+) -> None:
+    """Writes the k best keys in the blocks of each query to ``out``, from row ``first`` of the queries on."""
+    keys, mask, strides, constants = given
+    n = queries.shape[1]
+    rows, chosen = blocks.shape
+    block = block_of(keys)
+    scores = torch.empty((rows, chosen * block), dtype=torch.float32, device=keys.device)
+    search_scores_kernel[(rows * chosen,)](
+        queries,
+        keys,
+        mask,
+        blocks,
+        scores,
+        first,
+        n,
+        keys.shape[1],
+        chosen,
+        *strides,
+        **constants,
+        BE=scored_width(keys),
+    )
+    places = top_indices(scores, k, backend="triton")
+    search_found_kernel[(rows,)](
+        scores, blocks, places, *out, first, n, total, k, chosen, BK=FOUND, BLOCK=block, num_warps=1
+    )
+
+
+def prepare_keys(keys: Tensor, mask: Tensor | None) -> Keys:
+    """What the kernels take in place of keys [b, m, e] and a mask [b, m]."""
+    vector = VECTOR // keys.itemsize
+    missing = -keys.shape[-1] % vector
+    if missing:
+        keys = pad(keys, (0, missing))
+    elif (
+        keys.stride(2) != 1 or keys.stride(0) % vector or keys.stride(1) % vector or keys.data_ptr() % VECTOR
+    ):
+        keys = keys.clone(memory_format=torch.contiguous_format)
+    of_mask = (0, 0) if mask is None else mask.stride()
+    strides = (keys.stride(0) // vector, keys.stride(1) // vector, *of_mask)
+    constants = {"HAS_MASK": mask is not None, "E": keys.shape[-1], "BLOCK": block_of(keys), "VEC": vector}
+    return Keys(keys, keys if mask is None else mask, strides, constants)

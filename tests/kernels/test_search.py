@@ -1,0 +1,394 @@
+"""search_topk against all scores in float64, by the bound that it states, and against a stable sort."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from xlroute.kernels import search, search_topk, top_indices
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+Search = Callable[..., tuple[Tensor, Tensor]]
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the kernels, with blocks of 16 keys of which two more than k are scored again."""
+    kernels = pytest.importorskip("xlroute.kernels.search_triton", exc_type=ImportError)
+    monkeypatch.setattr(kernels, "EXTRA", 2)
+    monkeypatch.setattr(kernels, "block_of", lambda keys: 16)
+    monkeypatch.setattr(kernels, "FOUND", 4)
+    if DEVICE == "cpu":  # where the interpreter takes seconds to sort a row
+        monkeypatch.setattr(kernels, "top_indices", lambda s, k, backend: top_indices(s, k))
+    return kernels
+
+
+@pytest.fixture(params=["torch", "triton"])
+def find(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Search]:
+    """search_topk by one backend, which cuts up few keys as it does many, into memory full of NaN."""
+    monkeypatch.setattr(search, "_QUERIES", 3)
+    monkeypatch.setattr(search, "_MOST_SCORES", 500)
+    if request.param == "triton":
+        request.getfixturevalue("kernels")
+        monkeypatch.setattr(search, "_search_in_blocks", None)  # nothing may fall back to it
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield partial(search_topk, backend=request.param)
+    torch.use_deterministic_algorithms(before)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def whole_numbers(*shape: int) -> Tensor:
+    """Their scores have no rounding error, and many of them tie."""
+    return torch.randint(-2, 3, shape, device=DEVICE).float()
+
+
+def by_sorting(queries: Tensor, keys: Tensor, k: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The k best of all scores in float64, by a stable sort."""
+    scores = queries.double() @ keys.double().mT
+    hidden = scores.isnan() if mask is None else scores.isnan() | ~mask[:, None]
+    scores = scores.masked_fill(hidden, -math.inf)
+    scores, indices = (t[..., :k] for t in scores.sort(dim=-1, descending=True, stable=True))
+    return scores, indices.masked_fill(scores == -math.inf, -1)
+
+
+def assert_exact(
+    found: tuple[Tensor, Tensor], queries: Tensor, keys: Tensor, k: int, mask: Tensor | None = None
+) -> None:
+    """What the docstring promises, against float64."""
+    scores, indices = found
+    best, where = by_sorting(queries, keys, k, mask)
+    assert scores.dtype == torch.float32
+    assert indices.dtype == torch.int64
+    assert scores.shape == indices.shape == best.shape
+    assert torch.equal(indices < 0, where < 0)
+    assert torch.equal(scores == -math.inf, indices < 0)
+    falling = (scores[..., :-1] > scores[..., 1:]) | (indices[..., 1:] < 0)
+    ties = (scores[..., :-1] == scores[..., 1:]) & (indices[..., :-1] < indices[..., 1:])
+    assert (falling | ties).all()
+    found_keys = indices >= 0
+    exact = (queries.double() @ keys.double().mT).gather(-1, indices.clamp(min=0))
+    longest = keys.double().nan_to_num().norm(dim=-1).amax(-1, keepdim=True)
+    bound = (keys.shape[-1] + 16) * 2.0**-21 * queries.double().norm(dim=-1) * longest
+    bound = bound[..., None].expand_as(best)[found_keys]
+    assert ((scores - exact)[found_keys].abs() <= bound).all()
+    # The i-th best that was found is as good as the i-th best, but for twice the bound.
+    assert ((exact - best)[found_keys].abs() <= 2 * bound).all()
+    if mask is not None:
+        seen = mask[:, None].expand(-1, queries.shape[1], -1).gather(-1, indices.clamp(min=0))
+        assert seen[found_keys].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("shape", [(2, 5, 203, 24), (1, 1, 150, 5), (1, 17, 128, 64)], ids=str)
+def test_finds_the_best(find: Search, shape: tuple[int, ...], masked: bool, dtype: torch.dtype) -> None:
+    b, n, m, e = shape
+    queries, keys = random(b, n, e, dtype=dtype), random(b, m, e, dtype=dtype)
+    mask = torch.rand(b, m, device=DEVICE) < 0.5 if masked else None
+    for k in (1, 2):
+        assert_exact(find(queries, keys, k, mask=mask), queries, keys, k, mask)
+
+
+def test_equals_a_stable_sort_where_scores_tie(find: Search) -> None:
+    queries, keys = whole_numbers(2, 4, 3), whole_numbers(2, 301, 3)
+    mask = torch.rand(2, 301, device=DEVICE) < 0.6
+    for seen in (None, mask):
+        scores, indices = find(queries, keys, 7, mask=seen)
+        wanted, where = by_sorting(queries, keys, 7, seen)
+        assert torch.equal(indices, where)
+        assert torch.equal(scores.double(), wanted)
+    # All keys are equal: more blocks tie than are scored again.
+    indices = find(queries, keys[:, :1].expand(2, 301, 3), 7)[1]
+    assert torch.equal(indices, torch.arange(7, device=DEVICE).expand(2, 4, 7))
+
+
+def test_streams_of_different_length(find: Search) -> None:
+    queries, keys = random(4, 2, 8), random(4, 160, 8)
+    held = torch.tensor([160, 3, 0, 17], device=DEVICE)
+    mask = torch.arange(160, device=DEVICE) < held[:, None]
+    scores, indices = find(queries, keys, 3, mask=mask)
+    assert (indices >= 0).sum(-1).T.tolist() == [[3, 3, 0, 3]] * 2
+    assert_exact((scores, indices), queries, keys, 3, mask)
+    for i in range(4):
+        one = slice(i, i + 1)
+        alone = find(queries[one], keys[one], 3, mask=mask[one])
+        torch.testing.assert_close((scores[one], indices[one]), alone)
+
+
+# The interpreter warns of blocks that hold nothing else.
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+def test_what_is_no_number_is_never_found(find: Search) -> None:
+    queries, keys = random(1, 3, 8), random(1, 160, 8)
+    keys[0, :80] = 0.1 * keys[0, :80]
+    mask = torch.ones(1, 160, dtype=torch.bool, device=DEVICE)
+    for place, value, seen in (
+        (20, math.nan, True),
+        (30, math.nan, False),
+        (31, math.inf, False),
+        (32, -math.inf, False),
+    ):
+        keys[0, place, 2] = value
+        mask[0, place] = seen
+    assert_exact(find(queries, keys, 3, mask=mask), queries, keys, 3, mask)
+    # A block may hold nothing else. A score of inf is the best.
+    keys[0, 48:64] = math.nan
+    keys[0, 99] = queries[0, 0].sign() * math.inf
+    scores, indices = find(queries[:, :1], keys, 2, mask=mask)
+    assert indices[0, 0, 0] == 99
+    assert scores[0, 0, 0] == math.inf
+    assert scores[0, 0, 1].isfinite()
+
+
+def test_slices_of_queries_and_of_rows(
+    find: Search, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if "triton" in request.node.callspec.id:
+        kernels = request.getfixturevalue("kernels")
+        monkeypatch.setattr(kernels, "SCRATCH", 30_000)
+        assert kernels.rows_at_once(46, 22) == 4  # two queries of each stream
+        assert kernels.rows_at_once(22 * 16, 20) == 3  # their scores three rows at a time
+    queries, keys = whole_numbers(2, 3, 4), whole_numbers(2, 724, 4)
+    _, indices = find(queries, keys, 20)
+    assert torch.equal(indices, by_sorting(queries, keys, 20, None)[1])
+
+
+def test_keys_lie_anywhere(find: Search) -> None:
+    queries, keys = random(2, 2, 16), random(2, 150, 16)
+    expected = find(queries, keys, 2)
+    buffer = random(2, 400, 40)
+    buffer[:, 100:250, 4:20] = keys
+    buffer[:, :150, 21:37] = keys
+    mask = torch.ones(2, 300, 2, dtype=torch.bool, device=DEVICE)[:, ::2, 1]
+    for given in (
+        buffer[:, 100:250, 4:20],
+        buffer[:, :150, 21:37],  # at no multiple of 16 bytes
+        keys.mT.contiguous().mT,
+    ):
+        torch.testing.assert_close(find(queries.mT.contiguous().mT, given, 2), expected)
+        torch.testing.assert_close(find(queries, given, 2, mask=mask), expected)
+
+
+def test_a_score_has_the_same_bits_wherever_its_key_lies(kernels: Any) -> None:
+    queries, keys = random(3, 4, 20, dtype=torch.float16), random(3, 150, 20, dtype=torch.float16)
+    buffer = random(3, 200, 24, dtype=torch.float16)
+    buffer[:, 3:153, 1:21] = keys
+    together = search_topk(queries, keys, 2, backend="triton")
+    elsewhere = search_topk(queries, buffer[:, 3:153, 1:21], 2, backend="triton")
+    alone = search_topk(queries[1:2, 2:3], keys[1:2], 2, backend="triton")
+    for ours, other, one in zip(together, elsewhere, alone, strict=True):
+        assert torch.equal(ours, other)
+        assert torch.equal(ours[1:2, 2:3], one)
+
+
+def test_float64() -> None:
+    queries, keys = (t.double() for t in (random(2, 5, 7), random(2, 90, 7)))
+    scores, indices = search_topk(queries, keys, 20)
+    wanted, where = by_sorting(queries, keys, 20, None)
+    assert torch.equal(indices, where)
+    torch.testing.assert_close(scores, wanted)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_few_keys_and_nothing(backend: Any) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    for b, n, m, e, k in (
+        (2, 1, 5, 4, 5),
+        (2, 1, 5, 4, 9),
+        (2, 1, 1, 4, 1),
+        (2, 1, 0, 4, 2),
+        (2, 0, 5, 4, 2),
+        (0, 1, 5, 4, 2),
+        (2, 1, 5, 4, 0),
+        (2, 1, 5, 0, 2),
+    ):
+        queries, keys = whole_numbers(b, n, e), whole_numbers(b, m, e)
+        mask = torch.rand(b, m, device=DEVICE) < 0.5
+        for seen in (None, mask):
+            scores, indices = search_topk(queries, keys, k, mask=seen, backend=backend)
+            wanted, where = by_sorting(queries, keys, k, seen)
+            assert scores.shape == (b, n, min(k, m))
+            assert torch.equal(indices, where)
+            assert torch.equal(scores.double(), wanted)
+
+
+def test_what_the_kernels_do_not_search() -> None:
+    kernels = pytest.importorskip("xlroute.kernels.search_triton", exc_type=ImportError)
+    keys = torch.empty(1, 128 * 80, 64, device="meta")
+    assert kernels.can_search(keys, 32)
+    assert kernels.can_search(keys.expand(1, -1, 64).repeat(1, 1, 4), 32)
+    assert not kernels.can_search(keys.repeat(1, 1, 5), 32)  # too wide
+    assert not kernels.can_search(keys.double(), 32)
+    assert not kernels.can_search(keys, 33)  # more than half of the blocks
+    assert not kernels.can_search(keys[:, 1:], 32)
+    queries, keys = random(1, 2, 300), random(1, 150, 300)
+    assert_exact(search_topk(queries, keys, 3, backend="triton"), queries, keys, 3)
+
+
+def test_the_reference_never_holds_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(each.numel() for each in (out if isinstance(out, tuple) else (out,)))
+            return out
+
+    monkeypatch.setattr(search, "_QUERIES", 64)
+    monkeypatch.setattr(search, "_MOST_SCORES", 2**12)
+    queries, keys = random(1, 200, 8), random(1, 1000, 8)
+    with Sizes():
+        found = search._search_in_blocks(queries, keys, 5, None, "torch")
+    assert max(sizes) <= max(2**12, keys.numel())
+    assert_exact(found, queries, keys, 5)
+
+
+def test_scratch_of_the_kernels_is_bounded() -> None:
+    kernels = pytest.importorskip("xlroute.kernels.search_triton", exc_type=ImportError)
+    selection = pytest.importorskip("xlroute.kernels.selection_triton", exc_type=ImportError)
+    for width in (2049, 8192, 100_000, 1 << 22):
+        for num in (1, 40, 500, 1032, 8000):
+            if num <= width:
+                plan = selection.plan(width, num)
+                a_row = 4 * width + 8 * plan.folds * plan.chunks + 12 * plan.capacity + 8 * num
+                rows = kernels.rows_at_once(width, num)
+                assert rows == 1 or rows * a_row <= 60 << 20
+
+
+def test_carries_no_graph() -> None:
+    queries, keys = random(1, 2, 4).requires_grad_(), random(1, 9, 4).requires_grad_()
+    assert not search_topk(queries, keys, 3)[0].requires_grad
+
+
+def test_autocast_changes_nothing() -> None:
+    queries, keys = random(1, 9, 16), random(1, 50, 16)
+    expected = search_topk(queries, keys, 4)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        given = search_topk(queries, keys, 4)
+    for ours, wanted in zip(given, expected, strict=True):
+        assert ours.dtype == wanted.dtype
+        assert torch.equal(ours, wanted)
+
+
+def test_compiles_for_changing_sizes() -> None:
+    compiled = torch.compile(search_topk, fullgraph=True, backend="aot_eager")
+    for m, k in ((9, 2), (12, 3), (15, 4), (3, 4)):
+        queries, keys = whole_numbers(2, 3, 4), whole_numbers(2, m, 4)
+        mask = torch.rand(2, m, device=DEVICE) < 0.7
+        for ours, expected in zip(
+            compiled(queries, keys, k, mask=mask), search_topk(queries, keys, k, mask=mask), strict=True
+        ):
+            assert torch.equal(ours, expected)
+
+
+def test_opcheck_triton(kernels: Any) -> None:
+    mask = torch.rand(2, 130, device=DEVICE) < 0.5
+    arguments = (random(2, 2, 8), random(2, 130, 8), 2, mask, "triton")
+    torch.library.opcheck(torch.ops.xlroute.search_topk.default, arguments)
+
+
+def test_errors() -> None:
+    queries, keys = random(2, 3, 4), random(2, 5, 4)
+    with pytest.raises(TypeError, match=r"queries must be a floating-point tensor, got dtype torch.int64"):
+        search_topk(queries.long(), keys, 1)
+    with pytest.raises(TypeError, match=r"keys must be a floating-point tensor, got list"):
+        search_topk(queries, [1.0], 1)  # type: ignore[arg-type]
+    for wrong in (keys[0], keys[:1], keys[..., 1:]):
+        with pytest.raises(ValueError, match=r"must share b and e, got shapes \(2, 3, 4\) and \("):
+            search_topk(queries, wrong, 1)
+    with pytest.raises(
+        TypeError, match=r"keys must have the dtype of queries, torch.float32, got torch.float6"
+    ):
+        search_topk(queries, keys.double(), 1)
+    with pytest.raises(ValueError, match=r"keys must be on the device of queries, .*, got meta"):
+        search_topk(queries, keys.to("meta"), 1)
+    with pytest.raises(TypeError, match=r"mask must be a bool tensor, got torch.float32"):
+        search_topk(queries, keys, 1, mask=torch.ones(2, 5, device=DEVICE))
+    with pytest.raises(TypeError, match=r"mask must be a bool tensor, got list"):
+        search_topk(queries, keys, 1, mask=[True])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"mask must have shape \(2, 5\), got \(1, 5\)"):
+        search_topk(queries, keys, 1, mask=torch.ones(1, 5, dtype=torch.bool, device=DEVICE))
+    with pytest.raises(ValueError, match=r"mask must be on the device of queries, .*, got meta"):
+        search_topk(queries, keys, 1, mask=torch.ones(2, 5, dtype=torch.bool, device="meta"))
+    with pytest.raises(TypeError, match="k must be an int, got float"):
+        search_topk(queries, keys, 2.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="k must be at least 0, got -1"):
+        search_topk(queries, keys, -1)
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_backend_errors() -> None:
+    queries, keys = torch.randn(1, 2, 4), torch.randn(1, 5, 4)
+    with pytest.raises(ValueError, match="backend='triton' needs a CUDA tensor, got a tensor on cpu"):
+        search_topk(queries, keys, 1, backend="triton")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 200, 100_003, 64, 32), (2, 1, 50_000, 64, 32), (3, 40, 30_000, 200, 5)], ids=str
+)
+def test_many_keys(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    b, n, m, e, k = shape
+    queries, keys = random(b, n, e, dtype=dtype), random(b, m, e, dtype=dtype)
+    mask = torch.rand(b, m, device=DEVICE) < 0.5
+    for seen in (None, mask):
+        found = search_topk(queries, keys, k, mask=seen, backend="triton")
+        assert_exact(found, queries, keys, k, seen)
+    queries, keys = whole_numbers(b, n, e).to(dtype), whole_numbers(b, m, e).to(dtype)
+    assert torch.equal(search_topk(queries, keys, k)[1], by_sorting(queries, keys, k, None)[1])
+
+
+@needs_gpu
+def test_memory_and_many_queries() -> None:
+    queries, keys = random(1, 1024, 64, dtype=torch.bfloat16), random(1, 1 << 20, 64, dtype=torch.bfloat16)
+    for k in (32, 1000):
+        search_topk(queries, keys, k)
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        found = search_topk(queries, keys, k)
+        torch.cuda.synchronize()
+        result = sum(t.numel() * t.itemsize for t in found)
+        assert torch.cuda.max_memory_allocated() - held - result <= 64 << 20
+        some = slice(1000, 1010)
+        assert_exact(tuple(t[:, some] for t in found), queries[:, some], keys, k)  # type: ignore[arg-type]
+
+
+@needs_gpu
+def test_keys_beyond_2_to_the_31_elements() -> None:
+    keys = torch.empty(3, 1 << 23, 96, dtype=torch.float16, device=DEVICE).normal_()
+    queries = random(3, 2, 96, dtype=torch.float16)
+    keys[-1, -1] = 3 * queries[-1, 0]
+    scores, indices = search_topk(queries, keys, 4)
+    assert indices[-1, 0, 0] == len(keys[-1]) - 1
+    alone = search_topk(queries[-1:], keys[-1:].clone(), 4)
+    assert torch.equal(indices[-1:], alone[1])
+    assert torch.equal(scores[-1:], alone[0])
+
+
+@needs_gpu
+def test_cuda_graph() -> None:
+    queries, keys = random(1, 20, 64), random(1, 20_000, 64)
+    search_topk(queries, keys, 8)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = search_topk(queries, keys, 8)
+    for _ in range(3):
+        keys.normal_()
+        graph.replay()
+        assert_exact(found, queries, keys, 8)
