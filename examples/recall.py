@@ -44,7 +44,27 @@ class Test:
 PRESETS = {
     "small": (
         Settings(),
-        Test((512, 8192), pairs=10, questions=10, streams=10, passkeys=16, longest={}),
+        Test((1024, 8192), pairs=20, questions=20, streams=4, passkeys=8, longest={}),
+    ),
+    "long": (
+        Settings(
+            streams=16,
+            training_len=4096,
+            segment_len=256,
+            mem_len=64,
+            dim=128,
+            rows=16,
+            value_len=4,
+        ),
+        Test(
+            (16_384, 131_072, 1_048_576),
+            pairs=256,
+            questions=64,
+            streams=2,
+            passkeys=8,
+            # What attends to all that it has read takes the square of the time.
+            longest={"everything": 16_384, "full": 16_384},
+        ),
     ),
 }
 

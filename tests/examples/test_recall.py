@@ -1,11 +1,10 @@
-"""examples/recall.py: documents that say what they ask and how far back, scores, and a memory that recalls."""
+"""examples/recall.py: what its documents ask and how far back, scores, and a memory that recalls."""
 
 import csv
 import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -150,3 +149,82 @@ def test_answers_count_when_all_their_symbols_are_right(load: Load) -> None:
     first, second = training.ask(Reads(), "xl", made, training.Settings(segment_len=32))
     assert second.all()
     assert (~first).nonzero().tolist() == [[2, 3]]
+
+
+def test_the_memory_recalls_what_the_window_cannot(load: Load) -> None:
+    recall, training = load("recall"), load("recall_train")
+    settings = training.Settings(seed=seed() % 1000, steps=6, training_len=256, streams=4)
+    test = recall.Test((512,), pairs=8, questions=8, streams=8, passkeys=1, longest={})
+    share = {}
+    for mode in ("xl", "content1"):
+        _, scores = recall.run_mode(mode, settings, test)
+        asked = [score for score in scores if score.task == "pairs"]
+        assert sum(score.questions for score in asked) == 64
+        assert all(score.nearest >= 64 for score in asked)
+        share[mode] = load("recall_report").accuracy(asked)
+    assert share["xl"] <= 0.15
+    assert share["content1"] >= 0.5
+
+
+def test_a_short_run(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recall, training = load("recall"), load("recall_train")
+    settings = training.Settings(streams=2, training_len=256, dim=16, heads=2, dim_head=8)
+    test = recall.Test((256, 300), pairs=2, questions=2, streams=2, passkeys=3, longest={"everything": 256})
+    monkeypatch.setitem(recall.PRESETS, "small", (settings, test))
+    modes = ["xl", "content64", "both", "everything"]
+    given = ["--modes", ",".join(modes), "--steps", "1", "--out", str(tmp_path / "run")]
+    assert recall.main(given) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "run" / "recall.png").read_bytes().startswith(b"\x89PNG")
+    tables = {}
+    for name in ("trainings", "scores"):
+        with (tmp_path / "run" / f"{name}.csv").open(encoding="utf-8") as file:
+            tables[name] = list(csv.DictReader(file))
+    assert [row["mode"] for row in tables["trainings"]] == modes
+    # All modes read the same documents, in the same steps.
+    assert {(row["steps"], row["updates"], row["tokens"]) for row in tables["trainings"]} == {
+        tuple(tables["trainings"][0][name] for name in ("steps", "updates", "tokens"))
+    }
+    parameters = [int(row["parameters"]) for row in tables["trainings"]]
+    assert max(parameters) < 1.15 * min(parameters)
+    for mode in modes:
+        assert f"{training.MODES[mode].label}: trained in " in printed
+        for task, questions in (("passkey", 3), ("pairs", 4), ("overwritten", 4)):
+            rows = [row for row in tables["scores"] if (row["mode"], row["task"]) == (mode, task)]
+            for length in (256, 300):
+                asked = [int(row["questions"]) for row in rows if row["length"] == str(length)]
+                assert sum(asked) == (0 if mode == "everything" and length == 300 else questions)
+
+
+def test_tables_and_picture_count_questions(load: Load, tmp_path: Path) -> None:
+    report = load("recall_report")
+
+    def score(mode: str, length: int, announced: bool, nearest: int, questions: int, right: int) -> Any:
+        return report.Score(
+            mode, mode.upper(), "pairs", length, announced, nearest, 2 * nearest, questions, right
+        )
+
+    scores = [
+        score("xl", 512, False, 64, 10, 1),
+        score("xl", 512, False, 128, 30, 5),
+        score("xl", 512, True, 128, 4, 4),
+        score("learned", 1024, True, 64, 3, 1),
+    ]
+    assert report.accuracy(scores[:2]) == 6 / 40
+    assert math.isnan(report.accuracy([]))
+    trainings = [report.Training(mode, mode.upper(), 1234, 5, 6, 7, 8.0, 0.9) for mode in ("xl", "learned")]
+    text = report.tables(trainings, scores)
+    header, _, xl, learned = text.split("\n\n")[1].splitlines()
+    assert header.split() == ["pairs", "512", "512,", "gap", "1,024,", "gap"]
+    assert xl.split() == ["XL", "15.0%", "100.0%"]
+    assert learned.split() == ["LEARNED", "33.3%"]
+    report.draw(tmp_path / "recall.png", scores)
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_mode_that_does_not_exist_is_refused(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load("recall").main(["--modes", "xl,telepathy"])
+    assert "--modes: expected some of none,xl," in capsys.readouterr().err
