@@ -63,7 +63,8 @@ def accuracy(scores: list[Score]) -> float:
 
 def tables(trainings: list[Training], scores: list[Score]) -> str:
     """How the modes were trained, and the accuracy of each at each task, document length and kind."""
-    lines = [("mode", "parameters", "steps", "updates", "tokens", "seconds", "symbols right in training")]
+    header = ("mode", "parameters", "steps", "updates", "tokens", "seconds", "symbols right in training")
+    lines: list[tuple[str, ...]] = [header]
     for each in trainings:
         numbers = (each.parameters, each.steps, each.updates, each.tokens, round(each.seconds))
         lines.append((each.label, *(f"{n:,}" for n in numbers), f"{each.training_accuracy:.1%}"))
@@ -71,8 +72,7 @@ def tables(trainings: list[Training], scores: list[Score]) -> str:
     for task in dict.fromkeys(score.task for score in scores):
         of_task = [score for score in scores if score.task == task]
         kinds = sorted({(score.length, score.announced) for score in of_task})
-        header = [f"{n:,}{', gap' if announced else ''}" for n, announced in kinds]
-        lines = [(task, *header)]
+        lines = [(task, *(f"{n:,}{', gap' if announced else ''}" for n, announced in kinds))]
         for training in trainings:
             of_mode = [score for score in of_task if score.mode == training.mode]
             shares = [
@@ -103,20 +103,23 @@ def write_csv(path: Path, kind: type[Training] | type[Score], rows: list[Trainin
         writer.writerows(asdict(each) for each in rows)
 
 
-def draw(path: Path, scores: list[Score]) -> None:
-    """Accuracy over distance at each task, in the longest documents that each mode read."""
+def draw(path: Path, scores: list[Score], chance: float) -> None:
+    """Accuracy over distance at each task, in the longest documents that each mode read, and by guessing."""
     tasks = list(dict.fromkeys(score.task for score in scores))
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(5 * len(tasks), 4.6), layout="constrained", sharey=True, squeeze=False
     )
     for axis, task in zip(axes[0], tasks, strict=True):
-        for mode, label, length, points in _lines([score for score in scores if score.task == task]):
+        lines = list(_lines([score for score in scores if score.task == task]))
+        for number, (mode, label, length, points) in enumerate(lines):
             axis.plot(
                 *zip(*points, strict=True),
                 marker=".",
                 color=COLOURS[mode],
+                linewidth=1.5 + 0.6 * (len(lines) - number),  # lines that lie on each other stay visible
                 label=f"{label}, {length:,} tokens",
             )
+        axis.axhline(chance, color="black", linestyle=":", linewidth=1, label="guessing")
         axis.set_xscale("log", base=2)
         axis.set(title=task, xlabel="tokens from fact to answer", ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)

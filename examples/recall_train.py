@@ -21,7 +21,6 @@ FAST_RATE = 10.0  # learning rate of gates and routing tokens, in those of the o
 FAST = ("memory_gate", "null_logit", "routing_token")
 GRADIENT_NORM = 1.0
 GROWTH = 0.5  # share of the training in which documents grow to their full length
-OVERWRITTEN = 0.5  # share of the training documents whose pairs are all told twice
 FEWEST_SEGMENTS = 4  # of a training document
 
 # How the models start, see `build_model`.
@@ -129,12 +128,12 @@ def build_model(mode: str, settings: Settings) -> RoutedTransformerXL:
     with torch.no_grad():
         for number, block in enumerate(model.typed_blocks(), start=1):
             if number < settings.memory_layer:
-                block.attention.q_bias *= SHARPNESS
-                block.attention.k_bias *= SHARPNESS
+                block.attention.q_bias.mul_(SHARPNESS)
+                block.attention.k_bias.mul_(SHARPNESS)
                 for projection in block.last_projections():
-                    projection.weight *= MIX
+                    projection.weight.mul_(MIX)
             if block.memories() and MODES[mode].memory:
-                block.attention.to_out.weight *= DISTURBANCE
+                block.attention.to_out.weight.mul_(DISTURBANCE)
             for memory in block.memories():
                 assert memory.null_logit is not None
                 assert memory.log_scale is not None
@@ -260,7 +259,7 @@ def ask(
         if not (piece.asked >= 0).any():
             continue
         missed = (logits.argmax(-1) != piece.targets) & (piece.asked >= 0)
-        parts = zip(wrong, missed.cpu().split(sizes), piece.asked.cpu().split(sizes), strict=True)
-        for each, missing, asked in parts:
+        by_documents = (torch.split(t.cpu(), sizes) for t in (missed, piece.asked))
+        for each, missing, asked in zip(wrong, *by_documents, strict=True):
             each[missing.nonzero()[:, 0], asked[missing]] = True
     return [~each for each in wrong]
