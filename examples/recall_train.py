@@ -28,8 +28,8 @@ SHARPNESS = 3.0  # by which the biases of heads that look back are multiplied
 MIX = 0.3  # of what attention and feedforward add below the memory
 DISTURBANCE = 0.1  # of what the self-attention of a block adds before its memory is read
 GATE = 0.5
-COSINE_SCALE, NULL_LOGIT = 80.0, 40.0
-AGE_SLOPE = 0.4  # by which a row's logit falls from one bucket of ages to the next, two to a doubling
+COSINE_SCALE, NULL_LOGIT = 200.0, 80.0
+AGE_SLOPE = 0.8  # by which a row's logit falls from one bucket of ages to the next, two to a doubling
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Settings:
     rows: int = 8  # that a routing token or a token chooses
     value_len: int = 2
     gap: int = 64
+    memory_grad_segments: int = 0  # as of the model; an update follows so many segments and one more
     learning_rate: float = 1e-3
 
     @property
@@ -122,6 +123,8 @@ def build_model(mode: str, settings: Settings) -> RoutedTransformerXL:
             "num_content_tokens_kv": settings.rows,
             "kv_routing_tokens": 1,
             "segment_len": settings.segment_len,
+            "memory_grad_segments": settings.memory_grad_segments,
+            "mems_grad": settings.memory_grad_segments > 0,
             **MODES[mode].options,
         }
     )
@@ -151,8 +154,9 @@ def train(mode: str, settings: Settings) -> Trained:
     """Train a model on documents that grow from few segments to the training length.
 
     Each batch has a length and a number of pairs drawn at random, the same for all modes. An update follows
-    each segment that asks for facts beyond window and segment. What is asked for nearer facts is not trained:
-    the memory cannot know them, and what it would learn from them is to be vague.
+    each segment that asks for facts beyond window and segment, or each few segments, where rows of the memory
+    are to carry gradient. What is asked for nearer facts is not trained: the memory cannot know them, and
+    what it would learn from them is to be vague.
     """
     model = build_model(mode, settings).train()
     optimizer = optimizer_for(model)
@@ -165,20 +169,23 @@ def train(mode: str, settings: Settings) -> Trained:
         longest = round((settings.training_len / settings.segment_len) ** min(1.0, done / GROWTH))
         documents = draw_documents(max(FEWEST_SEGMENTS, longest), step, settings, drawn)
         distances = documents.questions.distances.to(settings.device)
-        for logits, piece in read(model, mode, [documents], settings):
+        predicted: list[Tensor] = []
+        targets: list[Tensor] = []
+        for number, (logits, piece) in enumerate(read(model, mode, [documents], settings), start=1):
             asked = piece.asked >= 0
             asked &= distances.gather(1, piece.asked.clamp(min=0)) >= settings.nearest
-            if not asked.any():
+            if asked.any():
+                predicted.append(logits[asked].float())
+                targets.append(piece.targets[asked])
+            # Later segments may read with gradient what earlier ones have written.
+            ended = number * settings.segment_len == documents.length
+            if not predicted or (number % (1 + settings.memory_grad_segments) and not ended):
                 continue
-            predicted, targets = logits[asked].float(), piece.targets[asked]
-            F.cross_entropy(predicted, targets).backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * learning_rate(updates, done, settings)
-            optimizer.step()
-            optimizer.zero_grad()
+            hits.append(improve(model, optimizer, torch.cat(predicted), torch.cat(targets)))
             updates += 1
-            hits.append(predicted.argmax(-1) == targets)
+            predicted, targets = [], []
         step += 1
         tokens += documents.streams * documents.length
         done = max(step / settings.steps, (time.perf_counter() - began) / 60 / settings.minutes)
@@ -186,6 +193,15 @@ def train(mode: str, settings: Settings) -> Trained:
     return Trained(
         model.eval(), step, updates, tokens, time.perf_counter() - began, last.float().mean().item()
     )
+
+
+def improve(model: nn.Module, optimizer: torch.optim.Optimizer, predicted: Tensor, targets: Tensor) -> Tensor:
+    """One update by symbols that were asked for, logits and targets [a]; which were right, bool [a]."""
+    F.cross_entropy(predicted, targets).backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+    return predicted.argmax(-1) == targets
 
 
 def draw_documents(longest: int, step: int, settings: Settings, drawn: torch.Generator) -> Documents:
