@@ -101,12 +101,12 @@ class Trained(NamedTuple):
 def build_model(mode: str, settings: Settings) -> RoutedTransformerXL:
     """An untrained model.
 
-    It starts as what it has to become, and training makes it exact. The heads below the memory look 0, 1, ...
-    tokens back, sharply, so that a row tells what stood before it and keys that end alike differ; but they
-    add little, so that its own token is read off it most easily. What self-attention adds before the memory
-    is read is small, so that a query is like the row of the same text. What followed that row is copied, and
-    of several such rows the newer one weighs more. How much more is not trained, so that it holds for ages
-    beyond those of the training.
+    It starts where it finds what it needs, so that it has to learn the reading alone. The heads below the
+    memory look 0, 1, ... tokens back, sharply, so that a row tells what stood before it and keys that end
+    alike differ; but they add little, so that its own token is read off it most easily. What self-attention
+    adds before the memory is read is small, so that a query is like the row of the same text. Of several such
+    rows the newer one weighs more. How much more is not trained, so that it holds for ages beyond those of
+    the training.
     """
     windows = {"none": 0, "short": settings.mem_len, "document": settings.training_len}
     torch.manual_seed(settings.seed)
@@ -143,7 +143,6 @@ def build_model(mode: str, settings: Settings) -> RoutedTransformerXL:
                 memory.memory_gate.fill_(GATE)
                 memory.null_logit.fill_(NULL_LOGIT)
                 memory.log_scale.fill_(math.log(COSINE_SCALE))
-                memory.to_out.weight.copy_(memory.to_v.weight.T)
                 ages = torch.arange(float(memory.age_bias.num_embeddings))
                 memory.age_bias.weight.copy_(-AGE_SLOPE * ages[:, None])
                 memory.age_bias.requires_grad_(False)

@@ -5,6 +5,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -153,7 +154,7 @@ def test_answers_count_when_all_their_symbols_are_right(load: Load) -> None:
 
 def test_the_memory_recalls_what_the_window_cannot(load: Load) -> None:
     recall, training = load("recall"), load("recall_train")
-    settings = training.Settings(seed=seed() % 1000, steps=6, training_len=256, streams=4)
+    settings = training.Settings(seed=seed() % 1000, steps=40, training_len=256, learning_rate=2e-3)
     test = recall.Test((512,), pairs=8, questions=8, streams=8, passkeys=1, longest={})
     share = {}
     for mode in ("xl", "content1"):
@@ -228,3 +229,13 @@ def test_a_mode_that_does_not_exist_is_refused(load: Load, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         load("recall").main(["--modes", "xl,telepathy"])
     assert "--modes: expected some of none,xl," in capsys.readouterr().err
+
+
+def test_an_update_follows_all_segments_whose_rows_carry_gradient(load: Load) -> None:
+    training = load("recall_train")
+    settings = training.Settings(steps=2, streams=2, training_len=256, dim=16, heads=2, dim_head=8)
+    one_by_one = training.train("content1", settings)
+    together = training.train("content1", replace(settings, memory_grad_segments=3))
+    assert (together.steps, together.tokens) == (one_by_one.steps, one_by_one.tokens)
+    # Documents of four segments, in the last of which at least something far is asked for.
+    assert one_by_one.updates > together.updates == 2
