@@ -64,7 +64,7 @@ PRESETS = {
             pairs=256,
             questions=64,
             streams=2,
-            passkeys=8,
+            passkeys=4,
             # What attends to all that it has read takes the square of the time.
             longest={"everything": 16_384, "full": 16_384},
         ),
