@@ -95,7 +95,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         router_kwargs: further arguments of `CoordinateDescentRouter`, whose defaults keep gates from
             saturating. Those of colt5-attention are `n_iters=20, eps=0.03, eps_init=4.0, eps_decay=0.7,
             score_scale=None`.
-        use_triton: whether routing runs in Triton; None picks by device.
+        use_triton: whether what is not a plain matrix product runs in Triton; None picks by device.
         dropout: of the hidden units of both branches.
 
     Raises:
