@@ -64,7 +64,8 @@ def gather_rows_fwd_kernel(
     b_index = tl.load(p_indices + o_k, mask=o_k < total, other=-1)  # [BK]
     m_k = (b_index >= 0) & (b_index < m)
     m_d = (o_d < D)[None, :]
-    p_from = p_x + ((o_k // k) * stride_b + b_index * stride_m)[:, None] + (o_d * stride_d)[None, :]
+    p_from = p_x + ((o_k // k) * stride_b + b_index * stride_m)[:, None]
+    p_from += (o_d.to(tl.int64) * stride_d)[None, :]
     b_x = tl.load(p_from, mask=m_k[:, None] & m_d, other=0.0).to(ACC)  # [BK, BD]
     # An index out of range must not be read, and not be taken for -1.
     b_x = tl.where((m_k | (b_index == -1))[:, None], b_x, float("nan"))
@@ -166,7 +167,7 @@ def scatter_rows_kernel(
     for i_d in tl.range(0, D, BD):
         o_d = i_d + tl.arange(0, BD)
         m_d = (o_d < D)[None, :]
-        p_b = p_base + i_b * stride_b + (o_n * stride_n)[:, None] + (o_d * stride_d)[None, :]
+        p_b = p_base + i_b * stride_b + (o_n * stride_n)[:, None] + (o_d.to(tl.int64) * stride_d)[None, :]
         b_base = tl.load(p_b, mask=m_base[:, None] & m_d, other=0.0).to(ACC)  # [BN, BD]
         b_out = b_base
         o_to = (i_b * n + o_n)[:, None] * D + o_d[None, :]

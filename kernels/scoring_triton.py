@@ -332,7 +332,7 @@ def row_scores_bwd_tokens_kernel(
             b_any |= (b_grad != 0).to(tl.int32)
             b_weights = b_weights + (b_grad * b_factor,)
         if tl.max(b_any, axis=0) != 0:
-            p_x = p_rows + (o_m * stride_m)[:, None] + (o_d * stride_d)[None, :]
+            p_x = p_rows + (o_m * stride_m)[:, None] + (o_d.to(tl.int64) * stride_d)[None, :]
             b_x = tl.load(p_x, mask=m_m[:, None] & m_d[None, :], other=0.0).to(ACC)  # [BM, BD]
             b_next: tl.tuple = ()
             for j in tl.static_range(GROUP):
@@ -389,7 +389,7 @@ def row_scores_dot_bwd_tokens_kernel(
         if tl.max(b_any, axis=0) != 0:
             b_factor = tl.load(p_inverse + o_m, mask=m_m, other=0.0) * b_scale
             b_weights = b_grad * b_factor[:, None]
-            p_x = p_rows + (o_m * stride_m)[:, None] + (o_d * stride_d)[None, :]
+            p_x = p_rows + (o_m * stride_m)[:, None] + (o_d.to(tl.int64) * stride_d)[None, :]
             b_x = tl.load(p_x, mask=m_m[:, None] & m_d[None, :], other=0.0).to(tl.float32)  # [BM, BD]
             b_dot = tl.zeros([BD, GROUP], tl.float32)
             for i in tl.static_range(LAST + 1):
@@ -483,7 +483,7 @@ def row_scores_bwd_rows_kernel(
         m_x = m_m[:, None] & (o_d < D)[None, :]
         b_v = pulled(p_grad, p_tokens, m, o_m, o_d, m_m, D, R, ACC)  # [BM, BD]
         if COUNT != 0:
-            b_x = tl.load(p_x + (o_d * stride_d)[None, :], mask=m_x, other=0.0).to(ACC)
+            b_x = tl.load(p_x + (o_d.to(tl.int64) * stride_d)[None, :], mask=m_x, other=0.0).to(ACC)
             b_dot = tl.sum(b_x * b_v, axis=1) * b_inverse * b_inverse / COUNT
             b_v -= b_x * b_dot[:, None]
         b_v *= b_factor[:, None]
@@ -495,7 +495,7 @@ def row_scores_bwd_rows_kernel(
                 o_d = i_d + tl.arange(0, BD)
                 m_x = m_m[:, None] & (o_d < D)[None, :]
                 b_v = pulled(p_grad, p_tokens, m, o_m, o_d, m_m, D, R, ACC)
-                b_x = tl.load(p_x + (o_d * stride_d)[None, :], mask=m_x, other=0.0).to(ACC)
+                b_x = tl.load(p_x + (o_d.to(tl.int64) * stride_d)[None, :], mask=m_x, other=0.0).to(ACC)
                 b_dot += tl.sum(b_x * b_v, axis=1)
             b_dot *= b_inverse * b_inverse / COUNT
         for i_d in tl.range(0, D, BD):
@@ -503,7 +503,7 @@ def row_scores_bwd_rows_kernel(
             m_x = m_m[:, None] & (o_d < D)[None, :]
             b_v = pulled(p_grad, p_tokens, m, o_m, o_d, m_m, D, R, ACC)
             if COUNT != 0:
-                b_x = tl.load(p_x + (o_d * stride_d)[None, :], mask=m_x, other=0.0).to(ACC)
+                b_x = tl.load(p_x + (o_d.to(tl.int64) * stride_d)[None, :], mask=m_x, other=0.0).to(ACC)
                 b_v -= b_x * b_dot[:, None]
             b_v *= b_factor[:, None]
             p_r = p_result + (o_m * D)[:, None] + o_d[None, :]

@@ -251,7 +251,7 @@ def search(queries: Tensor, keys: Tensor, k: int, mask: Tensor | None) -> tuple[
     """`xlroute.kernels.search_topk` where `can_search` says so, for what is not empty."""
     b, n, _ = queries.shape
     given = prepare_keys(keys, mask)
-    queries = pad(queries, (0, given.keys.shape[-1] - queries.shape[-1]))
+    missing = given.keys.shape[-1] - queries.shape[-1]
     block, chosen = block_of(keys), k + EXTRA
     scores = torch.empty((b, n, k), dtype=torch.float32, device=queries.device)
     indices = torch.empty((b, n, k), dtype=torch.int64, device=queries.device)
@@ -260,7 +260,7 @@ def search(queries: Tensor, keys: Tensor, k: int, mask: Tensor | None) -> tuple[
     rows = rows_at_once(chosen * block, k)
     with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
         for start in range(0, n, step):
-            some = queries[:, start : start + step].contiguous()
+            some = pad(queries[:, start : start + step], (0, missing)).contiguous()
             best = best_blocks(some, given, chosen)
             out = scores[:, start:], indices[:, start:]
             for first in range(0, len(best), rows):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from xlroute.backend import pick_backend
 from xlroute.kernels import norm_beside
@@ -21,16 +22,19 @@ M = TypeVar("M", bound=nn.Module)
 def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether to call the module is to run the `forward` of its kind, and nothing else.
 
-    That is to say that it has no hooks, and nothing stands in its place. Only then may others do its work.
+    That is to say that it has no hooks, nor have all modules; that it was not compiled by itself; and that
+    nothing stands in its place. Only then may others do its work.
     """
     watched = (
-        module._forward_hooks
+        _has_any_global_hook()  # type: ignore[no-untyped-call]
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-    # Some libraries put another `forward` on a module itself.
-    return type(module) is kind and not watched and "forward" not in module.__dict__
+    # Some libraries put another `forward` on a module itself; `Module.compile` leaves what is called instead.
+    replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return type(module) is kind and not watched and not replaced
 
 
 def call_beside(module: nn.Module, kind: type[nn.Module], x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -77,7 +77,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         kv_routing_tokens: r.
         multiply_keys_by_score: multiply the keys by the gates too, which is to say the input of keys and
             values, their projections being linear: what the paper writes down.
-        use_triton: whether routing runs in Triton; None picks by device.
+        use_triton: whether routing, norms and gathers run in Triton; None picks by device.
         use_null_q_tokens: the output of queries that do not attend is learned; otherwise zero.
         use_flash_attn: None, PyTorch's fused attention; True, the flash-attn package; False, the plain
             formula.

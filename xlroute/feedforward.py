@@ -95,7 +95,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         router_kwargs: further arguments of `CoordinateDescentRouter`, whose defaults keep gates from
             saturating. Those of colt5-attention are `n_iters=20, eps=0.03, eps_init=4.0, eps_decay=0.7,
             score_scale=None`.
-        use_triton: whether routing runs in Triton; None picks by device.
+        use_triton: whether what is not a plain matrix product runs in Triton; None picks by device.
         dropout: of the hidden units of both branches.
 
     Raises:
@@ -177,7 +177,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         if k == n and mask is None and not return_stats:
             x, light = call_beside(self.light_ff, FeedForward, x)
             x, heavy = call_beside(self.heavy_ff, FeedForward, x)
-            return light + heavy + x if residual else light + heavy
+            return light + heavy + x if residual else light + heavy  # type: ignore[no-any-return]
         if is_plain(self.light_ff, FeedForward):
             scored, gathered, *read, light = self.light_ff.beside(x, readers=2 + residual)
             x = read[0] if residual else x

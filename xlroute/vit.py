@@ -103,7 +103,7 @@ class ConditionalRoutedViT(nn.Module):
         channels: channels of images.
         router_straight_through: gates of routed patches are 1 in value and keep their gradient.
         router_kwargs: further arguments of all `CoordinateDescentRouter`s.
-        router_use_triton: whether routing runs in Triton; None picks by device.
+        router_use_triton: `use_triton` of its routed layers.
         flash_attn: see `use_flash_attn` of `ConditionalRoutedAttention`.
         attn_num_routed_kv: routing tokens of keys and values.
         default_coor_descent_eps: ε of the routers, unless `router_kwargs` names it.

@@ -14,6 +14,7 @@ from xlroute.kernels import (
     gather_pinned_rows,
     gather_rows,
     gather_triton,
+    row_scores,
     scatter_rows,
 )
 
@@ -350,3 +351,18 @@ def test_past_2_to_the_31_elements() -> None:
     assert torch.equal(result[1, -3:, 0], torch.tensor([7.0, -7.0, 7.0], device=DEVICE).bfloat16())
     gradient = gather_triton.gather_backward(rows, indices, x.shape[1])
     assert torch.equal(gradient[1, -3:, 0], torch.tensor([0.0, 7.0, 0.0], device=DEVICE).bfloat16())
+
+
+@needs_gpu
+def test_columns_past_2_to_the_31_elements() -> None:
+    buffer = torch.zeros((1 << 31) + 8, dtype=torch.bfloat16, device=DEVICE)
+    x = buffer.as_strided((1, 2, 5), (0, 1, 1 << 29))
+    x.copy_(torch.arange(10.0, device=DEVICE).view(1, 2, 5))
+    indices = torch.tensor([[1, 0]], device=DEVICE)
+    assert torch.equal(gather_rows(x, indices, "triton"), x.flip(1))
+    assert torch.equal(scatter_rows(x, x[:, :1].clone(), indices[:, :1], "triton"), x[:, :1].expand_as(x))
+    tokens = torch.ones(2, 5, device=DEVICE)
+    given, expected = (
+        row_scores(x, tokens, normalize=None, scale=1.0, backend=backend) for backend in ("triton", "torch")
+    )
+    torch.testing.assert_close(given, expected)

@@ -161,6 +161,21 @@ def test_slices_of_queries_and_of_rows(kernels: Any, monkeypatch: pytest.MonkeyP
     assert torch.equal(indices, by_sorting(queries, keys, 12, None)[1])
 
 
+def test_slices_of_queries_are_padded_alone(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "rows_at_once", lambda width, num: 2)
+    padded: list[torch.Size] = []
+
+    def pad(t: Tensor, missing: tuple[int, int]) -> Tensor:
+        padded.append(t.shape)
+        return torch.nn.functional.pad(t, missing)
+
+    monkeypatch.setattr(kernels, "pad", pad)
+    queries, keys = whole_numbers(1, 3, 3), whole_numbers(1, 150, 3)
+    _, indices = search_topk(queries, keys, 1, backend="triton")
+    assert padded == [(1, 150, 3), (1, 2, 3), (1, 1, 3)]
+    assert torch.equal(indices, by_sorting(queries, keys, 1, None)[1])
+
+
 def test_keys_lie_anywhere(find: Search) -> None:
     queries, keys = random(2, 2, 16), random(2, 150, 16)
     expected = find(queries, keys, 2)

@@ -191,6 +191,13 @@ def test_only_plain_modules_are_passed_over() -> None:
         assert not is_plain(norm, nn.RMSNorm)
         handle.remove()
         assert is_plain(norm, nn.RMSNorm)
+    handle = nn.modules.module.register_module_forward_pre_hook(hook)  # of all modules
+    assert not is_plain(norm, nn.RMSNorm)
+    handle.remove()
+    assert is_plain(norm, nn.RMSNorm)
+    compiled = nn.RMSNorm(4)
+    compiled.compile(backend="eager")
+    assert not is_plain(compiled, nn.RMSNorm)
     norm.forward = lambda x: x  # type: ignore[method-assign]
     assert not is_plain(norm, nn.RMSNorm)
     assert not is_plain(parametrizations.weight_norm(nn.Linear(2, 2)), nn.Linear)
