@@ -504,17 +504,18 @@ def test_autocast_does_not_touch_the_choice(build_model: BuildModel) -> None:
         (torch.float64, torch.float32),
         (torch.bfloat16, torch.float32),
         (torch.bfloat16, torch.float64),
+        (torch.float16, torch.float16),
     ],
     ids=str,
 )
-def test_the_memory_may_have_another_type_than_the_weights(
+def test_weights_and_memory_of_any_type(
     build_model: BuildModel, content: dict[str, Any], dtype: torch.dtype, rows: torch.dtype
 ) -> None:
     model = grown(build_model, content, dtype=dtype, memory_grad_segments=2)
     state = model.initial_state(streams=2, memory=model.create_memory(streams=2, dtype=rows))
     for _ in range(3):
-        logits, state = model(draw(2, 7), state)
-    logits.sum().backward()
+        logits, state = model(draw(2, 7), state, lengths=torch.tensor([7, 1]))  # one has no rows
+    logits.mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
