@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xlroute.kernels import Backend
 from xlroute.memory.buffer import Rows
+from xlroute.memory.cold import ColdRows
 from xlroute.memory.log import StreamLog
 from xlroute.memory.routing_keys import routing_keys
 from xlroute.memory.scores import Kept, LatestScores, Scoring
@@ -320,6 +321,8 @@ class MemoryLayer:
             if keep:
                 values = rows.scores(projection.flatten(0, 1), scoring, "keys")
                 return F.normalize(values.view(r, e, -1), dim=1).mT
+            if isinstance(rows, ColdRows):
+                rows = rows.span()  # which stays in memory, as for scores
             blocks = [routing_keys(block, projection) for block in rows.blocks(0, len(rows))]
             return torch.cat([projection.new_empty(0, r, e), *blocks]).transpose(0, 1)
 

@@ -158,7 +158,8 @@ class TokenRouting(nn.Module):
             rows, places = distinct(found.flatten(1), memory.shape[1])
             row_keys = routing_keys(memory.take(rows), projection).transpose(1, 2)
             row_keys = gather_rows(row_keys.flatten(0, 1), places.view(b * r, -1)).view(b, r, n, -1, e)
-            scores = torch.einsum("brne,brnke->brnk", queries, row_keys)
+            with torch.autocast(row_keys.device.type, enabled=False):
+                scores = torch.einsum("brne,brnke->brnk", queries.to(row_keys.dtype), row_keys)
         scores = (scores * e**0.5).masked_fill(found < 0, -math.inf)
         return choose(router, memory, scores.transpose(1, 2), found.transpose(1, 2), num_tokens)
 

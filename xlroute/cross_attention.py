@@ -292,7 +292,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         values = self._project(self.to_v, rows)
         if self.null_key is None:
             # Autocast computes a norm in float32.
-            keys = F.normalize(keys, dim=-1).to(values.dtype)
+            keys = _unit(keys).to(values.dtype)
         if self.rotary_emb:
             positions = routed.indices.to(keys.device)[..., None]  # the same for all heads
             keys = rotate(keys, rotary_at(positions, keys.shape[-1], dtype=keys.dtype))
@@ -365,7 +365,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         q = rearrange(self.to_q(rows), "b n (h e) -> b h n e", h=self.heads)
         if self.log_scale is not None:
             # Attention divides the logits by the root of the head's width.
-            q = F.normalize(q, dim=-1) * (self.log_scale.exp() * q.shape[-1] ** 0.5).to(q.dtype)
+            q = _unit(q) * (self.log_scale.exp() * q.shape[-1] ** 0.5).to(q.dtype)
         if self.multiply_queries_by_score and routed is not None:
             q = (q * routed.scores[:, None, :, None]).to(q.dtype)
         if self.rotary_emb:
@@ -438,3 +438,9 @@ class ConditionalRoutedCrossAttention(nn.Module):
             gates=queries.scores,
             **options,
         )
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors over their norms, along the last dimension; 0 stays 0."""
+    # float16 rounds PyTorch's own eps to 0.
+    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))

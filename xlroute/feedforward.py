@@ -177,7 +177,8 @@ class ConditionalRoutedFeedForward(nn.Module):
         if k == n and mask is None and not return_stats:
             x, light = call_beside(self.light_ff, FeedForward, x)
             x, heavy = call_beside(self.heavy_ff, FeedForward, x)
-            return light + heavy + x if residual else light + heavy  # type: ignore[no-any-return]
+            out: Tensor = light + heavy
+            return out + x if residual else out
         if is_plain(self.light_ff, FeedForward):
             scored, gathered, *read, light = self.light_ff.beside(x, readers=2 + residual)
             x = read[0] if residual else x

@@ -15,6 +15,8 @@ import xlroute.memory.scores as scores
 from xlroute import RoutedTransformerXL, TransformerXLState
 from xlroute.content_routing import ChunkRouting, TokenRouting, distinct
 from xlroute.memory import MemoryStore
+from xlroute.memory.chunks import Chunks
+from xlroute.memory.routing_keys import routing_keys
 from xlroute.open_segment import OpenSegment
 
 BuildModel = Callable[..., RoutedTransformerXL]
@@ -331,6 +333,23 @@ def test_keys_are_the_same_kept_or_not_and_wherever_rows_are(place: str, tmp_pat
     memory.close()
 
 
+def test_rows_on_disk_are_read_once_for_all_projections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MemoryStore.create(tmp_path / "memory", layers=1, streams=1, dim=16) as memory:
+        memory.append(torch.randn(1, 1, 20, 16))
+        memory.commit()
+    memory = MemoryStore.open(tmp_path / "memory", mode="r+")
+    memory.layer(0).keys(torch.randn(2, 8, 16), keep=False)
+    monkeypatch.setattr(Chunks, "blocks", lambda *_: pytest.fail("rows are read from disk again"))
+    for _ in range(2):
+        memory.append(torch.randn(1, 1, 3, 16))
+        projection = torch.randn(2, 8, 16)
+        keys = memory.layer(0).keys(projection, keep=False)
+        torch.testing.assert_close(keys, routing_keys(memory.rows(0)[0], projection).transpose(1, 2))
+    memory.close()
+
+
 # ---- Training ----
 
 
@@ -460,6 +479,45 @@ def test_half_precision(build_model: BuildModel, content: dict[str, Any]) -> Non
     model = model.bfloat16()
     logits, _ = read(model, fresh(model), draw(2, 20), 5)
     assert logits.isfinite().all()
+
+
+def test_autocast_does_not_touch_the_choice(build_model: BuildModel) -> None:
+    """With gradient, rows are scored again, as exactly as they were when they were found.
+
+    Gates, highest first, are compared: scores that are equal but for rounding may change places.
+    """
+    model = build_model(torch.float32, **KINDS["tokens"], num_content_tokens_kv=4, routing_key_dim=8)
+    with torch.no_grad():
+        state = read(model, fresh(model), draw(2, 40), 20)[1]
+    tokens = draw(2, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, _, (with_gradient, *_) = model(tokens, state.fork(), return_routing=True)
+        with torch.no_grad():
+            _, _, (without, *_) = model(tokens, state, return_routing=True)
+    torch.testing.assert_close(with_gradient.gates, without.gates, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    [
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float64),
+        (torch.float16, torch.float16),
+    ],
+    ids=str,
+)
+def test_weights_and_memory_of_any_type(
+    build_model: BuildModel, content: dict[str, Any], dtype: torch.dtype, rows: torch.dtype
+) -> None:
+    model = grown(build_model, content, dtype=dtype, memory_grad_segments=2)
+    state = model.initial_state(streams=2, memory=model.create_memory(streams=2, dtype=rows))
+    for _ in range(3):
+        logits, state = model(draw(2, 7), state, lengths=torch.tensor([7, 1]))  # one has no rows
+    logits.mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
 # ---- Random routing ----
