@@ -1,5 +1,5 @@
 # make pg19    train, evaluate and prove the memory on Shakespeare's plays; about four minutes on two cores
-# make recall  ask models for facts from long ago, with and without a memory; about three minutes on two cores
+# make recall  ask models for facts from long ago, with and without a memory; about two minutes on two cores
 # make test    run the tests
 # make check   lint, types, and what the wheel holds
 # make clean   remove .venv and build/
