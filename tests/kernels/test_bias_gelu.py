@@ -53,7 +53,9 @@ def test_triton(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.
     for ours, theirs, wanted in zip(given, reference, exact, strict=True):
         assert ours.dtype == dtype
         error, allowed = (ours - wanted).norm(), 2 * (theirs - wanted).norm()
-        assert error <= allowed.clamp(min=4 * torch.finfo(dtype).eps * wanted.norm().item())
+        # The slope is the sum of two terms that cancel at -0.75.
+        size = max(t.norm().item() for t in (wanted, h, cotangent))
+        assert error <= allowed.clamp(min=4 * torch.finfo(dtype).eps * size)
 
 
 def test_far_from_zero() -> None:
