@@ -5,6 +5,7 @@ from xlroute.kernels.bias_gelu import bias_gelu
 from xlroute.kernels.descent import coordinate_descent
 from xlroute.kernels.gather import gather_gated_rows, gather_pinned_rows, gather_rows, scatter_rows
 from xlroute.kernels.gathered_attention import gathered_attention
+from xlroute.kernels.gathered_products import gathered_products, gathered_sums
 from xlroute.kernels.keys_values import gated_keys_values, gather_keys_values
 from xlroute.kernels.local_attention import local_attention
 from xlroute.kernels.norm import norm_beside
@@ -23,6 +24,8 @@ __all__ = [
     "gather_pinned_rows",
     "gather_rows",
     "gathered_attention",
+    "gathered_products",
+    "gathered_sums",
     "local_attention",
     "norm_beside",
     "row_scores",

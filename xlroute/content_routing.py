@@ -10,6 +10,7 @@ sets of rows, k rows routed, e width of routing keys.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,19 @@ from torch import Tensor, nn
 
 from xlroute.attached import MemoryRows
 from xlroute.backend import pick_backend
-from xlroute.kernels import gather_rows, search_topk
+from xlroute.kernels import gathered_products, search_topk
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
 from xlroute.memory.routing_keys import routing_keys
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
+
+
+class FoundRows(NamedTuple):
+    """The rows that each token has found."""
+
+    indices: Tensor  # int64 [b, n, r, k], -1 for none
+    scores: Tensor  # the gates of the rows, [b, n, r, k]
+    cosines: Tensor  # of their keys with the token's own, [b, n, r, k]; 0 for none
 
 
 class ChunkRouting(nn.Module):
@@ -77,7 +86,13 @@ class ChunkRouting(nn.Module):
         )
         # Tokens that no later call can use.
         scores = router.scores_by(memory, tokens.flatten(1, 2), keep=False)
-        return choose(router, memory, torch.unflatten(scores, 1, (chunks, -1)), None, num_tokens)
+        there = None if memory.even else memory.mask[:, None, None]
+        gates, indices, stats = router.choose(
+            torch.unflatten(scores, 1, (chunks, -1)), num_tokens=num_tokens, mask=there, with_stats=True
+        )
+        assert stats is not None
+        rows = memory.take_routed(indices)
+        return RouterOutput(indices, gates, rows, None if there is None else indices >= 0), stats
 
     def tokens(self, states: Tensor, mask: Tensor, start: Tensor) -> Tensor:
         """Routing tokens [b, g, r, d] of unit variance, from chunks [b, g, c, d].
@@ -130,7 +145,7 @@ class TokenRouting(nn.Module):
         keys: Tensor,
         x: Tensor,
         num_tokens: int,
-    ) -> tuple[RouterOutput, RoutingStats]:
+    ) -> tuple[FoundRows, RoutingStats]:
         """Choose rows for each token.
 
         Args:
@@ -141,27 +156,37 @@ class TokenRouting(nn.Module):
             num_tokens: k.
 
         Returns:
-            What the router chose, all with the dimensions [b, n, r], and how saturated the gates are.
+            What was chosen, and how saturated the gates are, [b, n, r].
         """
         projection = self.projection.to(memory.device)
         queries = routing_keys(x.to(memory.device), projection).transpose(1, 2)  # [b, r, n, e]
-        scores, found = search_topk(
+        backend = pick_backend(router.use_triton, keys.device)
+        cosines, found = search_topk(
             queries.detach().to(keys.dtype).flatten(0, 1),
             keys.flatten(0, 1),
             2 * num_tokens,
             mask=None if memory.even else memory.mask.repeat_interleave(projection.shape[0], dim=0),
-            backend=pick_backend(router.use_triton, keys.device),
+            backend=backend,
         )
         b, r, n, e = queries.shape
-        scores, found = (torch.unflatten(t, 0, (b, r)) for t in (scores, found))  # [b, r, n, K]
         if torch.is_grad_enabled():
-            rows, places = distinct(found.flatten(1), memory.shape[1])
-            row_keys = routing_keys(memory.take(rows), projection).transpose(1, 2)
-            row_keys = gather_rows(row_keys.flatten(0, 1), places.view(b * r, -1)).view(b, r, n, -1, e)
-            with torch.autocast(row_keys.device.type, enabled=False):
-                scores = torch.einsum("brne,brnke->brnk", queries.to(row_keys.dtype), row_keys)
-        scores = (scores * e**0.5).masked_fill(found < 0, -math.inf)
-        return choose(router, memory, scores.transpose(1, 2), found.transpose(1, 2), num_tokens)
+            rows, places = distinct(found.view(b, -1), memory.shape[1])
+            row_keys = routing_keys(memory.take(rows), projection).transpose(1, 2)  # [b, r, u, e]
+            cosines = gathered_products(
+                queries.to(row_keys.dtype).reshape(b * r, n, 1, e),
+                row_keys.flatten(0, 1),
+                places.view(found.shape),
+                backend=backend,
+            ).squeeze(2)
+        # [b, n, r, K]
+        cosines, found = (t.view(b, r, n, -1).transpose(1, 2) for t in (cosines, found))
+        there = None if memory.even else found >= 0
+        scores = cosines * e**0.5 if there is None else (cosines * e**0.5).masked_fill(~there, -math.inf)
+        gates, chosen, stats = router.choose(scores, num_tokens=num_tokens, mask=there, with_stats=True)
+        assert stats is not None
+        nowhere, chosen = chosen < 0, chosen.clamp(min=0)
+        indices = found.gather(-1, chosen).masked_fill(nowhere, -1)
+        return FoundRows(indices, gates, cosines.gather(-1, chosen).masked_fill(nowhere, 0)), stats
 
 
 def distinct(indices: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -176,33 +201,3 @@ def distinct(indices: Tensor, m: int) -> tuple[Tensor, Tensor]:
     rows = named.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
     places = F.pad(named.cumsum(1) - 1, (0, 1), value=-1).gather(1, torch.where(indices < 0, m, indices))
     return torch.where(named.gather(1, rows), rows, -1), places
-
-
-def choose(
-    router: CoordinateDescentRouter,
-    memory: MemoryRows,
-    scores: Tensor,
-    candidates: Tensor | None,
-    num_tokens: int,
-) -> tuple[RouterOutput, RoutingStats]:
-    """Choose rows of a memory by given scores.
-
-    Args:
-        router: solves for the gates.
-        memory: m rows.
-        scores: [b, g, r, m], or those of the candidates.
-        candidates: rows [b, g, r, K], -1 for none; None for all m.
-        num_tokens: k.
-
-    Returns:
-        As `ChunkRouting`.
-    """
-    mask = None
-    if not memory.even:
-        mask = memory.mask[:, None, None] if candidates is None else candidates >= 0
-    gates, indices, stats = router.choose(scores, num_tokens=num_tokens, mask=mask, with_stats=True)
-    assert stats is not None
-    if candidates is not None:
-        indices = candidates.gather(-1, indices.clamp(min=0)).masked_fill(indices < 0, -1)
-    rows = memory.take_routed(indices)
-    return RouterOutput(indices, gates, rows, None if mask is None else indices >= 0), stats

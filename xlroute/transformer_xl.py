@@ -36,6 +36,7 @@ from xlroute.open_segment import OpenSegment
 from xlroute.position import age_bucket
 from xlroute.sampling import SamplingOptions, sample
 from xlroute.state import TransformerXLState, load_state
+from xlroute.token_memory import TokenRows
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -287,7 +288,7 @@ class RoutedTransformerXL(nn.Module):
         router_options = {"eps": ROUTING_EPS, **(router_kwargs or {})}
         # Windows are small, and a chunk looks for few rows: blocks are for the memory of a whole segment.
         window_options = {name: value for name, value in router_options.items() if name != "route_block_size"}
-        memory_options = content_options = None
+        memory_options = chunk_options = token_options = None
         if memory_routing != "content":
             memory_options = {
                 "num_tokens_q": num_tokens_q,
@@ -296,13 +297,19 @@ class RoutedTransformerXL(nn.Module):
                 "router_kwargs": router_options,
                 "random_route": memory_routing == "random",
             }
-        if by_content:
-            content_options = {
+        if by_content and routing_chunk == 1:
+            token_options = {
+                "num_tokens_kv": num_content_tokens_kv,
+                "sets": kv_routing_tokens,
+                "router_kwargs": window_options,
+                "key_dim": routing_key_dim,
+            }
+        elif by_content:
+            chunk_options = {
                 "num_tokens_kv": num_content_tokens_kv,
                 "kv_routing_tokens": kv_routing_tokens,
                 "router_kwargs": window_options,
                 "routing_chunk": routing_chunk,
-                "routing_key_dim": routing_key_dim,
             }
         half = max(heads // 2, 1)
         attention_options: dict[str, Any] = {"heads": heads, "light_window_size": None, "heavy_options": None}
@@ -332,7 +339,8 @@ class RoutedTransformerXL(nn.Module):
                 ff_mult=ff_mult,
                 memory_heads=heads // 2 if memory_routing == "both" else heads,
                 memory_options=memory_options if number in memory_layers else None,
-                content_options=content_options if number in memory_layers else None,
+                chunk_options=chunk_options if number in memory_layers else None,
+                token_options=token_options if number in memory_layers else None,
                 routing_window=self.routing_window,
                 query_routing=query_routing,
                 feedforward_options=feedforward_options if routed_feedforward else None,
@@ -740,7 +748,7 @@ class RoutedTransformerXL(nn.Module):
 
     def route(
         self, i: int, j: int, memory: OpenMemory, x: Tensor, before: Tensor, before_mask: Tensor
-    ) -> tuple[RoutedRows, Routing]:
+    ) -> tuple[RoutedRows | TokenRows, Routing]:
         """The rows that branch j of block i reads of its memory.
 
         Args:
@@ -757,9 +765,8 @@ class RoutedTransformerXL(nn.Module):
         indices = routed.indices
         positions = rows.positions(indices)
         ages = rows.ages(indices) + newer.to(indices.device).view(-1, *[1] * (indices.ndim - 1))
-        found = RoutedRows(routed, _followers(rows, indices), age_bucket(ages).to(x.device))
-        report = Routing(i + 1, indices, positions, positions >= 0, routed.scores.detach(), *stats)
-        return found.by_chunk(), report
+        found = branch.rows(rows, routed, age_bucket(ages).to(x.device))
+        return found, Routing(i + 1, indices, positions, positions >= 0, routed.scores.detach(), *stats)
 
     @torch.no_grad()
     def end_open_segment(self, state: TransformerXLState) -> None:
@@ -852,11 +859,6 @@ class RoutedTransformerXL(nn.Module):
                 f"memory: expected rows of these weights ({fingerprint}), got rows that other weights "
                 f"wrote ({memory.fingerprint}); set memory.fingerprint = None to use them all the same"
             )
-
-
-def _followers(layer: MemoryRows, indices: Tensor) -> Tensor:
-    """The rows that were appended right after those at `indices` [b, ...], [b, ..., d]; 0 for none."""
-    return layer.take(layer.followers(indices))
 
 
 def _slices(t: Tensor, start: Tensor, length: int) -> Tensor:
