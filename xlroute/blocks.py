@@ -26,7 +26,7 @@ from xlroute.causal_routing import QueryRouting, route_on
 from xlroute.content_routing import ChunkRouting, FoundRows
 from xlroute.cross_attention import ConditionalRoutedCrossAttention, RoutedKeysValues
 from xlroute.feedforward import ConditionalRoutedFeedForward, FeedForward
-from xlroute.position import AGE_BUCKETS, rotary_table, rotate
+from xlroute.position import AGES, age_bias, rotary_table, rotate
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 from xlroute.token_memory import TokenMemoryAttention, TokenRows
 
@@ -36,7 +36,7 @@ class RoutedRows(NamedTuple):
 
     routed: RouterOutput  # all [b g, r, k]
     followers: Tensor  # [b g, r, k, d], the row after each; 0 where there is none
-    age_buckets: Tensor  # int64 [b g, r, k]
+    age_places: Tensor  # [b g, r, k], see `age_place`
 
 
 class MemoryContext(NamedTuple):
@@ -88,7 +88,7 @@ class MemoryBranch(Protocol):
             before_mask: which of them there are, bool [b, t].
         """
 
-    def rows(self, memory: MemoryRows, routed: Any, age_buckets: Tensor) -> Any:
+    def rows(self, memory: MemoryRows, routed: Any, age_places: Tensor) -> Any:
         """What is read of a memory of which rows are routed, of given ages; it has left the memory."""
 
     def context(self, rows: Any) -> MemoryContext | TokenRows:
@@ -252,7 +252,7 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
     ) -> None:
         super().__init__(dim, num_tokens_q=num_tokens_q, heads=heads, share_qk=True, qk_norm=True, **options)
         self.memory_gate = nn.Parameter(torch.zeros(()))
-        self.age_bias = nn.Embedding(AGE_BUCKETS, heads)
+        self.age_bias = nn.Embedding(AGES, heads)
         self.random_route = random_route
         self.content_routing: ChunkRouting | None = None
         if routing_chunk is not None:
@@ -282,23 +282,19 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         """All tokens of a segment share their rows where they are not routed by content."""
         return 0 if self.content_routing is None else t - t % self.content_routing.chunk
 
-    def rows(self, memory: MemoryRows, routed: RouterOutput, age_buckets: Tensor) -> RoutedRows:
+    def rows(self, memory: MemoryRows, routed: RouterOutput, age_places: Tensor) -> RoutedRows:
         """What is read of a memory of which rows are routed, of ages [b, r, k] or [b, g, r, k]."""
         followers = memory.take(memory.followers(routed.indices))
-        if age_buckets.ndim == 3:
-            return RoutedRows(routed, followers, age_buckets)
+        if age_places.ndim == 3:
+            return RoutedRows(routed, followers, age_places)
         flat = RouterOutput(*(None if t is None else t.flatten(0, 1) for t in routed))  # type: ignore[arg-type]
-        return RoutedRows(flat, followers.flatten(0, 1), age_buckets.flatten(0, 1))
+        return RoutedRows(flat, followers.flatten(0, 1), age_places.flatten(0, 1))
 
     def context(self, rows: RoutedRows) -> MemoryContext:
         """Keys and values of routed rows, and the bias on their logits."""
-        per_set = rearrange(self.age_bias.weight, "buckets (r h) -> r h buckets", r=self.sets)
-        b, _, k = rows.age_buckets.shape
-        heads_per_set = per_set.shape[1]
-        buckets = rows.age_buckets[:, :, None].expand(-1, -1, heads_per_set, -1)
-        bias = per_set.expand(b, -1, -1, -1).gather(-1, buckets)
-        keys_values = self.keys_values(rows.routed, rows.followers)
-        return MemoryContext(keys_values, bias.reshape(b, self.heads, 1, k))
+        table = rearrange(self.age_bias.weight, "a (r h) -> a r h", r=self.sets)
+        bias = rearrange(age_bias(table, rows.age_places), "b r h k -> b (r h) 1 k")
+        return MemoryContext(self.keys_values(rows.routed, rows.followers), bias)
 
     def gated(self, x: Tensor, memory: MemoryContext, queries: RouterOutput | None) -> Tensor:
         """The gated output [b, n, d] for x [b, n, d], of which all tokens attend, or the routed ones."""

@@ -22,7 +22,7 @@ from xlroute.cross_attention import COSINE_SCALE, NULL_COSINE
 from xlroute.kernels import gathered_sums
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
-from xlroute.position import AGE_BUCKETS
+from xlroute.position import AGES, age_bias
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 
 
@@ -34,7 +34,7 @@ class TokenRows(NamedTuple):
     cosines: Tensor  # [b, n, r, k], of the keys that were found with the token's own
     gates: Tensor  # [b, n, r, k]
     mask: Tensor | None  # bool [b, n, r, k], False where no row was found; None if some was everywhere
-    age_buckets: Tensor  # int64 [b, n, r, k]
+    age_places: Tensor  # [b, n, r, k], see `age_place`
 
     def last(self, streams: int) -> TokenRows:
         """Of no use for a token to come, which finds its own."""
@@ -92,7 +92,7 @@ class TokenMemoryAttention(nn.Module):
         self.null_value = nn.Parameter(torch.zeros(heads, dim_head))
         self.null_logit = nn.Parameter(torch.full((heads, 1), NULL_COSINE * COSINE_SCALE))
         self.log_scale = nn.Parameter(torch.full((heads, 1), math.log(COSINE_SCALE)))
-        self.age_bias = nn.Embedding(AGE_BUCKETS, heads)
+        self.age_bias = nn.Embedding(AGES, heads)
         self.memory_gate = nn.Parameter(torch.zeros(()))
         self.dropout = nn.Dropout(dropout)
 
@@ -111,7 +111,7 @@ class TokenMemoryAttention(nn.Module):
         """Token t is a chunk by itself."""
         return t
 
-    def rows(self, memory: MemoryRows, found: FoundRows, age_buckets: Tensor) -> TokenRows:
+    def rows(self, memory: MemoryRows, found: FoundRows, age_places: Tensor) -> TokenRows:
         """What tokens read that have found rows of a memory, of ages [b, n, r, k]."""
         followers = memory.followers(found.indices)
         named, places = distinct(followers.flatten(1), memory.shape[1])
@@ -124,7 +124,7 @@ class TokenMemoryAttention(nn.Module):
             found.cosines.to(device),
             found.scores.to(device),
             None if memory.even else (found.indices >= 0).to(device),
-            age_buckets,
+            age_places,
         )
 
     def context(self, rows: TokenRows) -> TokenRows:
@@ -140,11 +140,9 @@ class TokenMemoryAttention(nn.Module):
 
     def gated(self, x: Tensor, memory: TokenRows, queries: RouterOutput | None) -> Tensor:
         """The gated output [b, n, d] for x [b, n, d], all of whose tokens have found what they read."""
-        ages = rearrange(self.age_bias.weight, "a (r h) -> (r a) h", r=self.sets)
-        firsts = AGE_BUCKETS * torch.arange(self.sets, device=x.device)[:, None]
-        bias = F.embedding(memory.age_buckets + firsts, ages)
+        table = rearrange(self.age_bias.weight, "a (r h) -> a r h", r=self.sets)
         logits = self._by_head(memory.cosines) * self.log_scale.exp()
-        logits = logits + rearrange(bias, "b n r k h -> b n (r h) k")
+        logits = logits + age_bias(table, memory.age_places).flatten(2, 3)
         if memory.mask is not None:
             logits = logits.masked_fill(~self._by_head(memory.mask), -math.inf)
         null = self.null_logit.to(logits).expand(*logits.shape[:-1], 1)

@@ -33,7 +33,7 @@ from xlroute.causal_routing import QueryRouting, check_query_routing
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
 from xlroute.memory import Eviction, FingerprintError, MemoryStore, ReadOnlyError, S3Path
 from xlroute.open_segment import OpenSegment
-from xlroute.position import age_bucket
+from xlroute.position import age_place
 from xlroute.sampling import SamplingOptions, sample
 from xlroute.state import TransformerXLState, load_state
 from xlroute.token_memory import TokenRows
@@ -765,7 +765,7 @@ class RoutedTransformerXL(nn.Module):
         indices = routed.indices
         positions = rows.positions(indices)
         ages = rows.ages(indices) + newer.to(indices.device).view(-1, *[1] * (indices.ndim - 1))
-        found = branch.rows(rows, routed, age_bucket(ages).to(x.device))
+        found = branch.rows(rows, routed, age_place(ages).to(x.device))
         return found, Routing(i + 1, indices, positions, positions >= 0, routed.scores.detach(), *stats)
 
     @torch.no_grad()

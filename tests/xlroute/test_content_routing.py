@@ -18,7 +18,7 @@ from xlroute.memory import MemoryStore
 from xlroute.memory.chunks import Chunks
 from xlroute.memory.routing_keys import routing_keys
 from xlroute.open_segment import OpenSegment
-from xlroute.position import age_bucket
+from xlroute.position import age_bias, age_place
 from xlroute.token_memory import TokenMemoryAttention
 
 BuildModel = Callable[..., RoutedTransformerXL]
@@ -137,7 +137,8 @@ def test_a_token_weighs_what_followed_its_rows_by_cosines_and_ages(build_model: 
                 query = unit(projection @ rms(x[b, t]))
                 cosines = torch.stack([query @ unit(projection @ rms(rows[b, i])) for i in found])
                 ages = torch.tensor([rows.shape[1] - i + model.mem_len for i in found])
-                logits = cosines * branch.log_scale[h].exp() + branch.age_bias.weight[age_bucket(ages), h]
+                table = branch.age_bias.weight[:, None, h : h + 1]
+                logits = cosines * branch.log_scale[h].exp() + age_bias(table, age_place(ages)[None])[0, 0]
                 weights = torch.cat((branch.null_logit[h], logits)).softmax(0)
                 after = [rms(rows[b, i + 1]) if i + 1 < rows.shape[1] else newest for i in found]
                 read_values = [values[h] @ (branch.row_gain * row) for row in after]
