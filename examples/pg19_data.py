@@ -1,11 +1,14 @@
 """Books, tokenizers and batches for examples/pg19.py: from files to what the model reads."""
 
 import csv
+import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count, islice, tee
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +39,7 @@ PG19_WORDS = {"validation": 3_007_061, "test": 6_966_499}
 # the same books as Parquet files.
 PG19_HUB = "emozilla/pg19"
 SHUFFLE_BOOKS = 64  # books held in memory to shuffle a stream whose files cannot be shuffled
+ENCODED_BOOKS = 512  # whose tokens are held in memory, where finding them takes long
 
 
 class UserError(Exception):
@@ -264,6 +268,10 @@ class Tokenizer(Protocol):
         """The ids of a text, UTF-8."""
         ...
 
+    def starts(self, text: bytes) -> Tokens:
+        """The byte of a text at which each of its tokens begins; what is between two belongs to the first."""
+        ...
+
     def decode(self, tokens: list[int]) -> str:
         """The text of ids; `vocab_size` has none."""
         ...
@@ -278,36 +286,106 @@ class ByteTokenizer:
         """The bytes."""
         return np.frombuffer(text, dtype=np.uint8)
 
+    def starts(self, text: bytes) -> Tokens:
+        """0, 1, 2, ..."""
+        return np.arange(len(text))
+
     def decode(self, tokens: list[int]) -> str:
         """The text of the bytes; bytes that are no UTF-8 become U+FFFD."""
         return bytes(token for token in tokens if token < 256).decode("utf-8", errors="replace")
 
 
 class JsonTokenizer:
-    """A tokenizer of the `tokenizers` package, read from its JSON file."""
+    """A tokenizer of the `tokenizers` package, read from its JSON file.
+
+    Attributes:
+        vocab_size: number of ids.
+        digest: SHA-256 of the file.
+    """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import tokenizers
-        except ModuleNotFoundError:
-            raise UserError("--tokenizer needs a package: pip install tokenizers") from None
+        tokenizers = _tokenizers()
         if not path.is_file():
             raise UserError(f"no such file: {path}")
+        content = path.read_bytes()
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the package raises Exception itself
             raise UserError(f"{path} is no tokenizers JSON: {error}") from None
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.vocab_size = int(self._tokenizer.get_vocab_size())
+        self.digest = hashlib.sha256(content).hexdigest()
+
+    # Equal ones share what `_encode` remembers.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, JsonTokenizer) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     def encode(self, text: bytes) -> Tokens:
         """The ids of a text, UTF-8, without special tokens."""
-        return np.array(
-            self._tokenizer.encode(text.decode("utf-8"), add_special_tokens=False).ids, dtype=np.int32
-        )
+        return self._encode(text)[0]
+
+    def starts(self, text: bytes) -> Tokens:
+        """Where they begin; of a character in several tokens, the last one has all bytes."""
+        return self._encode(text)[1]
+
+    @lru_cache(maxsize=ENCODED_BOOKS)  # noqa: B019
+    def _encode(self, text: bytes) -> tuple[Tokens, Tokens]:
+        characters = text.decode("utf-8")
+        encoding = self._tokenizer.encode(characters, add_special_tokens=False)
+        places = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+        places[:1] = 0
+        return np.array(encoding.ids, dtype=np.int32), byte_offsets(characters)[places]
 
     def decode(self, tokens: list[int]) -> str:
         """The text of ids."""
         return str(self._tokenizer.decode([token for token in tokens if token < self.vocab_size]))
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ModuleNotFoundError:
+        raise UserError("--tokenizer and --bpe need a package: pip install tokenizers") from None
+    return tokenizers
+
+
+def train_bpe(texts: Iterable[bytes], vocab_size: int, path: Path) -> None:
+    """Train a byte-level BPE of so many tokens and write it as tokenizers JSON, whole or not at all.
+
+    The same texts give the same file, in whatever order they come.
+
+    Raises:
+        UserError: the package `tokenizers` is not installed.
+    """
+    tokenizers = _tokenizers()
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=byte_level.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator((text.decode("utf-8") for text in texts), trainer)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def trained_bpe(corpus: Corpus, vocab_size: int, path: Path) -> JsonTokenizer:
+    """The BPE that a file holds, which is trained on the training books of a corpus where it is missing."""
+    if not path.exists():
+        print(f"training a BPE of {vocab_size:,} tokens", flush=True)
+        train_bpe((book.text for book in corpus.training(0)), vocab_size, path)
+    return JsonTokenizer(path)
+
+
+def byte_offsets(text: str) -> npt.NDArray[np.int64]:
+    """The byte at which each character of a text begins in UTF-8, and where the last ends, [c + 1]."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    sizes = 1 + sum((codes > last).astype(np.int64) for last in (0x7F, 0x7FF, 0xFFFF))
+    return np.concatenate([[0], np.cumsum(sizes)])
 
 
 def bytes_per_token(corpus: Corpus, tokenizer: Tokenizer) -> float:
