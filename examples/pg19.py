@@ -233,7 +233,7 @@ def table_row(mode: str, training: Training, result: Evaluation, corpus: Corpus)
         # Of fewer steps than are timed, nothing is known.
         "tokens_per_second": training.tokens / training.seconds if training.seconds else None,
         "ms_per_step": 1000 * training.seconds / training.step if training.seconds else None,
-        "read_tokens_per_second": result.tokens / result.seconds,
+        "read_tokens_per_second": result.tokens / result.seconds if result.seconds else None,
         "memory_rows": result.memory_rows,
         "peak_bytes": training.peak_bytes,
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),

@@ -18,7 +18,15 @@ import numpy.typing as npt
 import torch
 from pg19_data import Book, Tokens, UserError, segments, with_start
 from pg19_settings import Settings, write_json
-from pg19_train import Run, autocast, build_model, initial_state, memory_rows, token_nats
+from pg19_train import (
+    Run,
+    autocast,
+    build_model,
+    counted_seconds,
+    initial_state,
+    memory_rows,
+    token_nats,
+)
 from pg19_words import KINDS, kinds_of_tokens
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -96,9 +104,8 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
     )
     with progress:
         cut = {"streams": streams, "segment_len": settings.segment_len}
-        for (tokens, targets, lengths, ends), (of_kind, _, _) in zip(
-            segments(iter(documents), tokenizer, **cut), read_documents(kinds, **cut), strict=True
-        ):
+        cuts = zip(segments(iter(documents), tokenizer, **cut), read_documents(kinds, **cut), strict=True)
+        for number, ((tokens, targets, lengths, ends), (of_kind, _, _)) in enumerate(cuts):
             began = time.perf_counter()
             positions = state.positions
             with autocast(settings):
@@ -109,7 +116,8 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
             nats = by_token.sum(dim=1).tolist()
             if forget:
                 state.clear_memory()
-            result.seconds += time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            result.seconds += counted_seconds(seconds, number, settings.device)
             result.nats += sum(nats)
             result.segment_nats += nats
             result.kind_nats += np.bincount(

@@ -93,21 +93,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     header = ("mode", "bits per byte", "beyond window", "word perplexity", "trained/s", "ms a step", "read/s")
     lines = [(*header, "memory rows", "peak memory", "parameters", "multiply-adds")]
     for row in rows:
-        trained, step, work = row["tokens_per_second"], row["ms_per_step"], row["multiply_adds"]
-        beyond = row["kinds"]["beyond"]["bits_per_byte"]
         lines.append(
             (
                 f"  {EMPTIED}" if row["emptied"] else LABELS[row["mode"]],
                 f"{row['bits_per_byte']:.4f}",
-                "" if beyond is None else f"{beyond:.4f}",
+                _number(row["kinds"]["beyond"]["bits_per_byte"], ".4f"),
                 f"{row['word_perplexity']:,.1f}",
-                "" if trained is None else f"{trained:,.0f}",
-                "" if step is None else f"{step:,.1f}",
-                f"{row['read_tokens_per_second']:,.0f}",
+                _number(row["tokens_per_second"], ",.0f"),
+                _number(row["ms_per_step"], ",.1f"),
+                _number(row["read_tokens_per_second"], ",.0f"),
                 f"{row['memory_rows']:,}",
                 f"{row['peak_bytes'] / 2**20:,.0f} MiB",
                 f"{row['parameters']:,}",
-                "" if work is None else f"{work:,}",
+                _number(row["multiply_adds"], ","),
             )
         )
     return _aligned(lines)
@@ -122,9 +120,13 @@ def table_of_kinds(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         numbers = [kind["bits_per_byte"] for kind in row["kinds"].values()]
         name = f"  {EMPTIED}" if row["emptied"] else LABELS[row["mode"]]
-        lines.append((name, *("" if number is None else f"{number:.4f}" for number in numbers)))
+        lines.append((name, *(_number(number, ".4f") for number in numbers)))
     lines.append(("share of the bytes", *(f"{kind['bytes'] / size:.1%}" for kind in kinds.values())))
     return _aligned(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def _aligned(lines: Sequence[tuple[str, ...]]) -> str:

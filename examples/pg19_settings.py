@@ -111,8 +111,11 @@ class Command:
     read_on: Path | None
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises UserError for a command line that does not fit."""
+
     def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
         raise UserError(f"{message} (--help lists the options)")
 
 
@@ -125,7 +128,8 @@ def _number(least: int) -> Any:
     return parse
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
+    """An option that is a number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -152,7 +156,7 @@ def parse(arguments: list[str] | None = None) -> Command:
     Raises:
         UserError: for options that do not exist or do not fit.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="pg19.py",
         description="Train and compare a Transformer-XL without memory, with XL and with routed memory.",
         # Only the options that were given are set, so that presets and a resumed run fill in the rest.
@@ -171,7 +175,7 @@ def parse(arguments: list[str] | None = None) -> Command:
     )
     add(
         "--stop-after",
-        type=_positive,
+        type=positive,
         metavar="SECONDS",
         help="stop as for Ctrl-C once the process has run so long",
     )
@@ -192,7 +196,7 @@ def parse(arguments: list[str] | None = None) -> Command:
     add("--seed", type=_number(0))
     add("--device", help="cpu (default) or cuda")
     add("--steps", type=_number(1), help="training steps of each mode")
-    add("--minutes", type=_positive, help="the longest that each mode trains, in time spent in steps")
+    add("--minutes", type=positive, help="the longest that each mode trains, in time spent in steps")
     add("--streams", type=_number(1), help="documents read side by side in training")
     add("--segment-len", type=_number(1), help="tokens of a document read at once")
     add("--mem-len", type=_number(1), help="tokens in the XL window")

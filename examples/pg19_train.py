@@ -31,7 +31,7 @@ FINAL_LEARNING_RATE = 0.1  # of the highest one
 WEIGHT_DECAY = 0.1
 GRADIENT_NORM = 1.0
 FAST_RATE = 10.0  # learning rate of gates and routing tokens, in those of the other weights
-UNTIMED_STEPS = 10  # the first of a training in a process on a GPU, in which it is compiled
+UNTIMED_STEPS = 10  # the first in a process on a GPU, in which the model is compiled
 
 
 def build_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransformerXL:
@@ -148,7 +148,7 @@ def learning_rate(place: float, settings: Settings) -> float:
 
 
 def counted_seconds(seconds: float, number: int, device: str) -> float:
-    """What a step adds to the time of a training, of which it is step `number` in this process, from 0.
+    """What a step adds to the time of a training, or an evaluation: step `number` in this process, from 0.
 
     On a GPU the first ones, in which the model is compiled, count as much as those that follow them.
     """
