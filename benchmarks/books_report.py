@@ -69,6 +69,8 @@ def finished_runs(out: Path) -> list[Finished]:
         found,
         key=lambda each: (
             sizes.index(each.run.size),
+            each.run.tokenizer != "bytes",
+            len(each.run.tokenizer),  # so that BPEs come by their number of tokens
             each.run.tokenizer,
             MODES.index(each.run.mode),
             each.run.seed,
@@ -129,7 +131,7 @@ def _text(groups: dict[tuple[str, str], list[Finished]]) -> str:
         told = {
             name: value
             for name, value in group[0].settings.items()
-            if name not in ("preset", "modes", "seed", "tokenizer") and value not in (None, False, 0, 0.0)
+            if not name.startswith("tokenizer") and name not in ("preset", "modes", "seed") and value
         }
         parts += [
             f"## {size}, {tokenizer}",
@@ -192,7 +194,7 @@ def _table(columns: Sequence[Column], group: list[Finished]) -> str:
     for column in columns:
         titles += [column.title, "to XL"] if column.compared else [column.title]
     lines = [titles, ["---"] * len(titles)]
-    for of_seed in rows.values():
+    for kind, of_seed in rows.items():
         line = [label(next(iter(of_seed.values()))), ", ".join(map(str, of_seed))]
         for column in columns:
             numbers = {seed: column.value(row) for seed, row in of_seed.items()}
@@ -200,19 +202,18 @@ def _table(columns: Sequence[Column], group: list[Finished]) -> str:
             if column.compared:
                 references = {seed: column.value(row) for seed, row in xl.items()}
                 pairs = [(n, references.get(seed)) for seed, n in numbers.items()]
-                line.append(_spread([n / r - 1 for n, r in pairs if n and r], "+.2%"))
+                shares = [n / r - 1 for n, r in pairs if n and r and kind != ("xl", False)]
+                line.append(_spread(shares, "+.2%"))
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _spread(numbers: list[float], form: str) -> str:
-    """The mean, and half of the difference between the highest and the lowest."""
+    """The mean, and half of the difference between the highest and the lowest, if there is one."""
     if not numbers:
         return ""
-    text = f"{mean(numbers):{form}}"
-    if len(numbers) > 1:
-        text += f" ± {(max(numbers) - min(numbers)) / 2:{form.removeprefix('+')}}"
-    return text
+    half = (max(numbers) - min(numbers)) / 2
+    return f"{mean(numbers):{form}}" + (f" ± {half:{form.removeprefix('+')}}" if half else "")
 
 
 def _write_csv(path: Path, runs: list[Finished]) -> None:
@@ -255,7 +256,10 @@ def _mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The first of the rows of several seeds, with the means of what is drawn."""
     return rows[0] | {
         "bits_per_byte": mean(row["bits_per_byte"] for row in rows),
-        "bin_bits": [mean(bits) for bits in zip(*(row["bin_bits"] for row in rows), strict=True)],
+        "bin_bits": [
+            None if None in bits else mean(bits)
+            for bits in zip(*(row["bin_bits"] for row in rows), strict=True)
+        ],
     }
 
 

@@ -52,7 +52,7 @@ class Evaluation:
     memory_rows: int = 0  # most rows that one stream held in each memory layer
     bin_width: int = 1  # tokens
     bin_nats: list[float] = field(default_factory=lambda: [0.0] * BINS)
-    bin_tokens: list[int] = field(default_factory=lambda: [0] * BINS)
+    bin_bytes: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
     # Of the tokens of each kind that `kinds_of_tokens` tells apart.
     kind_nats: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(KINDS)))
     kind_bytes: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(KINDS), dtype=np.int64))
@@ -92,6 +92,8 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
         )
         sizes = np.diff(starts, append=len(book.text))
         result.kind_bytes += np.bincount(kinds[-1], weights=sizes, minlength=len(KINDS)).astype(np.int64)
+        places = np.arange(len(starts)) // settings.segment_len * settings.segment_len // result.bin_width
+        result.bin_bytes += np.bincount(places, weights=sizes, minlength=BINS).astype(np.int64)
     state = initial_state(model, settings, streams)
     first_book = True
     progress = tqdm(
@@ -126,9 +128,7 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
             result.tokens += int(lengths.sum())
             result.memory_rows = max(result.memory_rows, memory_rows(state))
             for stream in range(streams):
-                place = min(int(positions[stream]) // result.bin_width, BINS - 1)
-                result.bin_nats[place] += nats[stream]
-                result.bin_tokens[place] += int(lengths[stream])
+                result.bin_nats[int(positions[stream]) // result.bin_width] += nats[stream]
             if routing and routing[0].mask.any():
                 result.gate_sums.append(float(routing[0].gate_sum.mean()))
                 result.gradient_shares.append(float(routing[0].gradient_share.mean()))

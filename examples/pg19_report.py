@@ -171,7 +171,7 @@ def draw_along(absolute: Axes, compared: Axes, rows: list[dict[str, Any]]) -> No
     """Bits per byte by position in the held-out books, and the difference to XL memory, or the first row."""
     reference = next((row for row in rows if row["mode"] == "xl"), rows[0])
     for row in rows:
-        counted = [i for i, tokens in enumerate(row["bin_tokens"]) if tokens]
+        counted = [i for i, bits in enumerate(row["bin_bits"]) if bits is not None]
         places = [(i + 0.5) * row["bin_width"] for i in counted]
         bits = [row["bin_bits"][i] for i in counted]
         difference = [row["bin_bits"][i] - reference["bin_bits"][i] for i in counted]
