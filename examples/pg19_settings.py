@@ -20,6 +20,8 @@ ROUTINGS = get_args(MemoryRouting)
 MODES = ("none", "xl", *ROUTINGS)
 DEFAULT_MODES = ("none", "xl", "learned")
 
+TIMED_SCHEDULE = 1000
+
 # What a run writes; --overwrite removes these and nothing else.
 TOKENIZER_FILE = "tokenizer.json"  # a BPE that was trained for the run
 FILES = ("settings.json", TOKENIZER_FILE, "metrics.jsonl", "results.json", "curves.png", "sample.txt")
@@ -41,7 +43,7 @@ class Settings:
     modes: tuple[str, ...] = DEFAULT_MODES
     seed: int = 0
     device: str = "cpu"
-    steps: int = 500
+    steps: int | None = 500  # None where time alone bounds the training
     minutes: float | None = None
     streams: int = 16
     segment_len: int = 64
@@ -61,6 +63,11 @@ class Settings:
     memory_grad_segments: int = 0
     dropout: float = 0.0
     learning_rate: float = 3e-3
+
+    @property
+    def schedule(self) -> int:
+        """Steps that the learning rate is planned for; where time alone counts, so many shares of it."""
+        return TIMED_SCHEDULE if self.steps is None else self.steps
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -196,7 +203,7 @@ def parse(arguments: list[str] | None = None) -> Command:
     add("--seed", type=_number(0))
     add("--device", help="cpu (default) or cuda")
     add("--steps", type=_number(1), help="training steps of each mode")
-    add("--minutes", type=positive, help="the longest that each mode trains, in time spent in steps")
+    add("--minutes", type=positive, help="of training for each mode, instead of steps or at most")
     add("--streams", type=_number(1), help="documents read side by side in training")
     add("--segment-len", type=_number(1), help="tokens of a document read at once")
     add("--mem-len", type=_number(1), help="tokens in the XL window")
@@ -242,8 +249,8 @@ def parse(arguments: list[str] | None = None) -> Command:
             ("read_on", None),
         )
     }
-    settings = Settings(**(PRESETS[given.get("preset", "small")] | given))
-    return Command(settings=settings, given=json.loads(json.dumps(given)), **command)
+    sizes = PRESETS[given.get("preset", "small")] | ({"steps": None} if "minutes" in given else {})
+    return Command(settings=Settings(**(sizes | given)), given=json.loads(json.dumps(given)), **command)
 
 
 def find_settings(command: Command) -> Settings:

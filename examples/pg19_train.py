@@ -139,10 +139,10 @@ def optimizer_for(model: RoutedTransformerXL) -> torch.optim.AdamW:
 
 def learning_rate(place: float, settings: Settings) -> float:
     """Linear warm-up, then a cosine down to a tenth: the rate of the step at a `Training.place`."""
-    warmup = max(1, round(WARMUP * settings.steps))
+    warmup = max(1, round(WARMUP * settings.schedule))
     if place + 1 <= warmup:
         return settings.learning_rate * (place + 1) / warmup
-    done = max(0.0, place - warmup) / max(1, settings.steps - warmup)
+    done = max(0.0, place - warmup) / max(1, settings.schedule - warmup)
     cosine = (1 + math.cos(math.pi * done)) / 2
     return settings.learning_rate * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
 
@@ -281,10 +281,9 @@ class Training:
     peak_bytes: int = 0
 
     def place(self, settings: Settings) -> float:
-        """How far this is, in steps: those done, or those of the share of the time that is over, if more."""
-        if settings.minutes is None:
-            return self.step
-        return max(self.step, settings.steps * self.seconds / (60 * settings.minutes))
+        """How far this is in the schedule: by the steps done, or by the time passed if that is further."""
+        passed = 0.0 if settings.minutes is None else self.seconds / (60 * settings.minutes)
+        return max(0 if settings.steps is None else self.step, settings.schedule * passed)
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint of this step, all or nothing, then drop older ones."""
@@ -365,7 +364,7 @@ def train(mode: str, run: Run) -> Training:
     )
     timed = settings.minutes is not None
     progress = tqdm(
-        total=round(60 * settings.minutes) if settings.minutes is not None else settings.steps,
+        total=settings.steps if settings.minutes is None else round(60 * settings.minutes),
         initial=round(training.seconds) if timed else training.step,
         desc=f"train {mode:7}",
         unit="s" if timed else "step",
@@ -374,7 +373,7 @@ def train(mode: str, run: Run) -> Training:
     )
     smooth: float | None = None
     with run.interrupt.held(), progress:
-        while training.place(settings) < settings.steps:
+        while training.place(settings) < settings.schedule:
             segments = list(islice(data, reads))
             rate = learning_rate(training.place(settings), settings)
             began = time.perf_counter()
@@ -404,7 +403,7 @@ def train(mode: str, run: Run) -> Training:
             )
             progress.update(round(training.seconds) - progress.n if timed else 1)
             stop = run.interrupt.asked
-            ended = training.place(settings) >= settings.steps
+            ended = training.place(settings) >= settings.schedule
             if stop or ended or training.step % run.checkpoint_every == 0:
                 training.save(folder)
             if stop:

@@ -330,6 +330,19 @@ def test_training_for_a_time(
     assert [row["ms_per_step"] for row in rows] == [15_000, 15_000, None]
 
 
+def test_time_alone_bounds_a_training(modules: Callable[[str], Any]) -> None:
+    """Unless steps are asked for too: a mode whose steps are quick would have less time otherwise."""
+    parse, training = modules("pg19_settings").parse, modules("pg19_train").Training
+    for options, done in (
+        ("--steps 40", 30 / 40),
+        ("--steps 40 --minutes 2", 30 / 40),
+        ("--steps 400 --minutes 2", 15 / 120),
+        ("--minutes 2 --preset 10m", 15 / 120),
+    ):
+        settings = parse(options.split()).settings
+        assert training(None, None, None, step=30, seconds=15.0).place(settings) / settings.schedule == done
+
+
 def test_learning_rate(modules: Callable[[str], Any]) -> None:
     rate = modules("pg19_train").learning_rate
     settings = modules("pg19_settings").Settings(steps=200, learning_rate=1e-2)
