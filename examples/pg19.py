@@ -53,6 +53,7 @@ from pg19_report import (
     word_perplexity,
 )
 from pg19_settings import (
+    CHECKPOINT_EVERY,
     FILES,
     ROUTINGS,
     TOKENIZER_FILE,
@@ -126,7 +127,8 @@ def open_run(command: Command, interrupt: Interrupt) -> Iterator[Run]:
             tokenizer = trained_bpe(corpus, settings.bpe, out / TOKENIZER_FILE)
         if isinstance(tokenizer, JsonTokenizer):
             settings = note_tokenizer(settings, tokenizer.digest, out)
-        yield Run(settings, corpus, tokenizer, out, command.checkpoint_every, interrupt)
+        every = command.checkpoint_every or CHECKPOINT_EVERY[settings.preset]
+        yield Run(settings, corpus, tokenizer, out, every, interrupt)
 
 
 def work(run: Run) -> None:

@@ -6,7 +6,9 @@ import importlib.metadata
 import importlib.util
 import os
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count, islice, tee
@@ -39,6 +41,7 @@ PG19_WORDS = {"validation": 3_007_061, "test": 6_966_499}
 # the same books as Parquet files.
 PG19_HUB = "emozilla/pg19"
 SHUFFLE_BOOKS = 64  # books held in memory to shuffle a stream whose files cannot be shuffled
+BOOKS_AHEAD = 16  # training books whose tokens are found side by side
 ENCODED_BOOKS = 512  # whose tokens are held in memory, where finding them takes long
 
 
@@ -415,9 +418,21 @@ def segments(
         yield tokens, wanted, lengths, ends
 
 
+def encoded(books: Iterator[Book], tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """The tokens of books, in their order, found by several threads ahead of their use."""
+    with ThreadPoolExecutor(BOOKS_AHEAD) as pool:
+        waiting: deque[Future[Tokens]] = deque()
+        for book in books:
+            waiting.append(pool.submit(tokenizer.encode, book.text))
+            if len(waiting) == BOOKS_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def training_segments(
     corpus: Corpus, tokenizer: Tokenizer, *, streams: int, segment_len: int, skip: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The endless training data from segment `skip` on: the books of one shuffled epoch after another."""
-    documents = (tokenizer.encode(book.text) for epoch in count() for book in corpus.training(epoch))
+    documents = encoded((book for epoch in count() for book in corpus.training(epoch)), tokenizer)
     return islice(segments(documents, tokenizer, streams=streams, segment_len=segment_len), skip, None)

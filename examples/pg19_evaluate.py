@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from pg19_settings import Settings, write_json
 from pg19_train import (
     Run,
     autocast,
-    build_model,
     counted_seconds,
     initial_state,
     memory_rows,
+    random_model,
     token_nats,
 )
 from pg19_words import KINDS, kinds_of_tokens
@@ -152,7 +152,7 @@ def _by_set(positions: Tensor) -> list[npt.NDArray[np.int64]]:
 @torch.no_grad()
 def multiply_adds(mode: str, settings: Settings, vocab_size: int) -> int:
     """Multiply-adds of the matrix products for a token, when XL window and memory are full."""
-    model = build_model(mode, replace(settings, device="cpu"), vocab_size).eval()
+    model = random_model(mode, settings, vocab_size).eval()
     state = model.initial_state(streams=1)
     if model.memory_layers:
         memory = model.create_memory(streams=1)

@@ -21,6 +21,8 @@ MODES = ("none", "xl", *ROUTINGS)
 DEFAULT_MODES = ("none", "xl", "learned")
 
 TIMED_SCHEDULE = 1000
+# Steps between two checkpoints. On a GPU steps are quick, and memories large.
+CHECKPOINT_EVERY = {"small": 100, "10m": 10_000, "50m": 10_000}
 
 # What a run writes; --overwrite removes these and nothing else.
 TOKENIZER_FILE = "tokenizer.json"  # a BPE that was trained for the run
@@ -112,7 +114,7 @@ class Command:
     out: Path
     resume: bool
     overwrite: bool
-    checkpoint_every: int
+    checkpoint_every: int | None  # steps; None for what suits the preset
     stop_after: float | None
     keep_bf16: bool
     read_on: Path | None
@@ -178,7 +180,7 @@ def parse(arguments: list[str] | None = None) -> Command:
         "--checkpoint-every",
         type=_number(1),
         metavar="N",
-        help="steps between two checkpoints (default: 100)",
+        help="steps between two checkpoints (default: 100; 10,000 with a larger preset)",
     )
     add(
         "--stop-after",
@@ -243,7 +245,7 @@ def parse(arguments: list[str] | None = None) -> Command:
             ("out", Path("run")),
             ("resume", False),
             ("overwrite", False),
-            ("checkpoint_every", 100),
+            ("checkpoint_every", None),
             ("stop_after", None),
             ("keep_bf16", False),
             ("read_on", None),

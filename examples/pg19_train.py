@@ -37,7 +37,7 @@ UNTIMED_STEPS = 10  # the first in a process on a GPU, in which the model is com
 def build_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransformerXL:
     """An untrained model of one mode. Whatever weights two modes have in common start equal."""
     # Between them, the first two have all weights that any two modes share.
-    models = {each: _random_model(each, settings, vocab_size) for each in ("learned", "content", mode)}
+    models = {each: random_model(each, settings, vocab_size) for each in ("learned", "content", mode)}
     start: dict[tuple[str, torch.Size], Tensor] = {}
     for each in models.values():
         for name, weight in each.state_dict().items():
@@ -52,12 +52,13 @@ def check_model(settings: Settings, vocab_size: int) -> None:
     try:
         with torch.device("meta"):
             for mode in dict.fromkeys(("learned", "content", *settings.modes)):
-                _random_model(mode, settings, vocab_size)
+                random_model(mode, settings, vocab_size)
     except ValueError as error:
         raise UserError(f"no such model: {error}") from None
 
 
-def _random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransformerXL:
+def random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransformerXL:
+    """A model of one mode, its weights as the seed and the order in which it is built have them."""
     memory: dict[str, Any] = {"memory_layers": ()}
     if mode in ROUTINGS:
         memory = {"memory_layers": settings.memory_layers, "memory_routing": mode}
