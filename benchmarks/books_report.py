@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import platform
 import shutil
 import tarfile
@@ -20,7 +21,7 @@ mpl.use("Agg")  # before pyplot: it must not look for a screen
 import matplotlib.pyplot as plt
 import torch
 from pg19_data import UserError
-from pg19_report import draw_along, label
+from pg19_report import draw_along, label, word_perplexity
 from pg19_settings import MODES, PRESETS
 
 from xlroute import RoutedTransformerXL
@@ -136,8 +137,7 @@ def _text(groups: dict[tuple[str, str], list[Finished]]) -> str:
         parts += [
             f"## {size}, {tokenizer}",
             ", ".join(f"{name} {value}" for name, value in told.items()),
-            _table(QUALITY, group),
-            _table(COST, group),
+            *(_table(columns, group) for columns in (QUALITY, _columns_by_split(group), COST) if columns),
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -178,8 +178,47 @@ COST = (
 )
 
 
-def _by_kind(group: list[Finished]) -> dict[tuple[str, bool], dict[int, dict[str, Any]]]:
-    """The rows of each mode, with its memory and with it emptied, by seed."""
+def _columns_by_split(group: list[Finished]) -> list[Column]:
+    """What is said of validation and test books apart; nothing where only one of them was read."""
+    splits = list(dict.fromkeys(book["split"] for book in group[0].rows[0]["books"]))
+    if len(splits) == 1:
+        return []
+    columns = []
+    for split in splits:
+        columns += [
+            Column(f"{split}: bits per byte", _of_split(split), ".4f", compared=True),
+            Column("beyond window", _of_split(split, "beyond"), ".4f", compared=True),
+            Column("word perplexity", _word_perplexity(split), ",.1f"),
+        ]
+    return columns
+
+
+def _of_split(split: str, *kinds: str) -> Value:
+    """Bits per byte of the books of a split, of some kinds of tokens or of all."""
+
+    def value(row: dict[str, Any]) -> float | None:
+        nats, size = _sums(row, split, kinds or tuple(row["kinds"]))
+        return nats / math.log(2) / size if size else None
+
+    return value
+
+
+def _word_perplexity(split: str) -> Value:
+    def value(row: dict[str, Any]) -> float:
+        words = sum(book["words"] for book in row["books"] if book["split"] == split)
+        return word_perplexity(_sums(row, split, tuple(row["kinds"]))[0], words)
+
+    return value
+
+
+def _sums(row: dict[str, Any], split: str, kinds: tuple[str, ...]) -> tuple[float, int]:
+    """Nats and bytes of some kinds of tokens in the books of a split."""
+    chosen = [book["kinds"][kind] for book in row["books"] if book["split"] == split for kind in kinds]
+    return sum(each["nats"] for each in chosen), sum(each["bytes"] for each in chosen)
+
+
+def _by_mode(group: list[Finished]) -> dict[tuple[str, bool], dict[int, dict[str, Any]]]:
+    """The rows of each mode, with its memory and with that emptied, by seed."""
     rows: dict[tuple[str, bool], dict[int, dict[str, Any]]] = {}
     for each in group:
         for row in each.rows:
@@ -188,7 +227,7 @@ def _by_kind(group: list[Finished]) -> dict[tuple[str, bool], dict[int, dict[str
 
 
 def _table(columns: Sequence[Column], group: list[Finished]) -> str:
-    rows = _by_kind(group)
+    rows = _by_mode(group)
     xl = rows.get(("xl", False), {})
     titles = ["mode", "seeds"]
     for column in columns:
@@ -241,7 +280,7 @@ def _draw(path: Path, groups: dict[tuple[str, str], list[Finished]]) -> None:
         len(groups), 2, figsize=(14, 5 * len(groups)), layout="constrained", squeeze=False
     )
     for ((size, tokenizer), group), (absolute, compared) in zip(groups.items(), panels, strict=True):
-        draw_along(absolute, compared, [_mean_row(list(rows.values())) for rows in _by_kind(group).values()])
+        draw_along(absolute, compared, [_mean_row(list(rows.values())) for rows in _by_mode(group).values()])
         absolute.set_title(f"{size}, {tokenizer}: held-out books")
         absolute.legend(loc="upper right", fontsize="small", ncols=2)
         low, high = absolute.get_ylim()

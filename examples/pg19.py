@@ -29,7 +29,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -224,12 +224,11 @@ def table_row(mode: str, training: Training, result: Evaluation, corpus: Corpus)
         "word_perplexity": word_perplexity(result.nats, corpus.words),
         "nats": result.nats,
         "tokens": result.tokens,
-        "kinds": {
-            kind: {"nats": nats, "bytes": size, "bits_per_byte": nats / math.log(2) / size if size else None}
-            for kind, nats, size in zip(
-                KINDS, result.kind_nats.tolist(), result.kind_bytes.tolist(), strict=True
-            )
-        },
+        "kinds": by_kind(result.kind_nats.sum(axis=0), sum(result.kind_bytes)),
+        "books": [
+            {"title": book.title, "split": book.split, "words": book.words, "kinds": by_kind(nats, sizes)}
+            for book, nats, sizes in zip(corpus.held_out, result.kind_nats, result.kind_bytes, strict=True)
+        ],
         "steps": training.step,
         "trained_tokens": training.tokens,
         "training_seconds": training.seconds,
@@ -249,6 +248,18 @@ def table_row(mode: str, training: Training, result: Evaluation, corpus: Corpus)
             nats / math.log(2) / size if size else None
             for nats, size in zip(result.bin_nats, result.bin_bytes.tolist(), strict=True)
         ],
+    }
+
+
+def by_kind(nats: Iterable[float], sizes: Iterable[int]) -> dict[str, dict[str, float | None]]:
+    """Nats, bytes, and bits per byte of the tokens of each kind."""
+    return {
+        kind: {
+            "nats": float(of_kind),
+            "bytes": int(size),
+            "bits_per_byte": float(of_kind) / math.log(2) / int(size) if size else None,
+        }
+        for kind, of_kind, size in zip(KINDS, nats, sizes, strict=True)
     }
 
 

