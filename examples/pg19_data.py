@@ -264,6 +264,10 @@ class Tokenizer(Protocol):
         """The ids of a text, UTF-8."""
         ...
 
+    def starts(self, text: bytes) -> npt.NDArray[np.int64]:
+        """How many bytes of a text stand before each of its tokens."""
+        ...
+
     def decode(self, tokens: list[int]) -> str:
         """The text of ids; `vocab_size` has none."""
         ...
@@ -277,6 +281,10 @@ class ByteTokenizer:
     def encode(self, text: bytes) -> Tokens:
         """The bytes."""
         return np.frombuffer(text, dtype=np.uint8)
+
+    def starts(self, text: bytes) -> npt.NDArray[np.int64]:
+        """One more before each byte."""
+        return np.arange(len(text))
 
     def decode(self, tokens: list[int]) -> str:
         """The text of the bytes; bytes that are no UTF-8 become U+FFFD."""
@@ -304,6 +312,13 @@ class JsonTokenizer:
         return np.array(
             self._tokenizer.encode(text.decode("utf-8"), add_special_tokens=False).ids, dtype=np.int32
         )
+
+    def starts(self, text: bytes) -> npt.NDArray[np.int64]:
+        """How many bytes stand before each token; those that share a character begin with it."""
+        offsets = self._tokenizer.encode(text.decode("utf-8"), add_special_tokens=False).offsets
+        # All bytes but the first of a character are 10xxxxxx.
+        characters = np.flatnonzero((np.frombuffer(text, dtype=np.uint8) & 0xC0) != 0x80)
+        return characters[[start for start, _ in offsets]]
 
     def decode(self, tokens: list[int]) -> str:
         """The text of ids."""
