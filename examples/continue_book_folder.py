@@ -118,8 +118,8 @@ class BookFolder:
         position = max(each for each in saved if each <= point)
         start = point - point % model.segment_len
         state = model.load_state(self.state_folder(position))
-        for state in read_segments(model, self.inputs[position:start], state):
-            pass
+        for begin in range(position, start, model.segment_len):
+            state = read_segment(model, self.inputs[begin : begin + model.segment_len], state)
         return state, start
 
     def find(self, at: str) -> int:
@@ -256,8 +256,8 @@ def prepare_folder(
         for name, found in (("text", text), ("tokenizer", tokenizer)):
             if getattr(folder.settings, name) != found:
                 raise UserError(
-                    f"{path} holds {folder.settings.title}, read with another {name}: that has changed since, "
-                    "or this is another book"
+                    f"{path} holds {folder.settings.title}, read with another {name}: it has changed since, "
+                    "or is that of another book"
                 )
         for name, given in (("capacity", capacity), ("every", every)):
             before = getattr(folder.settings, name)
@@ -280,14 +280,14 @@ def read_book(folder: BookFolder, model: RoutedTransformerXL, model_folder: Path
     Raises:
         MemoryStoreError: other weights have read it before, or the folder is damaged.
     """
-    settings, last, saved = folder.settings, folder.last(model), folder.saved()
+    settings, n, last, saved = folder.settings, model.segment_len, folder.last(model), folder.saved()
     position = saved[-1] if saved else 0
     if saved:
         state = model.load_state(folder.state_folder(position), mode="r+" if position < last else "r")
     else:
         for name in (MEMORY, STATES):  # of a process that was killed before it saved any state
             shutil.rmtree(folder.path / name, ignore_errors=True)
-        dtype = torch.bfloat16 if model.embedding.weight.is_cuda else torch.float32
+        dtype = torch.bfloat16 if model.embedding.weight.is_cuda else None
         memory = model.create_memory(folder.path / MEMORY, streams=1, capacity=settings.capacity, dtype=dtype)
         state = model.initial_state(streams=1, memory=memory)
         state.save(folder.state_folder(0))
@@ -304,23 +304,20 @@ def read_book(folder: BookFolder, model: RoutedTransformerXL, model_folder: Path
         disable=position == last,
     )
     with state.memory, progress:
-        for state in read_segments(model, folder.inputs[position:last], state):
-            position += model.segment_len
-            if position % (settings.every * model.segment_len) == 0 or position == last:
-                state.save(folder.state_folder(position))
+        for end in range(position + n, last + 1, n):
+            state = read_segment(model, folder.inputs[end - n : end], state)
+            if end % (settings.every * n) == 0 or end == last:
+                state.save(folder.state_folder(end))
             progress.set_postfix_str(f"{memory_rows(state):,} memory rows", refresh=False)
-            progress.update(model.segment_len)
+            progress.update(n)
 
 
-def read_segments(
-    model: RoutedTransformerXL, tokens: Tensor, state: TransformerXLState
-) -> Iterator[TransformerXLState]:
-    """Read tokens [N], segment by segment: the state after each."""
-    for start in range(0, len(tokens), model.segment_len):
-        piece = tokens[None, start : start + model.segment_len].to(state.window.device)
-        with torch.no_grad(), autocast(model):
-            _, state = model(piece, state)
-        yield state
+@torch.no_grad()
+def read_segment(model: RoutedTransformerXL, tokens: Tensor, state: TransformerXLState) -> TransformerXLState:
+    """The state after tokens [n]."""
+    with autocast(model):
+        _, state = model(tokens[None].to(state.window.device), state)
+    return state
 
 
 def memory_rows(state: TransformerXLState) -> int:

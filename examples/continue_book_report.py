@@ -43,8 +43,8 @@ def report(found: Continuation, width: int | None) -> str:
 def passages(doing: str, reading: Reading) -> str:
     """What was read while doing something, as text."""
     lines = [
-        f"read while {doing}, by shares of the attention: {reading.nothing:.1%} nothing, {reading.book:.1%} the "
-        f"book so far, {reading.itself:.1%} the text itself; of the book"
+        f"read while {doing}, in shares of the attention: {reading.nothing:.1%} nothing, "
+        f"{reading.book:.1%} the book so far, {reading.itself:.1%} the text itself; of the book"
     ]
     for passage in reading.passages:
         place = f"byte {passage.byte:,}, {passage.bytes_back:,} back"

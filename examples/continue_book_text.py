@@ -320,7 +320,7 @@ def reading(folder: BookFolder, looks: Sequence[Looks], inputs: Tensor, point: i
 
 
 def most_read(looks: Sequence[Looks], start: int, stop: int) -> tuple[int, int]:
-    """The token for which rows at `start` to `stop` - 1 were read most, and the row that it looked at most."""
+    """The token for which rows at `start` to `stop` - 1 were read most, and the row it looked at most."""
     base = looks[0].first
     end = max(each.first + each.weights.shape[0] * each.weights.shape[2] for each in looks)
     table = np.zeros((end - base, stop - start))
