@@ -200,7 +200,7 @@ def foresee(
         state: after `start` tokens, the start of a segment; it is consumed.
         inputs: int64, the token that begins the document and those of the text.
         start: where reading begins.
-        point: the first token that is scored, at least `start`.
+        point: the first token that is scored, which the first segment foresees.
         forget: empty the memory before every segment.
 
     Returns:
@@ -338,5 +338,5 @@ def most_read(looks: Sequence[Looks], start: int, stop: int) -> tuple[int, int]:
 def around(tokens: list[int], place: int, radius: int, decode: Callable[[list[int]], str]) -> str:
     """The text of up to `radius` tokens before a place, |, and that of as many from there on, in one line."""
     before, after = tokens[max(0, place - radius) : place], tokens[place : place + radius]
-    # A character that was cut is none.
-    return re.sub(r"\s+", " ", f"{decode(before)}|{decode(after)}".strip("\ufffd"))
+    # A character that is cut is left out.
+    return re.sub(r"\s+", " ", f"{decode(before)}|{decode(after)}".replace("\ufffd", ""))
