@@ -31,7 +31,7 @@ def report(found: Continuation, width: int | None) -> str:
     if found.bits_per_byte is not None and found.bits_per_byte_emptied is not None:
         change = 100 * (found.bits_per_byte / found.bits_per_byte_emptied - 1)
         parts.append(
-            f"the book's next {found.scored_bytes:,} bytes: {found.bits_per_byte:.3f} bits per byte with the "
+            f"The book's next {found.scored_bytes:,} bytes: {found.bits_per_byte:.3f} bits per byte with the "
             f"memory, {found.bits_per_byte_emptied:.3f} with it emptied ({change:+.1f}%)"
         )
     parts.append(passages("writing with the memory", found.read_to_write))
@@ -42,17 +42,19 @@ def report(found: Continuation, width: int | None) -> str:
 
 def passages(doing: str, reading: Reading) -> str:
     """What was read while doing something, as text."""
-    lines = [
-        f"read while {doing}, in shares of the attention: {reading.nothing:.1%} nothing, "
-        f"{reading.book:.1%} the book so far, {reading.itself:.1%} the text itself; of the book"
-    ]
+    lines = []
     for passage in reading.passages:
-        place = f"byte {passage.byte:,}, {passage.bytes_back:,} back"
         lines += [
-            f"{passage.share:5.0%}  {place}: {printable(passage.text)}",
-            f"       most for: {printable(passage.read_for)}",
+            (f"{passage.share:4.0%}  byte {passage.byte:,}", *map(printable, passage.text)),
+            (f"      {passage.bytes_back:,} back", *map(printable, passage.read_for)),
         ]
-    return "\n".join(lines)
+    margin, left = (max((len(line[i]) for line in lines), default=0) for i in range(2))
+    heading = (
+        f"Read while {doing}, in shares of the attention: nothing {reading.nothing:.1%}, the book so far\n"
+        f"{reading.book:.1%}, the text itself {reading.itself:.1%}. Of the book, each above what it was for:"
+    )
+    rows = (f"{place:{margin}}  {before:>{left}}|{after}".rstrip() for place, before, after in lines)
+    return "\n".join((heading, *rows))
 
 
 def below(texts: Sequence[tuple[str, str]]) -> str:

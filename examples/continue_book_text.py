@@ -25,19 +25,19 @@ from xlroute.cross_attention import RoutedKeysValues
 from xlroute.sampling import SamplingOptions
 
 PASSAGES = 5
-PASSAGE_BYTES = 80  # about as long is a passage
+PASSAGE_BYTES = 56  # about so long is a passage
 BEFORE_BYTES = 400  # shown of the book before the place
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage of the book that was read. A | in its text stands before the token that was read most."""
+    """A passage of the book that was read."""
 
-    byte: int  # where that stands
+    byte: int  # where the token stands that was read most
     bytes_back: int  # from the place where the text is continued
     share: float  # of what was looked at in the book
-    text: str
-    read_for: str  # the text where it was read most, | before the token that was foreseen
+    text: tuple[str, str]  # before that token, and from it on
+    read_for: tuple[str, str]  # where it was read most: before the token that was foreseen, and from it on
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def reading(folder: BookFolder, looks: Sequence[Looks], inputs: Tensor, point: i
                 bytes_back=int(folder.bytes_before[point]) - byte,
                 share=float(of_passages[number]) / book,
                 text=around(tokens, mark, radius, decode),
-                read_for=around(tokens, reader, max(1, radius // 2), decode),
+                read_for=around(tokens, reader, radius, decode),
             )
         )
     return Reading(
@@ -335,8 +335,9 @@ def most_read(looks: Sequence[Looks], start: int, stop: int) -> tuple[int, int]:
     return base + reader, start + int(table[reader].argmax())
 
 
-def around(tokens: list[int], place: int, radius: int, decode: Callable[[list[int]], str]) -> str:
-    """The text of up to `radius` tokens before a place, |, and that of as many from there on, in one line."""
-    before, after = tokens[max(0, place - radius) : place], tokens[place : place + radius]
+def around(tokens: list[int], place: int, radius: int, decode: Callable[[list[int]], str]) -> tuple[str, str]:
+    """The text of up to `radius` tokens before a place, and of as many from there on, each in one line."""
+    pieces = tokens[max(0, place - radius) : place], tokens[place : place + radius]
     # A character that is cut is left out.
-    return re.sub(r"\s+", " ", f"{decode(before)}|{decode(after)}".replace("\ufffd", ""))
+    before, after = (re.sub(r"\s+", " ", decode(piece).replace("\ufffd", "")) for piece in pieces)
+    return before, after

@@ -70,6 +70,7 @@ def main(load: Load, capsys: pytest.CaptureFixture[str]) -> Main:
     """Runs the script in this process: the exit code, what it printed, and its errors."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # of what came before
         code = load("continue_book").main([str(argument) for argument in arguments])
         return code, *capsys.readouterr()
 
@@ -282,7 +283,7 @@ def test_what_is_found(
         for passage in reading["passages"]:
             assert passage["byte"] + passage["bytes_back"] == point
             assert point - CAPACITY - model.segment_len - model.mem_len <= passage["byte"] < point
-            before, _, after = (part.strip() for part in passage["text"].partition("|"))
+            before, after = (part.strip() for part in passage["text"])
             assert " ".join(tokens[: passage["byte"]].decode(errors="ignore").split()).endswith(before)
             book = " ".join(tokens[passage["byte"] : point].decode(errors="ignore").split())
             assert after[: len(book)] == book[: len(after)]
@@ -346,15 +347,16 @@ def test_passages(load: Load, tmp_path: Path) -> None:
     assert (reading.book, reading.itself) == pytest.approx((of_book / 100, 0.125 / 100))
     assert reading.nothing == pytest.approx(1 - (of_book + 0.125) / 100)
 
-    def around(place: int, radius: int) -> str:
-        return f"{letters[max(0, place - radius) : place]}|{letters[place : place + radius]}"
+    def around(place: int) -> tuple[str, str]:
+        return letters[max(0, place - 28) : place], letters[place : place + 28]
 
+    # 56 letters make a passage.
     expected = [(10, 0.875, 359), (250, 0.25, 307), (100, 0.0625, 380), (200, 0.0625, 380)]
     assert [each.share for each in reading.passages] == pytest.approx(
         [share / of_book for _, share, _ in expected]
     )
     assert [(each.byte, each.bytes_back, each.text, each.read_for) for each in reading.passages] == [
-        (place, 300 - place, around(place, 40), around(reader, 20)) for place, _, reader in expected
+        (place, 300 - place, around(place), around(reader)) for place, _, reader in expected
     ]
 
 
@@ -424,7 +426,7 @@ def test_the_end_of_the_book(read: Books, text: str, main: Main) -> None:
     assert code == 0
     assert "---- the book ----\n(ends here)" in stdout
     assert "bits per byte" not in stdout
-    assert "read while writing with the memory, in shares of the attention: " in stdout
+    assert "Read while writing with the memory, in shares of the attention: " in stdout
     assert "foreseeing" not in stdout
 
 
@@ -434,7 +436,7 @@ def test_a_book_shorter_than_a_segment(main: Main, models: Callable[[str], Path]
     code, stdout, _ = main("continue", "--out", tmp_path / "out", "--at", 3, "--length", 30)
     assert code == 0
     assert stdout.startswith("book after byte 3 of 6, with 0 memory rows")
-    assert "the book's next 3 bytes: " in stdout
+    assert "The book's next 3 bytes: " in stdout
 
 
 def test_columns(load: Load) -> None:
