@@ -31,6 +31,7 @@ from xlroute.memory import (
     MemoryStoreError,
     StoreNotFoundError,
 )
+from xlroute.memory.commits import record_path
 from xlroute.memory.place import StorePath, store_path
 
 if TYPE_CHECKING:
@@ -269,11 +270,12 @@ def _save_memory(memory: MemoryStore, folder: Path) -> dict[str, Any]:
         commit = memory.copy_to(path)
         with MemoryStore.open(path) as copy:
             pin = copy.pin(commit)
-    inside = None
+    inside = beside = None
     if isinstance(path, Path):
         path, folder = path.resolve(), folder.resolve()
         inside = str(path.relative_to(folder)) if path.is_relative_to(folder) else None
-    return {"path": str(path), "inside": inside, "commit": commit, "pin": pin}
+        beside = os.path.relpath(path, folder)
+    return {"path": str(path), "inside": inside, "beside": beside, "commit": commit, "pin": pin}
 
 
 def _release(header: dict[str, Any], folder: Path) -> None:
@@ -303,6 +305,12 @@ def _release(header: dict[str, Any], folder: Path) -> None:
 def _find_store(named: dict[str, Any], folder: Path) -> StorePath:
     """Where the memory that a header names is; one that was moved together with the folder comes first."""
     candidates: list[StorePath] = [folder / named["inside"]] if named["inside"] is not None else []
+    beside = named.get("beside")  # which states that were saved long ago do not tell
+    if beside is not None:
+        path = Path(os.path.normpath(folder.resolve() / beside))
+        # The folder may have been moved alone, to where there is another memory.
+        if record_path(path, named["commit"]).exists():
+            candidates.append(path)
     candidates.append(store_path(named["path"]))
     for path in candidates:
         if path.exists():
