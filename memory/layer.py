@@ -14,8 +14,8 @@ from xlroute.kernels import Backend
 from xlroute.memory.buffer import Rows
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.log import StreamLog
-from xlroute.memory.routing_keys import routing_keys
-from xlroute.memory.scores import Kept, LatestScores, Scoring
+from xlroute.memory.routing_keys import KeptKeys, RoutingKeys, project
+from xlroute.memory.scores import LatestScores, Scoring
 
 
 def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
@@ -88,12 +88,14 @@ class MemoryLayer:
         dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        kept_keys: KeptKeys,
         latest_scores: list[LatestScores] | None,
         count_routed: Callable[[Tensor], None] | None,
     ) -> None:
         self._streams = tuple(streams)
         self._logs = tuple(logs)
         self._dim = dim
+        self._kept_keys = kept_keys
         # Where the store wants to know of each stream's scores, the highest of each row.
         self._latest_scores = latest_scores
         # Where the store wants to know which rows are routed.
@@ -283,48 +285,51 @@ class MemoryLayer:
         """
         streams, longest, _ = self.shape
         per_stream = self.tokens_of_streams(tokens)
-        scoring = Scoring(normalize, scale, backend)
-        kind: Kept = "scores" if keep else None
-        scores = [
-            rows.scores(token, scoring, kind) for rows, token in zip(self._streams, per_stream, strict=True)
-        ]
+
+        def scoring(tokens: Tensor) -> Scoring:
+            return Scoring(tokens, normalize=normalize, scale=scale, backend=backend)
+
+        alike = scoring(tokens)
+        if tokens.ndim == 2 and not alike.differentiated:
+            scorings = [alike] * streams
+        else:
+            scorings = [scoring(each) for each in per_stream]
+        scores = [rows.scores(each, keep) for rows, each in zip(self._streams, scorings, strict=True)]
         # What a CUDA graph computes is there only once it runs.
         capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         if keep and self._latest_scores is not None and not capturing:
             self._latest_scores[:] = [each.detach().amax(0) for each in scores]
         if streams == 1:
             return scores[0][None]
-        return torch.stack([F.pad(each, (0, longest - each.shape[-1])) for each in scores])
+        # Padding by nothing copies.
+        lacking = [longest - each.shape[-1] for each in scores]
+        return torch.stack(
+            [F.pad(each, (0, n)) if n else each for each, n in zip(scores, lacking, strict=True)]
+        )
 
     @torch.no_grad()
-    def keys(self, projection: Tensor, *, keep: bool) -> Tensor:
-        """Routing keys of every row, see `routing_keys`.
+    def keys(self, projection: Tensor, *, keep: bool) -> RoutingKeys:
+        """Routing keys of every row, see `routing_keys`, in the type of the rows, without gradient.
 
         Args:
             projection: [r, e, d].
-            keep: Keep the projected rows in memory, beside the scores: as long as the projection stays the
-                same, a call projects only rows that are new. False for a projection that is about to change:
-                matrix products are faster, if not the same to the bit whatever other rows there are.
-
-        Returns:
-            Keys, [b, r, m, e], of the rows' type, without gradient; those beyond a stream's length mean
-            nothing.
+            keep: Keep the keys in memory: as long as the projection stays the same, a call projects only rows
+                that are new, and gives the same bits as one that projects all. False for a projection that is
+                about to change: products of matrices are faster.
 
         Raises:
             CorruptionError: A row on disk is damaged.
         """
-        longest = self.shape[1]
-        r, e, _ = projection.shape
-        scoring = Scoring("rms", 1.0, None)
-
-        def of_stream(rows: Rows) -> Tensor:
-            if keep:
-                values = rows.scores(projection.flatten(0, 1), scoring, "keys")
-                return F.normalize(values.view(r, e, -1), dim=1).mT
+        found = self._kept_keys.of(self._streams, projection) if keep else None
+        if found is not None:
+            return found
+        (b, m, _), (r, e, _) = self.shape, projection.shape
+        keys = torch.empty(b, r, m, e, dtype=self.dtype, device=self.device)
+        for rows, out in zip(self._streams, keys, strict=True):
             if isinstance(rows, ColdRows):
-                rows = rows.span()  # which stays in memory, as for scores
-            blocks = [routing_keys(block, projection) for block in rows.blocks(0, len(rows))]
-            return torch.cat([projection.new_empty(0, r, e), *blocks]).transpose(0, 1)
-
-        keys = [of_stream(rows).to(self.dtype) for rows in self._streams]
-        return torch.stack([F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in keys])
+                rows = rows.span()
+            start = 0
+            for block in rows.blocks(0, len(rows)):
+                project(block, projection, out[:, start : start + len(block)])
+                start += len(block)
+        return RoutingKeys(keys, [0] * b, self.lengths.tolist())

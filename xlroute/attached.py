@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xlroute.kernels import Backend, gather_rows, row_scores
 from xlroute.memory import MemoryLayer
+from xlroute.memory.routing_keys import RoutingKeys
 
 
 class AttachedSegment(NamedTuple):
@@ -173,7 +174,7 @@ class AttachedLayer:
         columns = torch.where(places < 0, m, newest)[:, None].expand_as(own)
         return F.pad(scores, (0, 1)).scatter(-1, columns, own)[..., :m]
 
-    def keys(self, projection: Tensor, *, keep: bool) -> Tensor:
+    def keys(self, projection: Tensor, *, keep: bool) -> RoutingKeys:
         """See `MemoryLayer`."""
         return self._layer.keys(projection, keep=keep)
 

@@ -26,6 +26,7 @@ from xlroute.causal_routing import QueryRouting, route_on
 from xlroute.content_routing import ChunkRouting, TokenRouting
 from xlroute.cross_attention import ConditionalRoutedCrossAttention, RoutedKeysValues
 from xlroute.feedforward import ConditionalRoutedFeedForward, FeedForward
+from xlroute.memory.routing_keys import RoutingKeys
 from xlroute.position import AGE_BUCKETS, rotary_table, rotate
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 
@@ -234,12 +235,12 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         """Whether rows are chosen by the tokens before a chunk."""
         return isinstance(self.content_routing, ChunkRouting)
 
-    def keys(self, memory: MemoryRows) -> Tensor | None:
+    def keys(self, memory: MemoryRows) -> RoutingKeys | None:
         """The routing keys of all rows that `route_for` needs, if it needs any."""
         return self.content_routing.keys(memory) if isinstance(self.content_routing, TokenRouting) else None
 
     def route_for(
-        self, memory: MemoryRows, keys: Tensor | None, x: Tensor, before: Tensor, before_mask: Tensor
+        self, memory: MemoryRows, keys: RoutingKeys | None, x: Tensor, before: Tensor, before_mask: Tensor
     ) -> tuple[RouterOutput, RoutingStats]:
         """Choose the rows that tokens x [b, n, d] read: all [b, r, ...], or [b, g, r, ...] by content.
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from xlroute.attached import MemoryRows
 from xlroute.backend import pick_backend
-from xlroute.kernels import gather_rows, search_topk
+from xlroute.kernels import gather_rows
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
-from xlroute.memory.routing_keys import routing_keys
+from xlroute.memory.routing_keys import RoutingKeys, routing_keys
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 
 
@@ -119,15 +119,15 @@ class TokenRouting(nn.Module):
         super().__init__()
         self.projection = nn.Parameter(torch.randn(sets, key_dim, dim) * dim**-0.5)
 
-    def keys(self, memory: MemoryRows) -> Tensor:
-        """Those of all rows [b, r, m, e], without gradient."""
+    def keys(self, memory: MemoryRows) -> RoutingKeys:
+        """Those of all rows, without gradient."""
         return memory.keys(self.projection.detach().to(memory.device), keep=not torch.is_grad_enabled())
 
     def route(
         self,
         router: CoordinateDescentRouter,
         memory: MemoryRows,
-        keys: Tensor,
+        keys: RoutingKeys,
         x: Tensor,
         num_tokens: int,
     ) -> tuple[RouterOutput, RoutingStats]:
@@ -145,15 +145,9 @@ class TokenRouting(nn.Module):
         """
         projection = self.projection.to(memory.device)
         queries = routing_keys(x.to(memory.device), projection).transpose(1, 2)  # [b, r, n, e]
-        scores, found = search_topk(
-            queries.detach().to(keys.dtype).flatten(0, 1),
-            keys.flatten(0, 1),
-            2 * num_tokens,
-            mask=None if memory.even else memory.mask.repeat_interleave(projection.shape[0], dim=0),
-            backend=pick_backend(router.use_triton, keys.device),
-        )
         b, r, n, e = queries.shape
-        scores, found = (torch.unflatten(t, 0, (b, r)) for t in (scores, found))  # [b, r, n, K]
+        backend = pick_backend(router.use_triton, memory.device)
+        scores, found = keys.search(queries.detach(), 2 * num_tokens, backend=backend)  # [b, r, n, K]
         if torch.is_grad_enabled():
             rows, places = distinct(found.flatten(1), memory.shape[1])
             row_keys = routing_keys(memory.take(rows), projection).transpose(1, 2)

@@ -32,6 +32,7 @@ from xlroute.blocks import Block, RoutedRows
 from xlroute.causal_routing import QueryRouting, check_query_routing
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
 from xlroute.memory import Eviction, FingerprintError, MemoryStore, ReadOnlyError, S3Path
+from xlroute.memory.routing_keys import RoutingKeys
 from xlroute.open_segment import OpenSegment
 from xlroute.position import age_bucket
 from xlroute.sampling import SamplingOptions, sample
@@ -65,7 +66,7 @@ class OpenMemory(NamedTuple):
 
     rows: MemoryRows
     newer: Tensor  # int64 [b], rows between those and the segment, which are in the XL window
-    keys: list[Tensor | None]  # of each branch, the routing keys of the rows, if it needs them
+    keys: list[RoutingKeys | None]  # of each branch, the routing keys of the rows, if it needs them
 
 
 class RoutedTransformerXL(nn.Module):
