@@ -16,6 +16,7 @@ from xlroute.memory.cold import ColdRows
 from xlroute.memory.log import StreamLog
 from xlroute.memory.routing_keys import KeptKeys, RoutingKeys, project
 from xlroute.memory.scores import LatestScores, Scoring
+from xlroute.memory.to_device import to_device
 
 
 def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
@@ -46,19 +47,25 @@ def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
     return indices
 
 
-def positions_of(indices: Tensor, logs: Sequence[StreamLog]) -> Tensor:
+def counts_of(logs: Sequence[StreamLog], device: torch.device) -> Tensor:
+    """Rows that streams have appended since their reset, and rows that they hold: int64 [2, b]."""
+    # A tensor made in inference mode could not be saved for backward later.
+    with torch.inference_mode(False):
+        return to_device(torch.tensor([[log.appended for log in logs], [log.held for log in logs]]), device)
+
+
+def positions_of(indices: Tensor, logs: Sequence[StreamLog], counts: Tensor) -> Tensor:
     """Positions of the rows at `indices` [b, ...], int64 of the same shape; -1 where the index is -1.
 
     Args:
         indices: Rows, 0 the oldest held; -1 for no row. All exist.
         logs: What each stream holds, [b].
+        counts: Theirs, see `counts_of`, on the device of the indices.
 
     Raises:
         CorruptionError: The positions of rows on disk are damaged.
     """
-    gone = torch.tensor([log.appended - log.held for log in logs], dtype=torch.int64)
-    gone = gone.to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
-    positions = torch.where(indices < 0, indices, indices + gone)
+    positions = torch.where(indices < 0, indices, indices + _along(counts[0] - counts[1], indices))
     for stream, log in enumerate(logs):
         if log.surviving:
             index, own = indices[stream], log.own_positions(indices.device)
@@ -66,6 +73,11 @@ def positions_of(indices: Tensor, logs: Sequence[StreamLog]) -> Tensor:
             found = own[torch.where(among, index, 0)]
             positions[stream] = torch.where(among, found, positions[stream])
     return positions
+
+
+def _along(values: Tensor, indices: Tensor) -> Tensor:
+    """Values [b] of streams, as they broadcast to indices [b, ...]."""
+    return values.view(-1, *[1] * (indices.ndim - 1))
 
 
 class MemoryLayer:
@@ -121,8 +133,12 @@ class MemoryLayer:
         """Which rows exist, bool [b, m]."""
         # As in __init__: whoever reads it first, it stays for all.
         with torch.inference_mode(False):
-            columns = torch.arange(self.shape[1], device=self.device)
-            return columns < self.lengths.to(self.device)[:, None]
+            return torch.arange(self.shape[1], device=self.device) < self._counts[1, :, None]
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        """See `counts_of`; on the device."""
+        return counts_of(self._logs, self.device)
 
     def views(self) -> list[Tensor]:
         """The rows of each stream, b tensors [m_i, d], oldest first, without a copy: for reading only."""
@@ -208,7 +224,10 @@ class MemoryLayer:
             ValueError: The first size is not b.
             IndexError: An index is below -1, or not below the number of rows of its stream.
         """
-        return positions_of(checked_indices(indices, self.lengths), self._logs)
+        return self._positions(checked_indices(indices, self.lengths))
+
+    def _positions(self, indices: Tensor) -> Tensor:
+        return positions_of(indices, self._logs, self._counts.to(indices.device))
 
     def ages(self, indices: Tensor) -> Tensor:
         """How many rows the stream has appended from each of these on: 1 for the newest.
@@ -219,9 +238,7 @@ class MemoryLayer:
         Returns:
             Ages, int64 of the same shape; for no row, more than those of all rows.
         """
-        appended = torch.tensor([log.appended for log in self._logs], dtype=torch.int64)
-        appended = appended.to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
-        return appended - positions_of(indices, self._logs)
+        return _along(self._counts[0].to(indices.device), indices) - self._positions(indices)
 
     def followers(self, indices: Tensor) -> Tensor:
         """Which rows were appended right after some others.
@@ -232,10 +249,10 @@ class MemoryLayer:
         Returns:
             Indices, int64 of the same shape; -1 where there is no such row, or where it has left.
         """
-        newest = (self.lengths - 1).to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
+        newest = _along(self._counts[1].to(indices.device), indices) - 1
         following = torch.where((indices >= 0) & (indices < newest), indices + 1, -1)
         if any(log.surviving for log in self._logs):
-            distance = positions_of(following, self._logs) - positions_of(indices, self._logs)
+            distance = self._positions(following) - self._positions(indices)
             following = torch.where(distance == 1, following, -1)
         return following
 

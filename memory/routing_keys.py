@@ -20,6 +20,7 @@ from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
 from xlroute.memory.buffer import Rows
 from xlroute.memory.scores import Scoring
+from xlroute.memory.to_device import to_device
 
 _ROOM = 4  # in a buffer of keys, room for those to come: one for so many that there are
 _SHORTEST = 1e-12  # a product shorter than this has a key that is shorter than 1
@@ -91,7 +92,7 @@ class RoutingKeys:
         stops = [begin + length for begin, length in zip(self._begins, self._lengths, strict=True)]
         # As in `MemoryLayer`: a search in inference mode may not be the last one.
         with torch.inference_mode(False):
-            return torch.tensor([self._begins, stops]).to(self.keys.device, non_blocking=True)
+            return to_device(torch.tensor([self._begins, stops]), self.keys.device)
 
     @cached_property
     def _mask(self) -> Tensor | None:

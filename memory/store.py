@@ -23,7 +23,7 @@ from xlroute.memory.disk import Disk
 from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
 from xlroute.memory.eviction import by_scores, every_nth, rows_left
 from xlroute.memory.info import MemoryInfo, describe_commits
-from xlroute.memory.layer import MemoryLayer, checked_indices, positions_of
+from xlroute.memory.layer import MemoryLayer, checked_indices, counts_of, positions_of
 from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Eviction, Layout, check_positive
 from xlroute.memory.log import StreamLog
 from xlroute.memory.place import StorePath, store_path
@@ -676,7 +676,8 @@ class MemoryStore:
             ValueError: The first size is not b.
             IndexError: There is no such row.
         """
-        return positions_of(checked_indices(indices, self.lengths), self._logs)
+        indices = checked_indices(indices, self.lengths)
+        return positions_of(indices, self._logs, counts_of(self._logs, indices.device))
 
     def reset(self, streams: Tensor | Sequence[int] | Sequence[bool]) -> None:
         """Lets go of all rows of some streams, which begin anew: their documents have ended.

@@ -28,7 +28,7 @@ from xlroute.cross_attention import ConditionalRoutedCrossAttention, RoutedKeysV
 from xlroute.feedforward import ConditionalRoutedFeedForward, FeedForward
 from xlroute.memory.routing_keys import RoutingKeys
 from xlroute.position import AGE_BUCKETS, rotary_table, rotate
-from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
+from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats, route
 
 
 class RoutedRows(NamedTuple):
@@ -240,8 +240,15 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         return self.content_routing.keys(memory) if isinstance(self.content_routing, TokenRouting) else None
 
     def route_for(
-        self, memory: MemoryRows, keys: RoutingKeys | None, x: Tensor, before: Tensor, before_mask: Tensor
-    ) -> tuple[RouterOutput, RoutingStats]:
+        self,
+        memory: MemoryRows,
+        keys: RoutingKeys | None,
+        x: Tensor,
+        before: Tensor,
+        before_mask: Tensor,
+        *,
+        with_stats: bool,
+    ) -> tuple[RouterOutput, RoutingStats | None]:
         """Choose the rows that tokens x [b, n, d] read: all [b, r, ...], or [b, g, r, ...] by content.
 
         Args:
@@ -250,17 +257,23 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
             x: tokens of one segment, from the start of a chunk.
             before: states [b, t, d] of the tokens before them; what routing looks at are the last.
             before_mask: which of them there are, bool [b, t].
+            with_stats: tell how saturated the gates are.
         """
         k, content = self.num_tokens_kv, self.content_routing
         if content is None:
-            return self.kv_router.route_with_stats(
-                memory, num_tokens=k, keep_one_route_dim=True, random_route=self.random_route
+            return route(
+                self.kv_router,
+                memory,
+                with_stats=with_stats,
+                num_tokens=k,
+                keep_one_route_dim=True,
+                random_route=self.random_route,
             )
         assert isinstance(k, int)
         if isinstance(content, TokenRouting):
             assert keys is not None
-            return content.route(self.kv_router, memory, keys, x, k)
-        return content.route(self.kv_router, memory, x, before, before_mask, k)
+            return content.route(self.kv_router, memory, keys, x, k, with_stats=with_stats)
+        return content.route(self.kv_router, memory, x, before, before_mask, k, with_stats=with_stats)
 
     def begin_of_chunk(self, t: int) -> int:
         """The first token of the chunk that token t of a segment is in: they share their rows."""

@@ -51,7 +51,9 @@ class ChunkRouting(nn.Module):
         before: Tensor,
         before_mask: Tensor,
         num_tokens: int,
-    ) -> tuple[RouterOutput, RoutingStats]:
+        *,
+        with_stats: bool,
+    ) -> tuple[RouterOutput, RoutingStats | None]:
         """Choose rows for each chunk of x.
 
         Args:
@@ -61,9 +63,10 @@ class ChunkRouting(nn.Module):
             before: those before them, [b, t, d], of which only the last c matter.
             before_mask: which of them count, bool [b, t].
             num_tokens: k.
+            with_stats: tell how saturated the gates are.
 
         Returns:
-            What the router chose, all with the dimensions [b, g, r], and how saturated the gates are.
+            What the router chose, all with the dimensions [b, g, r], and the statistics, or None.
         """
         b, n, d = x.shape
         chunks = math.ceil(n / self.chunk)
@@ -77,7 +80,8 @@ class ChunkRouting(nn.Module):
         )
         # Tokens that no later call can use.
         scores = router.scores_by(memory, tokens.flatten(1, 2), keep=False)
-        return choose(router, memory, torch.unflatten(scores, 1, (chunks, -1)), None, num_tokens)
+        scores = torch.unflatten(scores, 1, (chunks, -1))
+        return choose(router, memory, scores, None, num_tokens, with_stats=with_stats)
 
     def tokens(self, states: Tensor, mask: Tensor, start: Tensor) -> Tensor:
         """Routing tokens [b, g, r, d] of unit variance, from chunks [b, g, c, d].
@@ -130,7 +134,9 @@ class TokenRouting(nn.Module):
         keys: RoutingKeys,
         x: Tensor,
         num_tokens: int,
-    ) -> tuple[RouterOutput, RoutingStats]:
+        *,
+        with_stats: bool,
+    ) -> tuple[RouterOutput, RoutingStats | None]:
         """Choose rows for each token.
 
         Args:
@@ -139,9 +145,10 @@ class TokenRouting(nn.Module):
             keys: those of the rows.
             x: states [b, n, d].
             num_tokens: k.
+            with_stats: tell how saturated the gates are.
 
         Returns:
-            What the router chose, all with the dimensions [b, n, r], and how saturated the gates are.
+            What the router chose, all with the dimensions [b, n, r], and the statistics, or None.
         """
         projection = self.projection.to(memory.device)
         queries = routing_keys(x.to(memory.device), projection).transpose(1, 2)  # [b, r, n, e]
@@ -155,7 +162,8 @@ class TokenRouting(nn.Module):
             with torch.autocast(row_keys.device.type, enabled=False):
                 scores = torch.einsum("brne,brnke->brnk", queries.to(row_keys.dtype), row_keys)
         scores = (scores * e**0.5).masked_fill(found < 0, -math.inf)
-        return choose(router, memory, scores.transpose(1, 2), found.transpose(1, 2), num_tokens)
+        scores, found = scores.transpose(1, 2), found.transpose(1, 2)
+        return choose(router, memory, scores, found, num_tokens, with_stats=with_stats)
 
 
 def distinct(indices: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -178,7 +186,9 @@ def choose(
     scores: Tensor,
     candidates: Tensor | None,
     num_tokens: int,
-) -> tuple[RouterOutput, RoutingStats]:
+    *,
+    with_stats: bool,
+) -> tuple[RouterOutput, RoutingStats | None]:
     """Choose rows of a memory by given scores.
 
     Args:
@@ -187,6 +197,7 @@ def choose(
         scores: [b, g, r, m], or those of the candidates.
         candidates: rows [b, g, r, K], -1 for none; None for all m.
         num_tokens: k.
+        with_stats: tell how saturated the gates are.
 
     Returns:
         As `ChunkRouting`.
@@ -194,8 +205,7 @@ def choose(
     mask = None
     if not memory.even:
         mask = memory.mask[:, None, None] if candidates is None else candidates >= 0
-    gates, indices, stats = router.choose(scores, num_tokens=num_tokens, mask=mask, with_stats=True)
-    assert stats is not None
+    gates, indices, stats = router.choose(scores, num_tokens=num_tokens, mask=mask, with_stats=with_stats)
     if candidates is not None:
         indices = candidates.gather(-1, indices.clamp(min=0)).masked_fill(indices < 0, -1)
     rows = memory.take_routed(indices)

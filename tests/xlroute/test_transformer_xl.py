@@ -83,10 +83,10 @@ def test_routed_rows_come_with_the_rows_that_followed_them(build_model: BuildMod
         memory = model.open_memories(state)[block]
         assert memory is not None
         x = torch.randn(2, 5, 16, dtype=torch.float64)
-        rows, routing = model.route(block, 0, memory, x, state.window[block], model.window_mask(state))
+        rows, _ = model.route(block, 0, memory, x, state.window[block], model.window_mask(state))
         held, _ = state.memory.rows(layer)
         for stream, length in enumerate((20, 6)):
-            for indices, followers in zip(routing.indices[stream], rows.followers[stream], strict=True):
+            for indices, followers in zip(rows.routed.indices[stream], rows.followers[stream], strict=True):
                 assert indices.max() == length - 1
                 for index, follower in zip(indices.tolist(), followers, strict=True):
                     if 0 <= index < length - 1:
