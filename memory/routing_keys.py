@@ -17,17 +17,19 @@ from torch import Tensor
 
 from xlroute.kernels import Backend, search_topk
 from xlroute.kernels.arguments import compute_dtype
-from xlroute.kernels.scoring import RMS_EPS
 from xlroute.memory.buffer import Rows
 from xlroute.memory.scores import Scoring
 from xlroute.memory.to_device import to_device
 
 _ROOM = 4  # in a buffer of keys, room for those to come: one for so many that there are
-_SHORTEST = 1e-12  # a product shorter than this has a key that is shorter than 1
+_SHORTEST = 1e-12  # a projection shorter than this has a key shorter than 1, as by F.normalize
 
 
 def routing_keys(rows: Tensor, projection: Tensor) -> Tensor:
-    """Projections of rows over their root mean square, of unit length; differentiable in both.
+    """Projections of rows, of unit length; differentiable in both.
+
+    Products are those of the rows' type, float32 for float16: for rows in bfloat16, the projection is rounded
+    to that, and so are they, as keys that are kept.
 
     Args:
         rows: [..., d].
@@ -36,10 +38,25 @@ def routing_keys(rows: Tensor, projection: Tensor) -> Tensor:
     Returns:
         [..., r, e], float32 unless the rows are float64, under autocast too.
     """
-    wide = compute_dtype(rows.dtype)
     with torch.autocast(rows.device.type, enabled=False):
-        rows = F.rms_norm(rows.to(wide), rows.shape[-1:], eps=RMS_EPS)
-        return F.normalize(torch.einsum("...d,red->...re", rows, projection.to(wide)), dim=-1)
+        return F.normalize(_products(rows, projection).to(compute_dtype(rows.dtype)), dim=-1)
+
+
+def project(rows: Tensor, projection: Tensor, out: Tensor) -> None:
+    """Writes the keys that `routing_keys` gives of rows [m, d] to `out` [r, m, e], without gradient."""
+    with torch.autocast(rows.device.type, enabled=False):
+        products = _products(rows, projection)
+        lengths = torch.linalg.vector_norm(products, dim=-1, keepdim=True, dtype=compute_dtype(rows.dtype))
+        torch.div(products, lengths.clamp_(min=_SHORTEST), out=out.transpose(0, 1))
+
+
+def _products(rows: Tensor, projection: Tensor) -> Tensor:
+    """Projections of rows, [..., r, e]."""
+    if rows.dtype == torch.float16:
+        rows = rows.float()  # the products of which could overflow
+    # Their lengths will be 1: there is no need to divide rows by their root mean square.
+    products = rows @ projection.flatten(0, 1).to(rows.dtype).mT
+    return products.unflatten(-1, projection.shape[:2])
 
 
 class RoutingKeys:
@@ -105,28 +122,6 @@ class RoutingKeys:
             first, stop = self._spans[..., None]
             mask: Tensor = (column >= first) & (column < stop)
             return mask.repeat_interleave(r, dim=0)
-
-
-def project(rows: Tensor, projection: Tensor, out: Tensor) -> None:
-    """Writes the keys of rows to `out`, but for rounding those of `routing_keys`; for the rows of a moment.
-
-    Products are those of the rows' type, float32 for float16: the projection is rounded to bfloat16 for rows
-    in bfloat16, as their keys are. Which bits a key has may depend on the other rows.
-
-    Args:
-        rows: [m, d].
-        projection: [r, e, d].
-        out: [r, m, e], in any type.
-    """
-    r, e, _ = projection.shape
-    wide = compute_dtype(rows.dtype)
-    if rows.dtype == torch.float16:
-        rows = rows.to(wide)  # whose products could overflow
-    with torch.autocast(rows.device.type, enabled=False):
-        # Of unit length in the end, whatever the root mean square was.
-        products = (rows @ projection.flatten(0, 1).to(rows.dtype).mT).view(-1, r, e)
-        lengths = torch.linalg.vector_norm(products, dim=-1, keepdim=True, dtype=wide)
-        torch.div(products, lengths.clamp_(min=_SHORTEST), out=out.transpose(0, 1))
 
 
 class _Held(NamedTuple):
