@@ -3,7 +3,13 @@
 from xlroute.kernels.arguments import Backend
 from xlroute.kernels.bias_gelu import bias_gelu
 from xlroute.kernels.descent import coordinate_descent
-from xlroute.kernels.gather import gather_gated_rows, gather_pinned_rows, gather_rows, scatter_rows
+from xlroute.kernels.gather import (
+    gather_gated_rows,
+    gather_pinned_rows,
+    gather_rows,
+    gather_rows_apart,
+    scatter_rows,
+)
 from xlroute.kernels.gathered_attention import gathered_attention
 from xlroute.kernels.keys_values import gated_keys_values, gather_keys_values
 from xlroute.kernels.local_attention import local_attention
@@ -22,6 +28,7 @@ __all__ = [
     "gather_keys_values",
     "gather_pinned_rows",
     "gather_rows",
+    "gather_rows_apart",
     "gathered_attention",
     "local_attention",
     "norm_beside",

@@ -42,6 +42,9 @@ class Rows(Protocol):
     def span(self) -> RowSpan:
         """All rows, in memory."""
 
+    def at_hand(self) -> Tensor | None:
+        """All rows, [m, d], without a copy; None if some are not on the store's device."""
+
     def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """Rows `start` to `stop` in blocks [k, d], for reading only."""
 
@@ -144,6 +147,10 @@ class RowSpan:
         span = self.alike(room)
         span._buffer.scores, span._buffer.number = stored, log.end
         return span
+
+    def at_hand(self) -> Tensor | None:
+        """See `Rows`."""
+        return None if self._buffer.pinned else self.view()
 
     def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """See `Rows`."""

@@ -93,6 +93,10 @@ class ColdRows:
             self._span = span
         return self._span
 
+    def at_hand(self) -> Tensor | None:
+        """See `Rows`."""
+        return None if self._span is None else self._span.at_hand()
+
     def gather(self, index: Tensor) -> Tensor:
         """Copies of the rows at `index` (int64 [k]), [k, d]; zeros where it is -1, for which nothing is read.
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlroute.kernels import Backend
+from xlroute.kernels import Backend, gather_rows_apart
 from xlroute.memory.buffer import Rows
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.log import StreamLog
@@ -200,6 +200,9 @@ class MemoryLayer:
             CorruptionError: A row on disk is damaged.
         """
         flat = indices.reshape(len(self._streams), -1)
+        at_hand = [held for rows in self._streams if (held := rows.at_hand()) is not None]
+        if len(at_hand) == len(self._streams) > 1:
+            return gather_rows_apart(at_hand, indices.to(self.device))
         found = [
             rows.gather(index) if len(rows) else self._no_rows(index.shape[0])
             for rows, index in zip(self._streams, flat, strict=True)

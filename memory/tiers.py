@@ -84,6 +84,10 @@ class TieredRows:
         if max(start, self._cut) < stop:
             yield from self._hot.blocks(max(start, self._cut) - self._cut, stop - self._cut)
 
+    def at_hand(self) -> Tensor | None:
+        """See `Rows`."""
+        return self._hot.at_hand() if self._cut == 0 else None
+
     def gather(self, index: Tensor) -> Tensor:
         """Copies of the rows at `index` (int64 [k]), [k, d]; zeros where it is -1.
 
