@@ -56,7 +56,7 @@ def _products(rows: Tensor, projection: Tensor) -> Tensor:
         rows = rows.float()  # the products of which could overflow
     # Their lengths will be 1: there is no need to divide rows by their root mean square.
     products = rows @ projection.flatten(0, 1).to(rows.dtype).mT
-    return products.unflatten(-1, projection.shape[:2])
+    return torch.unflatten(products, -1, projection.shape[:2])
 
 
 class RoutingKeys:

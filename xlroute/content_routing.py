@@ -105,7 +105,7 @@ class ChunkRouting(nn.Module):
 class TokenRouting(nn.Module):
     """Each token routes for itself: it reads the rows whose keys are most like its own.
 
-    Keys of rows and queries of tokens are the same projection of the normalised state, of unit length, so
+    Keys of rows and queries of tokens are the same projection of the state, of unit length, so
     that a token finds rows like itself before anything is learned. A row's score is √e x the cosine of the
     two, which spreads by about 1 over unlike rows. The gates are a soft top-k of the K best rows, K >= 2k,
     which are found without gradient and then scored again with it (Memorizing Transformers, arXiv

@@ -794,19 +794,24 @@ class RoutedTransformerXL(nn.Module):
         """Move states [L, b, n, d] of a segment into the XL window, and what leaves that into the memory."""
         used = state.window_lengths + lengths
         kept = used.clamp(max=self.mem_len).masked_fill(ends, 0)
-        both = torch.cat((state.window, states), dim=2)
         if state.memory is not None:
             leaving = (used - kept).masked_fill(ends, 0)
-            first = self.mem_len - state.window_lengths
-            inside = both[[number - 1 for number in self.memory_layers]]
             if leaving.any():
-                state.memory.append(_slices(inside, first, int(leaving.max())), lengths=leaving)
+                layers = [number - 1 for number in self.memory_layers]
+                both = torch.cat((state.window[layers], states[layers]), dim=2)
+                first = self.mem_len - state.window_lengths
+                state.memory.append(_slices(both, first, int(leaving.max())), lengths=leaving)
             if ends.any():
                 state.memory.reset(ends)
             state.note_memory()
-        state.window = _slices(both, lengths, self.mem_len)
+        n = states.shape[2]
+        if n >= self.mem_len and (lengths == n).all():
+            state.window = states[:, :, n - self.mem_len :].to(state.window.dtype).contiguous()
+        else:
+            state.window = _slices(torch.cat((state.window, states), dim=2), lengths, self.mem_len)
         state.window_lengths = kept
-        state.window = state.window.masked_fill(~self.window_mask(state)[:, :, None], 0)
+        if (kept < self.mem_len).any():
+            state.window = state.window.masked_fill(~self.window_mask(state)[:, :, None], 0)
 
     # ---- Checks ----
 
