@@ -162,7 +162,8 @@ class KeptKeys:
     """The routing keys of a layer's rows, for as long as the projection stays the same.
 
     A call projects only rows that are new, and a row's key has the same bits whatever other rows it is
-    projected with. Keys of all streams are in one buffer, so that one search goes through them without a
+    projected with. It is rounded once, to the rows' type: the cosine of a key and a query in bfloat16 is off
+    by 2^-8 at most. Keys of all streams are in one buffer, so that one search goes through them without a
     copy: each stream's side by side, the newest of all in one column, as long as the streams grow alike. What
     was handed out does not change.
     """
