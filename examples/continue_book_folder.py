@@ -176,7 +176,7 @@ def find_book(name: str) -> Book:
     """
     path = Path(name)
     if path.is_file():
-        return Book(path.stem, read_text(path))
+        return Book(path.stem, read_text(path), "")
     if path.suffix or len(path.parts) != 1:
         raise UserError(f"no such file: {path}")
     wanted = name.replace("-", " ").casefold()

@@ -20,9 +20,10 @@ from continue_book_folder import BookFolder, autocast, memory_rows
 from torch import Tensor
 
 from xlroute import RoutedTransformerXL, TransformerXLState
-from xlroute.blocks import RoutedMemoryAttention
+from xlroute.blocks import MemoryBranch, RoutedMemoryAttention
 from xlroute.cross_attention import RoutedKeysValues
 from xlroute.sampling import SamplingOptions
+from xlroute.token_memory import TokenMemoryAttention, TokenRows
 
 PASSAGES = 5
 PASSAGE_BYTES = 56  # about so long is a passage
@@ -237,7 +238,18 @@ def watched(model: RoutedTransformerXL) -> Iterator[list[Tensor]]:
     """
     found: list[Tensor] = []
 
-    def watch(branch: RoutedMemoryAttention) -> None:
+    def watch(branch: MemoryBranch) -> None:
+        def weights(memory: TokenRows) -> Tensor:
+            assert isinstance(branch, TokenMemoryAttention)
+            shares = type(branch).weights(branch, memory)
+            found.append(shares[0, :, :, None, 1:])
+            return shares
+
+        if isinstance(branch, TokenMemoryAttention):
+            branch.weights = weights  # type: ignore[method-assign]
+            return
+        assert isinstance(branch, RoutedMemoryAttention)
+
         def attend(q: Tensor, routed: RoutedKeysValues, bias: Tensor | None = None) -> Tensor:
             found.append(attention(branch, q, routed, bias))
             return type(branch).attend(branch, q, routed, bias)
@@ -251,7 +263,8 @@ def watched(model: RoutedTransformerXL) -> Iterator[list[Tensor]]:
         yield found
     finally:
         for branch in branches:
-            del branch.attend
+            for name in ("attend", "weights"):
+                vars(branch).pop(name, None)
 
 
 def attention(

@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from xlroute.kernels import gather_pinned_rows, gather_rows, row_scores
+from xlroute.kernels import gather_pinned_rows, gather_rows
 from xlroute.memory.log import StreamLog
-from xlroute.memory.scores import Kept, KeptScores, Scoring, StoredScores
+from xlroute.memory.scores import KeptScores, Scoring, StoredScores
 
 _BLOCK_ROWS = 1 << 16  # of rows in memory that are handed on at once
 
@@ -42,6 +42,9 @@ class Rows(Protocol):
     def span(self) -> RowSpan:
         """All rows, in memory."""
 
+    def at_hand(self) -> Tensor | None:
+        """All rows, [m, d], without a copy; None if some are not on the store's device."""
+
     def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """Rows `start` to `stop` in blocks [k, d], for reading only."""
 
@@ -66,8 +69,14 @@ class Rows(Protocol):
             stored: Their scores, in the numbers of the log.
         """
 
-    def scores(self, tokens: Tensor, scoring: Scoring, keep: Kept = "scores") -> Tensor:
-        """Scores against routing tokens [r, d], [r, m], as from `row_scores`.
+    def numbered(self) -> tuple[object, int]:
+        """What the rows are numbered in, and the number of the oldest one; those after it count on.
+
+        In there, a row keeps its number, and no other row ever gets it.
+        """
+
+    def scores(self, scoring: Scoring, keep: bool = True) -> Tensor:
+        """Scores against routing tokens, [r, m], as from `row_scores`.
 
         Where no gradient is asked for they are kept, and only rows that are new since the last call are read;
         unless they are not to be kept.
@@ -139,6 +148,10 @@ class RowSpan:
         span._buffer.scores, span._buffer.number = stored, log.end
         return span
 
+    def at_hand(self) -> Tensor | None:
+        """See `Rows`."""
+        return None if self._buffer.pinned else self.view()
+
     def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """See `Rows`."""
         for first in range(start, stop, _BLOCK_ROWS):
@@ -160,17 +173,20 @@ class RowSpan:
     def prefetch(self, index: Tensor) -> None:
         """They are there."""
 
-    def scores(self, tokens: Tensor, scoring: Scoring, keep: Kept = "scores") -> Tensor:
+    def numbered(self) -> tuple[object, int]:
         """See `Rows`."""
-        if keep is None or (torch.is_grad_enabled() and tokens.requires_grad):
-            return row_scores(self.view(), tokens, **scoring._asdict())
+        return self._buffer, self._start
+
+    def scores(self, scoring: Scoring, keep: bool = True) -> Tensor:
+        """See `Rows`."""
+        if not keep or scoring.differentiated:
+            return scoring.of(self.view())
         rows, number = self._buffer.target, self._buffer.number
 
         def read(start: int, stop: int) -> tuple[Tensor]:
             return (rows[start - number : stop - number],)
 
-        stored = self._buffer.scores.of_kind(keep)
-        return stored.of(number + self._start, number + self._stop, tokens, scoring, read)
+        return self._buffer.scores.of(number + self._start, number + self._stop, scoring, read)
 
     def kept_scores(self) -> KeptScores | None:
         """See `Rows`."""

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlroute.kernels import Backend
+from xlroute.kernels import Backend, gather_rows_apart
 from xlroute.memory.buffer import Rows
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.log import StreamLog
-from xlroute.memory.routing_keys import routing_keys
-from xlroute.memory.scores import Kept, LatestScores, Scoring
+from xlroute.memory.routing_keys import KeptKeys, RoutingKeys, project
+from xlroute.memory.scores import LatestScores, Scoring
+from xlroute.memory.to_device import to_device
 
 
 def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
@@ -46,19 +47,25 @@ def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
     return indices
 
 
-def positions_of(indices: Tensor, logs: Sequence[StreamLog]) -> Tensor:
+def counts_of(logs: Sequence[StreamLog], device: torch.device) -> Tensor:
+    """Rows that streams have appended since their reset, and rows that they hold: int64 [2, b]."""
+    # A tensor made in inference mode could not be saved for backward later.
+    with torch.inference_mode(False):
+        return to_device(torch.tensor([[log.appended for log in logs], [log.held for log in logs]]), device)
+
+
+def positions_of(indices: Tensor, logs: Sequence[StreamLog], counts: Tensor) -> Tensor:
     """Positions of the rows at `indices` [b, ...], int64 of the same shape; -1 where the index is -1.
 
     Args:
         indices: Rows, 0 the oldest held; -1 for no row. All exist.
         logs: What each stream holds, [b].
+        counts: Theirs, see `counts_of`, on the device of the indices.
 
     Raises:
         CorruptionError: The positions of rows on disk are damaged.
     """
-    gone = torch.tensor([log.appended - log.held for log in logs], dtype=torch.int64)
-    gone = gone.to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
-    positions = torch.where(indices < 0, indices, indices + gone)
+    positions = torch.where(indices < 0, indices, indices + _along(counts[0] - counts[1], indices))
     for stream, log in enumerate(logs):
         if log.surviving:
             index, own = indices[stream], log.own_positions(indices.device)
@@ -66,6 +73,11 @@ def positions_of(indices: Tensor, logs: Sequence[StreamLog]) -> Tensor:
             found = own[torch.where(among, index, 0)]
             positions[stream] = torch.where(among, found, positions[stream])
     return positions
+
+
+def _along(values: Tensor, indices: Tensor) -> Tensor:
+    """Values [b] of streams, as they broadcast to indices [b, ...]."""
+    return values.view(-1, *[1] * (indices.ndim - 1))
 
 
 class MemoryLayer:
@@ -88,12 +100,14 @@ class MemoryLayer:
         dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        kept_keys: KeptKeys,
         latest_scores: list[LatestScores] | None,
         count_routed: Callable[[Tensor], None] | None,
     ) -> None:
         self._streams = tuple(streams)
         self._logs = tuple(logs)
         self._dim = dim
+        self._kept_keys = kept_keys
         # Where the store wants to know of each stream's scores, the highest of each row.
         self._latest_scores = latest_scores
         # Where the store wants to know which rows are routed.
@@ -119,8 +133,12 @@ class MemoryLayer:
         """Which rows exist, bool [b, m]."""
         # As in __init__: whoever reads it first, it stays for all.
         with torch.inference_mode(False):
-            columns = torch.arange(self.shape[1], device=self.device)
-            return columns < self.lengths.to(self.device)[:, None]
+            return torch.arange(self.shape[1], device=self.device) < self._counts[1, :, None]
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        """See `counts_of`; on the device."""
+        return counts_of(self._logs, self.device)
 
     def views(self) -> list[Tensor]:
         """The rows of each stream, b tensors [m_i, d], oldest first, without a copy: for reading only."""
@@ -186,6 +204,9 @@ class MemoryLayer:
             CorruptionError: A row on disk is damaged.
         """
         flat = indices.reshape(len(self._streams), -1)
+        at_hand = [held for rows in self._streams if (held := rows.at_hand()) is not None]
+        if len(at_hand) == len(self._streams) > 1:
+            return gather_rows_apart(at_hand, indices.to(self.device))
         found = [
             rows.gather(index) if len(rows) else self._no_rows(index.shape[0])
             for rows, index in zip(self._streams, flat, strict=True)
@@ -210,7 +231,10 @@ class MemoryLayer:
             ValueError: The first size is not b.
             IndexError: An index is below -1, or not below the number of rows of its stream.
         """
-        return positions_of(checked_indices(indices, self.lengths), self._logs)
+        return self._positions(checked_indices(indices, self.lengths))
+
+    def _positions(self, indices: Tensor) -> Tensor:
+        return positions_of(indices, self._logs, self._counts.to(indices.device))
 
     def ages(self, indices: Tensor) -> Tensor:
         """How many rows the stream has appended from each of these on: 1 for the newest.
@@ -221,9 +245,7 @@ class MemoryLayer:
         Returns:
             Ages, int64 of the same shape; for no row, more than those of all rows.
         """
-        appended = torch.tensor([log.appended for log in self._logs], dtype=torch.int64)
-        appended = appended.to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
-        return appended - positions_of(indices, self._logs)
+        return _along(self._counts[0].to(indices.device), indices) - self._positions(indices)
 
     def followers(self, indices: Tensor) -> Tensor:
         """Which rows were appended right after some others.
@@ -234,10 +256,10 @@ class MemoryLayer:
         Returns:
             Indices, int64 of the same shape; -1 where there is no such row, or where it has left.
         """
-        newest = (self.lengths - 1).to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
+        newest = _along(self._counts[1].to(indices.device), indices) - 1
         following = torch.where((indices >= 0) & (indices < newest), indices + 1, -1)
         if any(log.surviving for log in self._logs):
-            distance = positions_of(following, self._logs) - positions_of(indices, self._logs)
+            distance = self._positions(following) - self._positions(indices)
             following = torch.where(distance == 1, following, -1)
         return following
 
@@ -287,48 +309,51 @@ class MemoryLayer:
         """
         streams, longest, _ = self.shape
         per_stream = self.tokens_of_streams(tokens)
-        scoring = Scoring(normalize, scale, backend)
-        kind: Kept = "scores" if keep else None
-        scores = [
-            rows.scores(token, scoring, kind) for rows, token in zip(self._streams, per_stream, strict=True)
-        ]
+
+        def scoring(tokens: Tensor) -> Scoring:
+            return Scoring(tokens, normalize=normalize, scale=scale, backend=backend)
+
+        alike = scoring(tokens)
+        if tokens.ndim == 2 and not alike.differentiated:
+            scorings = [alike] * streams
+        else:
+            scorings = [scoring(each) for each in per_stream]
+        scores = [rows.scores(each, keep) for rows, each in zip(self._streams, scorings, strict=True)]
         # What a CUDA graph computes is there only once it runs.
         capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         if keep and self._latest_scores is not None and not capturing:
             self._latest_scores[:] = [each.detach().amax(0) for each in scores]
         if streams == 1:
             return scores[0][None]
-        return torch.stack([F.pad(each, (0, longest - each.shape[-1])) for each in scores])
+        # Padding by nothing copies.
+        lacking = [longest - each.shape[-1] for each in scores]
+        return torch.stack(
+            [F.pad(each, (0, n)) if n else each for each, n in zip(scores, lacking, strict=True)]
+        )
 
     @torch.no_grad()
-    def keys(self, projection: Tensor, *, keep: bool) -> Tensor:
-        """Routing keys of every row, see `routing_keys`.
+    def keys(self, projection: Tensor, *, keep: bool) -> RoutingKeys:
+        """Routing keys of every row, see `routing_keys`, in the type of the rows, without gradient.
 
         Args:
             projection: [r, e, d].
-            keep: Keep the projected rows in memory, beside the scores: as long as the projection stays the
-                same, a call projects only rows that are new. False for a projection that is about to change:
-                matrix products are faster, if not the same to the bit whatever other rows there are.
-
-        Returns:
-            Keys, [b, r, m, e], of the rows' type, without gradient; those beyond a stream's length mean
-            nothing.
+            keep: Keep the keys in memory: as long as the projection stays the same, a call projects only rows
+                that are new, and gives the same bits as one that projects all. False for a projection that is
+                about to change: products of matrices are faster.
 
         Raises:
             CorruptionError: A row on disk is damaged.
         """
-        longest = self.shape[1]
-        r, e, _ = projection.shape
-        scoring = Scoring("rms", 1.0, None)
-
-        def of_stream(rows: Rows) -> Tensor:
-            if keep:
-                values = rows.scores(projection.flatten(0, 1), scoring, "keys")
-                return F.normalize(values.view(r, e, -1), dim=1).mT
+        found = self._kept_keys.of(self._streams, projection) if keep else None
+        if found is not None:
+            return found
+        (b, m, _), (r, e, _) = self.shape, projection.shape
+        keys = torch.empty(b, r, m, e, dtype=self.dtype, device=self.device)
+        for rows, out in zip(self._streams, keys, strict=True):
             if isinstance(rows, ColdRows):
-                rows = rows.span()  # which stays in memory, as for scores
-            blocks = [routing_keys(block, projection) for block in rows.blocks(0, len(rows))]
-            return torch.cat([projection.new_empty(0, r, e), *blocks]).transpose(0, 1)
-
-        keys = [of_stream(rows).to(self.dtype) for rows in self._streams]
-        return torch.stack([F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in keys])
+                rows = rows.span()
+            start = 0
+            for block in rows.blocks(0, len(rows)):
+                project(block, projection, out[:, start : start + len(block)])
+                start += len(block)
+        return RoutingKeys(keys, [0] * b, self.lengths.tolist())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,17 +24,80 @@ ReadRows = Callable[[int, int], Iterable[Tensor]]
 # was scored; or what reads it from disk. None if there are no scores.
 LatestScores = Tensor | Callable[[], Tensor | None] | None
 
-# What scores are kept as: those of routing tokens or, beside them, those of a projection's rows, which are
-# routing keys. None: they are not kept.
-Kept = Literal["scores", "keys"] | None
 
+class Scoring:
+    """Routing tokens, and how they score.
 
-class Scoring(NamedTuple):
-    """How rows are scored beside their routing tokens: the options of `row_scores`."""
+    One serves all streams that the same tokens score: they are compared with those of an earlier call once,
+    for which the host waits for a GPU, and copied once.
 
-    normalize: Literal["rms", "l2"] | None
-    scale: float
-    backend: Backend | None
+    Args:
+        tokens: [r, d].
+        normalize, scale, backend: As for `row_scores`.
+    """
+
+    def __init__(
+        self, tokens: Tensor, *, normalize: Literal["rms", "l2"] | None, scale: float, backend: Backend | None
+    ) -> None:
+        self.tokens = tokens
+        self.options: dict[str, Any] = {"normalize": normalize, "scale": scale, "backend": backend}
+        self._copy: Scoring | None = None
+        self._other: Scoring | None = None  # one that was found to differ
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The scores of rows [m, d], [r, m]."""
+        return row_scores(rows, self.tokens, **self.options)
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether gradient to the tokens is asked for."""
+        return torch.is_grad_enabled() and self.tokens.requires_grad
+
+    @property
+    def source(self) -> tuple[int, int]:
+        """Where the tokens are, and how often they were changed as far as they know."""
+        return self.tokens.data_ptr(), 0 if self.tokens.is_inference() else self.tokens._version
+
+    @cached_property
+    def stamp(self) -> str:
+        """32 hexadecimal digits for everything that a row's score depends on but the row."""
+        tokens = self.tokens.detach()
+        how = (
+            str(tokens.dtype),
+            tuple(tokens.shape),
+            self.options["normalize"],
+            self.options["scale"],
+            resolve_backend(self.options["backend"], tokens),
+            tokens.device.type,
+        )
+        numbers = tokens.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(repr(how).encode() + numbers).hexdigest()[:32]
+
+    def copy(self) -> Scoring:
+        """The same, out of reach of changes of the tokens; or an earlier copy that was found to be that."""
+        if self._copy is None:
+            # A tensor made in inference mode could not be used outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._copy = Scoring(self.tokens.detach().clone(), **self.options)
+        return self._copy
+
+    def equals(self, copy: Scoring) -> bool:
+        """Whether it is what an earlier one was when it was copied."""
+        if copy is self._copy or copy is self._other:
+            return copy is self._copy
+        ours, theirs = self.tokens, copy.tokens
+        # The numbers are compared: weights can change without leaving a trace on their tensor.
+        equal = (
+            self.options == copy.options
+            and ours.shape == theirs.shape
+            and ours.dtype == theirs.dtype
+            and torch.equal(ours, theirs)
+        )
+        if not equal:
+            self._other = copy
+        elif self._copy is None:
+            self._copy = copy
+        return equal
 
 
 class KeptScores(NamedTuple):
@@ -105,23 +169,13 @@ class StoredScores:
         self._dtype = compute_dtype(dtype)  # of the scores
         self._device = device
         self._persisted = persisted
-        self._tokens: Tensor | None = None  # a copy
-        self._source: tuple[int, int] | None = None  # where they came from
-        self._scoring: Scoring | None = None
+        self._scoring: Scoring | None = None  # a copy
+        self._source: tuple[int, int] | None = None  # where its tokens came from
         self._values = torch.empty(0, 0)  # of rows from `base` on
         self._base = 0
         self._first = 0  # the rows from here to `stop` have scores
         self._stop = 0
         self._end: int | None = None  # the last number that a row has been promised
-        self._keys: StoredScores | None = None  # of the same rows, once they are asked for
-
-    def of_kind(self, kind: Literal["scores", "keys"]) -> StoredScores:
-        """These, the scores of routing tokens; or routing keys, which stand beside them, in memory alone."""
-        if kind == "scores":
-            return self
-        if self._keys is None:
-            self._keys = StoredScores(self._dtype, self._device)
-        return self._keys
 
     def extended(self, start: int, stop: int) -> StoredScores:
         """The scores of a stream that goes on with the numbers `start` to `stop`.
@@ -134,7 +188,7 @@ class StoredScores:
         copy = StoredScores(self._dtype, self._device, self._persisted)
         copy._end = stop
         if self._first <= start:
-            copy._tokens, copy._scoring = self._tokens, self._scoring
+            copy._scoring = self._scoring
             copy._first, copy._stop = self._first, min(self._stop, start)
             copy._base = self._first
             copy._values = self._values[:, self._first - self._base : copy._stop - self._base].clone()
@@ -142,16 +196,15 @@ class StoredScores:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the scores and keys that are kept, with room for those to come."""
-        carried = 0 if self._carried is None else self._carried.values.nbytes
-        return self._values.nbytes + carried + (0 if self._keys is None else self._keys.nbytes)
+        """Bytes of the scores that are kept, with room for those to come."""
+        return self._values.nbytes + (0 if self._carried is None else self._carried.values.nbytes)
 
     @property
     def _carried(self) -> KeptScores | None:
         """Scores that were kept of the rows before they were written anew, until others are asked for."""
         return self._persisted if isinstance(self._persisted, KeptScores) else None
 
-    def of(self, start: int, stop: int, tokens: Tensor, scoring: Scoring, read: ReadRows) -> Tensor:
+    def of(self, start: int, stop: int, scoring: Scoring, read: ReadRows) -> Tensor:
         """The scores of rows `start` to `stop`, [r, stop - start], for reading only.
 
         While a CUDA graph is captured, nothing can be compared or kept. Then the tokens of the last call are
@@ -160,28 +213,27 @@ class StoredScores:
         Args:
             start: First row.
             stop: Row behind the last.
-            tokens: Routing tokens, [r, d]. If they are others than last time, all rows are scored again.
-            scoring: How.
+            scoring: Routing tokens, and how. If they are others than last time, all rows are scored again.
             read: Gives the rows between two numbers, in blocks [k, d].
         """
-        tokens = tokens.detach()
-        if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
-            known = scoring == self._scoring and _source(tokens) == self._source
-            if known and self._first <= start <= stop <= self._stop:
+        if scoring.tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+            known = self._scoring is not None and scoring.options == self._scoring.options
+            if known and scoring.source == self._source and self._first <= start <= stop <= self._stop:
                 return self._values[:, start - self._base : stop - self._base]
-            parts = [row_scores(rows, tokens, **scoring._asdict()) for rows in read(start, stop)]
+            parts = [scoring.of(rows) for rows in read(start, stop)]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        if not self._has(start, tokens, scoring):
-            self._begin(start, tokens, scoring, read)
-        self._source = _source(tokens)
+        if not self._has(start, scoring):
+            self._begin(start, scoring, read)
+        # All streams then have one copy, to be compared with once.
+        self._scoring, self._source = scoring.copy(), scoring.source
         if stop > self._stop:
             for rows in read(self._stop, stop):
-                self._add(row_scores(rows, tokens, **scoring._asdict()), start)
+                self._add(scoring.of(rows).detach(), start)
         return self._values[:, start - self._base : stop - self._base]
 
-    def serves(self, start: int, tokens: Tensor, scoring: Scoring) -> bool:
+    def serves(self, start: int, scoring: Scoring) -> bool:
         """Whether there are scores of these tokens, here or on disk, for rows from `start` on."""
-        return self._has(start, tokens, scoring) or self._finds(start, tokens, scoring)
+        return self._has(start, scoring) or self._finds(start, scoring)
 
     def kept(self, start: int, stop: int) -> KeptScores | None:
         """The scores there are of rows `start` to `stop`, from which the result counts."""
@@ -190,41 +242,29 @@ class StoredScores:
             values = self._carried.read(first, last)
             return KeptScores(self._carried.stamp, first - start, values) if first < last else None
         first, last = max(start, self._first), min(stop, self._stop)
-        if self._tokens is None or self._scoring is None or first >= last:
+        if self._scoring is None or first >= last:
             return None
         values = self._values[:, first - self._base : last - self._base]
-        return KeptScores(_stamp(self._tokens, self._scoring), first - start, values)
+        return KeptScores(self._scoring.stamp, first - start, values)
 
-    def _has(self, start: int, tokens: Tensor, scoring: Scoring) -> bool:
-        known = self._tokens
-        # The numbers are compared: weights can change without leaving a trace on their tensor.
-        return (
-            known is not None
-            and scoring == self._scoring
-            and self._first <= start <= self._stop
-            and known.shape == tokens.shape
-            and known.dtype == tokens.dtype
-            and torch.equal(known, tokens)
-        )
+    def _has(self, start: int, scoring: Scoring) -> bool:
+        known = self._scoring
+        return known is not None and self._first <= start <= self._stop and scoring.equals(known)
 
-    def _finds(self, start: int, tokens: Tensor, scoring: Scoring) -> bool:
+    def _finds(self, start: int, scoring: Scoring) -> bool:
         on_disk = self._persisted
         return (
-            on_disk is not None
-            and on_disk.first <= start <= on_disk.stop
-            and on_disk.stamp == _stamp(tokens, scoring)
+            on_disk is not None and on_disk.first <= start <= on_disk.stop and on_disk.stamp == scoring.stamp
         )
 
-    def _begin(self, start: int, tokens: Tensor, scoring: Scoring, read: ReadRows) -> None:
+    def _begin(self, start: int, scoring: Scoring, read: ReadRows) -> None:
         """Forgets all scores, and takes those of the tokens that are on disk."""
-        # A tensor made in inference mode could not be used outside of it.
+        # As in `Scoring.copy`.
         with torch.inference_mode(False), torch.no_grad():
-            self._tokens = tokens.clone()
-            self._values = torch.empty(tokens.shape[0], 0, dtype=self._dtype, device=self._device)
-        self._scoring = scoring
+            self._values = torch.empty(len(scoring.tokens), 0, dtype=self._dtype, device=self._device)
         self._base = self._first = self._stop = start
         on_disk = self._persisted
-        found = on_disk is not None and on_disk.stop > start and self._finds(start, tokens, scoring)
+        found = on_disk is not None and on_disk.stop > start and self._finds(start, scoring)
         if self._carried is not None:
             self._persisted = None
         if on_disk is None or not found:
@@ -237,7 +277,7 @@ class StoredScores:
         # float32 could not count them.
         samples = torch.linspace(0, values.shape[1] - 1, count, dtype=torch.float64).long().tolist()
         rows = torch.cat([block for each in samples for block in read(start + each, start + each + 1)])
-        if torch.equal(row_scores(rows, tokens, **scoring._asdict()), values[:, samples]):
+        if torch.equal(scoring.of(rows), values[:, samples]):
             self._add(values, start)
 
     def _add(self, values: Tensor, oldest: int) -> None:
@@ -254,23 +294,3 @@ class StoredScores:
             self._base = self._first
         self._values[:, self._stop - self._base : stop - self._base] = values
         self._stop = stop
-
-
-def _source(tokens: Tensor) -> tuple[int, int]:
-    """Where a tensor is, and how often it was changed as far as it knows."""
-    return tokens.data_ptr(), 0 if tokens.is_inference() else tokens._version
-
-
-def _stamp(tokens: Tensor, scoring: Scoring) -> str:
-    """32 hexadecimal digits for everything that a row's score depends on but the row."""
-    backend = resolve_backend(scoring.backend, tokens)
-    how = (
-        str(tokens.dtype),
-        tuple(tokens.shape),
-        scoring.normalize,
-        scoring.scale,
-        backend,
-        tokens.device.type,
-    )
-    numbers = tokens.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(repr(how).encode() + numbers).hexdigest()[:32]

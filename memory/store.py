@@ -23,12 +23,13 @@ from xlroute.memory.disk import Disk
 from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
 from xlroute.memory.eviction import by_scores, every_nth, rows_left
 from xlroute.memory.info import MemoryInfo, describe_commits
-from xlroute.memory.layer import MemoryLayer, checked_indices, positions_of
+from xlroute.memory.layer import MemoryLayer, checked_indices, counts_of, positions_of
 from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Eviction, Layout, check_positive
 from xlroute.memory.log import StreamLog
 from xlroute.memory.place import StorePath, store_path
 from xlroute.memory.repair import RepairReport, repair_store
 from xlroute.memory.routes import DocumentRoutes, RouteCounts
+from xlroute.memory.routing_keys import KeptKeys
 from xlroute.memory.s3 import S3Path
 from xlroute.memory.scores import KeptScores, LatestScores, StoredScores
 from xlroute.memory.shards import DEFAULT_LEVEL, LEVELS
@@ -90,6 +91,7 @@ class MemoryStore:
         self._logs = list(logs)
         self._rows = [list(streams) for streams in rows]
         # For every layer and stream, what routing has scored rows with; only where that decides which leave.
+        self._keys = [KeptKeys(layout.streams, self.dtype, device) for _ in range(layout.layers)]
         self._latest: list[list[LatestScores]] | None = None
         if layout.eviction == "lowest_score":
             self._latest = [[None] * layout.streams for _ in range(layout.layers)]
@@ -627,6 +629,7 @@ class MemoryStore:
             dim=self.dim,
             dtype=self.dtype,
             device=self.device,
+            kept_keys=self._keys[layer],
             latest_scores=None if self._latest is None else self._latest[layer],
             count_routed=None if self._routes is None else self._routes.counter(layer, self._logs),
         )
@@ -673,7 +676,8 @@ class MemoryStore:
             ValueError: The first size is not b.
             IndexError: There is no such row.
         """
-        return positions_of(checked_indices(indices, self.lengths), self._logs)
+        indices = checked_indices(indices, self.lengths)
+        return positions_of(indices, self._logs, counts_of(self._logs, indices.device))
 
     def reset(self, streams: Tensor | Sequence[int] | Sequence[bool]) -> None:
         """Lets go of all rows of some streams, which begin anew: their documents have ended.
@@ -857,6 +861,7 @@ class MemoryStore:
         row_bytes = self.layers * self._layout.row_bytes
         kept = [log.survivors.nbytes for log in self._logs if log.survivors is not None]
         kept += [each.nbytes for each in itertools.chain(*self._latest or ()) if isinstance(each, Tensor)]
+        kept += [keys.nbytes for keys in self._keys]
         if self._routes is not None:
             kept.append(self._routes.nbytes)
         return MemoryInfo(
@@ -898,6 +903,7 @@ class MemoryStore:
             routes=None if self._routes is None else self._routes.fork(),
         )
         fork._latest = None if self._latest is None else [list(streams) for streams in self._latest]
+        fork._keys = [keys.fork() for keys in self._keys]
         return fork
 
     def copy_to(self, path: Location, durable: bool = False) -> str:

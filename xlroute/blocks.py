@@ -26,8 +26,9 @@ from xlroute.causal_routing import QueryRouting, route_on
 from xlroute.content_routing import ChunkRouting, FoundRows
 from xlroute.cross_attention import ConditionalRoutedCrossAttention, RoutedKeysValues
 from xlroute.feedforward import ConditionalRoutedFeedForward, FeedForward
+from xlroute.memory.routing_keys import RoutingKeys
 from xlroute.position import AGES, age_bias, rotary_table, rotate
-from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
+from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats, route
 from xlroute.token_memory import TokenMemoryAttention, TokenRows
 
 
@@ -72,12 +73,19 @@ class MemoryBranch(Protocol):
     def begin_of_chunk(self, t: int) -> int:
         """The first token of the chunk that token t of a segment is in: they share their rows."""
 
-    def keys(self, memory: MemoryRows) -> Tensor | None:
+    def keys(self, memory: MemoryRows) -> RoutingKeys | None:
         """The routing keys of all rows that `route_for` needs, if it needs any."""
 
     def route_for(
-        self, memory: MemoryRows, keys: Tensor | None, x: Tensor, before: Tensor, before_mask: Tensor
-    ) -> tuple[RouterOutput | FoundRows, RoutingStats]:
+        self,
+        memory: MemoryRows,
+        keys: RoutingKeys | None,
+        x: Tensor,
+        before: Tensor,
+        before_mask: Tensor,
+        *,
+        with_stats: bool,
+    ) -> tuple[RouterOutput | FoundRows, RoutingStats | None]:
         """Choose the rows that tokens read.
 
         Args:
@@ -86,6 +94,7 @@ class MemoryBranch(Protocol):
             x: states [b, n, d] of tokens of one segment, from the start of a chunk.
             before: states [b, t, d] of the tokens before them; what routing looks at are the last.
             before_mask: which of them there are, bool [b, t].
+            with_stats: tell how saturated the gates are.
         """
 
     def rows(self, memory: MemoryRows, routed: Any, age_places: Tensor) -> Any:
@@ -267,16 +276,30 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         """None: rows are found by themselves."""
 
     def route_for(
-        self, memory: MemoryRows, keys: Tensor | None, x: Tensor, before: Tensor, before_mask: Tensor
-    ) -> tuple[RouterOutput, RoutingStats]:
+        self,
+        memory: MemoryRows,
+        keys: RoutingKeys | None,
+        x: Tensor,
+        before: Tensor,
+        before_mask: Tensor,
+        *,
+        with_stats: bool,
+    ) -> tuple[RouterOutput, RoutingStats | None]:
         """Choose the rows that tokens read: all [b, r, ...], or [b, g, r, ...] by content."""
         k = self.num_tokens_kv
         if self.content_routing is None:
-            return self.kv_router.route_with_stats(
-                memory, num_tokens=k, keep_one_route_dim=True, random_route=self.random_route
+            return route(
+                self.kv_router,
+                memory,
+                with_stats=with_stats,
+                num_tokens=k,
+                keep_one_route_dim=True,
+                random_route=self.random_route,
             )
         assert isinstance(k, int)
-        return self.content_routing.route(self.kv_router, memory, x, before, before_mask, k)
+        return self.content_routing.route(
+            self.kv_router, memory, x, before, before_mask, k, with_stats=with_stats
+        )
 
     def begin_of_chunk(self, t: int) -> int:
         """All tokens of a segment share their rows where they are not routed by content."""

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from xlroute.attached import MemoryRows
 from xlroute.backend import pick_backend
-from xlroute.kernels import gathered_products, search_topk
+from xlroute.kernels import gathered_products
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
-from xlroute.memory.routing_keys import routing_keys
+from xlroute.memory.routing_keys import RoutingKeys, routing_keys
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 
 
@@ -60,7 +60,9 @@ class ChunkRouting(nn.Module):
         before: Tensor,
         before_mask: Tensor,
         num_tokens: int,
-    ) -> tuple[RouterOutput, RoutingStats]:
+        *,
+        with_stats: bool,
+    ) -> tuple[RouterOutput, RoutingStats | None]:
         """Choose rows for each chunk of x.
 
         Args:
@@ -70,9 +72,10 @@ class ChunkRouting(nn.Module):
             before: those before them, [b, t, d], of which only the last c matter.
             before_mask: which of them count, bool [b, t].
             num_tokens: k.
+            with_stats: tell how saturated the gates are.
 
         Returns:
-            What the router chose, all with the dimensions [b, g, r], and how saturated the gates are.
+            What the router chose, all with the dimensions [b, g, r], and the statistics, or None.
         """
         b, n, d = x.shape
         chunks = math.ceil(n / self.chunk)
@@ -88,9 +91,8 @@ class ChunkRouting(nn.Module):
         scores = router.scores_by(memory, tokens.flatten(1, 2), keep=False)
         there = None if memory.even else memory.mask[:, None, None]
         gates, indices, stats = router.choose(
-            torch.unflatten(scores, 1, (chunks, -1)), num_tokens=num_tokens, mask=there, with_stats=True
+            torch.unflatten(scores, 1, (chunks, -1)), num_tokens=num_tokens, mask=there, with_stats=with_stats
         )
-        assert stats is not None
         rows = memory.take_routed(indices)
         return RouterOutput(indices, gates, rows, None if there is None else indices >= 0), stats
 
@@ -116,7 +118,7 @@ class ChunkRouting(nn.Module):
 class TokenRouting(nn.Module):
     """Each token routes for itself: it reads the rows whose keys are most like its own.
 
-    Keys of rows and queries of tokens are the same projection of the normalised state, of unit length, so
+    Keys of rows and queries of tokens are the same projection of the state, of unit length, so
     that a token finds rows like itself before anything is learned. A row's score is √e x the cosine of the
     two, which spreads by about 1 over unlike rows. The gates are a soft top-k of the K best rows, K >= 2k,
     which are found without gradient and then scored again with it (Memorizing Transformers, arXiv
@@ -134,18 +136,20 @@ class TokenRouting(nn.Module):
         super().__init__()
         self.projection = nn.Parameter(torch.randn(sets, key_dim, dim) * dim**-0.5)
 
-    def keys(self, memory: MemoryRows) -> Tensor:
-        """Those of all rows [b, r, m, e], without gradient."""
+    def keys(self, memory: MemoryRows) -> RoutingKeys:
+        """Those of all rows, without gradient."""
         return memory.keys(self.projection.detach().to(memory.device), keep=not torch.is_grad_enabled())
 
     def route(
         self,
         router: CoordinateDescentRouter,
         memory: MemoryRows,
-        keys: Tensor,
+        keys: RoutingKeys,
         x: Tensor,
         num_tokens: int,
-    ) -> tuple[FoundRows, RoutingStats]:
+        *,
+        with_stats: bool,
+    ) -> tuple[FoundRows, RoutingStats | None]:
         """Choose rows for each token.
 
         Args:
@@ -154,36 +158,29 @@ class TokenRouting(nn.Module):
             keys: those of the rows.
             x: states [b, n, d].
             num_tokens: k.
+            with_stats: tell how saturated the gates are.
 
         Returns:
-            What was chosen, and how saturated the gates are, [b, n, r].
+            What was chosen, and the statistics [b, n, r], or None.
         """
         projection = self.projection.to(memory.device)
         queries = routing_keys(x.to(memory.device), projection).transpose(1, 2)  # [b, r, n, e]
-        backend = pick_backend(router.use_triton, keys.device)
-        cosines, found = search_topk(
-            queries.detach().to(keys.dtype).flatten(0, 1),
-            keys.flatten(0, 1),
-            2 * num_tokens,
-            mask=None if memory.even else memory.mask.repeat_interleave(projection.shape[0], dim=0),
-            backend=backend,
-        )
         b, r, n, e = queries.shape
+        backend = pick_backend(router.use_triton, memory.device)
+        cosines, found = keys.search(queries.detach(), 2 * num_tokens, backend=backend)  # [b, r, n, K]
         if torch.is_grad_enabled():
-            rows, places = distinct(found.view(b, -1), memory.shape[1])
+            rows, places = distinct(found.flatten(1), memory.shape[1])
             row_keys = routing_keys(memory.take(rows), projection).transpose(1, 2)  # [b, r, u, e]
             cosines = gathered_products(
                 queries.to(row_keys.dtype).reshape(b * r, n, 1, e),
                 row_keys.flatten(0, 1),
-                places.view(found.shape),
+                places.view(b * r, n, -1),
                 backend=backend,
-            ).squeeze(2)
-        # [b, n, r, K]
-        cosines, found = (t.view(b, r, n, -1).transpose(1, 2) for t in (cosines, found))
+            ).view(found.shape)
+        cosines, found = cosines.transpose(1, 2), found.transpose(1, 2)  # [b, n, r, K]
         there = None if memory.even else found >= 0
         scores = cosines * e**0.5 if there is None else (cosines * e**0.5).masked_fill(~there, -math.inf)
-        gates, chosen, stats = router.choose(scores, num_tokens=num_tokens, mask=there, with_stats=True)
-        assert stats is not None
+        gates, chosen, stats = router.choose(scores, num_tokens=num_tokens, mask=there, with_stats=with_stats)
         nowhere, chosen = chosen < 0, chosen.clamp(min=0)
         indices = found.gather(-1, chosen).masked_fill(nowhere, -1)
         return FoundRows(indices, gates, cosines.gather(-1, chosen).masked_fill(nowhere, 0)), stats

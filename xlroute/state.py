@@ -307,10 +307,10 @@ def _find_store(named: dict[str, Any], folder: Path) -> StorePath:
     candidates: list[StorePath] = [folder / named["inside"]] if named["inside"] is not None else []
     beside = named.get("beside")  # which states that were saved long ago do not tell
     if beside is not None:
-        path = Path(os.path.normpath(folder.resolve() / beside))
+        other = Path(os.path.normpath(folder.resolve() / beside))
         # The folder may have been moved alone, to where there is another memory.
-        if record_path(path, named["commit"]).exists():
-            candidates.append(path)
+        if record_path(other, named["commit"]).exists():
+            candidates.append(other)
     candidates.append(store_path(named["path"]))
     for path in candidates:
         if path.exists():

@@ -22,6 +22,7 @@ from xlroute.cross_attention import COSINE_SCALE, NULL_COSINE
 from xlroute.kernels import gathered_sums
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
+from xlroute.memory.routing_keys import RoutingKeys
 from xlroute.position import AGES, age_bias
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 
@@ -96,16 +97,25 @@ class TokenMemoryAttention(nn.Module):
         self.memory_gate = nn.Parameter(torch.zeros(()))
         self.dropout = nn.Dropout(dropout)
 
-    def keys(self, memory: MemoryRows) -> Tensor:
-        """The routing keys of all rows, [b, r, m, key_dim]. See `MemoryBranch`, as for what follows."""
+    def keys(self, memory: MemoryRows) -> RoutingKeys:
+        """The routing keys of all rows. See `MemoryBranch`, as for what follows."""
         return self.content_routing.keys(memory)
 
     def route_for(
-        self, memory: MemoryRows, keys: Tensor | None, x: Tensor, before: Tensor, before_mask: Tensor
-    ) -> tuple[FoundRows, RoutingStats]:
+        self,
+        memory: MemoryRows,
+        keys: RoutingKeys | None,
+        x: Tensor,
+        before: Tensor,
+        before_mask: Tensor,
+        *,
+        with_stats: bool,
+    ) -> tuple[FoundRows, RoutingStats | None]:
         """Choose the rows that each of the tokens x [b, n, d] reads; all [b, n, r, ...]."""
         assert keys is not None
-        return self.content_routing.route(self.kv_router, memory, keys, x, self.num_tokens_kv)
+        return self.content_routing.route(
+            self.kv_router, memory, keys, x, self.num_tokens_kv, with_stats=with_stats
+        )
 
     def begin_of_chunk(self, t: int) -> int:
         """Token t is a chunk by itself."""
@@ -138,19 +148,22 @@ class TokenMemoryAttention(nn.Module):
             rows=states.to(torch.get_autocast_dtype(device) if autocast else self.to_v.weight.dtype)
         )
 
-    def gated(self, x: Tensor, memory: TokenRows, queries: RouterOutput | None) -> Tensor:
-        """The gated output [b, n, d] for x [b, n, d], all of whose tokens have found what they read."""
+    def weights(self, memory: TokenRows) -> Tensor:
+        """How each head of each token weighs nothing and the rows, [b, n, h, 1 + k]; they add up to 1."""
         table = rearrange(self.age_bias.weight, "a (r h) -> a r h", r=self.sets)
         logits = self._by_head(memory.cosines) * self.log_scale.exp()
         logits = logits + age_bias(table, memory.age_places).flatten(2, 3)
         if memory.mask is not None:
             logits = logits.masked_fill(~self._by_head(memory.mask), -math.inf)
         null = self.null_logit.to(logits).expand(*logits.shape[:-1], 1)
-        weights = self.dropout(torch.cat((null, logits), dim=-1).softmax(-1))  # [b, n, h, 1 + k]
+        return torch.cat((null, logits), dim=-1).softmax(-1)
+
+    def gated(self, x: Tensor, memory: TokenRows, queries: RouterOutput | None) -> Tensor:
+        """The gated output [b, n, d] for x [b, n, d], all of whose tokens have found what they read."""
+        weights = self.dropout(self.weights(memory))
+        gated = weights[..., 1:] * self._by_head(memory.gates)
         sums = gathered_sums(
-            rearrange(
-                weights[..., 1:] * self._by_head(memory.gates), "b n (r h) k -> b (n r) h k", r=self.sets
-            ),
+            rearrange(gated, "b n (r h) k -> b (n r) h k", r=self.sets),
             memory.rows,
             memory.places.flatten(1, 2),
             backend=pick_backend(self.kv_router.use_triton, x.device),
