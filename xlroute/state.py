@@ -305,12 +305,12 @@ def _release(header: dict[str, Any], folder: Path) -> None:
 def _find_store(named: dict[str, Any], folder: Path) -> StorePath:
     """Where the memory that a header names is; one that was moved together with the folder comes first."""
     candidates: list[StorePath] = [folder / named["inside"]] if named["inside"] is not None else []
-    beside = named.get("beside")  # which states that were saved long ago do not tell
+    beside = named.get("beside")  # states that were saved before there was this do not tell
     if beside is not None:
-        path = Path(os.path.normpath(folder.resolve() / beside))
+        neighbour = Path(os.path.normpath(folder.resolve() / beside))
         # The folder may have been moved alone, to where there is another memory.
-        if record_path(path, named["commit"]).exists():
-            candidates.append(path)
+        if record_path(neighbour, named["commit"]).exists():
+            candidates.append(neighbour)
     candidates.append(store_path(named["path"]))
     for path in candidates:
         if path.exists():

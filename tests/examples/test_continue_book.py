@@ -203,6 +203,7 @@ def test_a_killed_reading_goes_on(
     code, _, error = main("continue", "--out", out, "--at", len(text.encode()))
     assert (code, error.count("\n")) == (2, 1)
     assert "so far, not to" in error
+    assert main("continue", "--out", out, "--at", 20, "--length", 2, "--score", 2)[0] == 0
 
     assert main(*command)[0] == 0
     saved = [path.name for path in sorted((out / "states").iterdir())]
