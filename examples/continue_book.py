@@ -87,7 +87,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     add("--top-p", type=float, default=0.95, help="share of the probability drawn from (default: 0.95)")
     add("--seed", type=_number(0), default=0, help="of the random numbers (default: 0)")
-    add("--score", type=_number(0), default=2000, metavar="N", help="bytes to foresee (default: 2000)")
+    add(
+        "--score",
+        type=_number(0),
+        default=2000,
+        metavar="N",
+        help="bytes of the book to foresee (default: 2000)",
+    )
     add("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)
 

@@ -112,7 +112,8 @@ class TransformerXLState:
 
         A memory on disk is committed where it is, with the fingerprint of the model's weights as they are
         now; a memory without a path is copied into the folder. Either way the commit is pinned, so it stays
-        readable until this folder's state is replaced. The state can be saved again and read on from.
+        readable until this folder's state is replaced. The state can be saved again and read on from. The
+        folder may be moved or copied, alone or together with the memory on disk.
 
         Args:
             folder: where the state goes; made if missing. A state saved there before is replaced.
