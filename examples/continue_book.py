@@ -8,9 +8,9 @@ The first command trains a model, with 2,048 memory rows. The second reads a boo
 or a text file, and keeps in the folder all memory rows, and a saved state every 16 segments. It may be killed
 at any moment: the same command goes on. The third is another process, as many at once as you like, which
 change nothing there. It opens the last state before the place, reads up to it, and continues the text twice
-from the same random numbers: with the memory, and with it emptied before every segment, which leaves the XL
-window alone. It prints both beside the book's own text, how well each foresees that, and which passages of
-the book the memory was read at.
+from the same random numbers: with the memory, and with it emptied before every segment, so that only the XL
+window is left. It prints both beside the book's own text, how well each foresees that, and which passages of
+the book were read for it.
 
 A place is a number of bytes, or a phrase, after which the text is continued.
 
@@ -87,7 +87,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     add("--top-p", type=float, default=0.95, help="share of the probability drawn from (default: 0.95)")
     add("--seed", type=_number(0), default=0, help="of the random numbers (default: 0)")
-    add("--score", type=_number(0), default=2000, metavar="N", help="bytes to foresee (default: 2000)")
+    add(
+        "--score",
+        type=_number(0),
+        default=2000,
+        metavar="N",
+        help="bytes of the book to foresee (default: 2000)",
+    )
     add("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)
 

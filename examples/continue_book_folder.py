@@ -108,14 +108,15 @@ class BookFolder:
             MemoryStoreError: other weights have read it, or the folder is damaged.
         """
         saved = self.saved()
-        if not saved:
+        before = [each for each in saved if each <= point]
+        if not before:
             raise UserError(f"{self.path}: nothing of the book was read yet; the command read goes on")
-        if point > saved[-1] != self.last(model):
+        position = before[-1]
+        if position == saved[-1] < min(point, self.last(model)):
             raise UserError(
-                f"{self.path}: the book was read to byte {self.bytes_before[saved[-1]]:,} so far, not to "
+                f"{self.path}: the book was read to byte {self.bytes_before[position]:,} so far, not to "
                 f"{self.bytes_before[point]:,}; the command read goes on"
             )
-        position = max(each for each in saved if each <= point)
         start = point - point % model.segment_len
         state = model.load_state(self.state_folder(position))
         for begin in range(position, start, model.segment_len):

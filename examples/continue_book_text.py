@@ -117,13 +117,15 @@ def continue_at(
     byte = int(folder.bytes_before[point])
     stop = int(np.searchsorted(folder.bytes_before, byte + score_bytes, side="right")) - 1
     scored_bytes = int(folder.bytes_before[stop]) - byte
-    bits, read_to_foresee = [], None
+    bits: list[float | None] = [None, None]
+    read_to_foresee = None
     if scored_bytes:
-        for forget in (False, True):
-            nats, looks = foresee(model, state.fork(), inputs[: stop + 1], start, point, forget=forget)
-            bits.append(nats / math.log(2) / scored_bytes)
-            if not forget:
-                read_to_foresee = reading(folder, looks, inputs, point)
+        foreseen = [
+            foresee(model, state.fork(), inputs[: stop + 1], start, point, forget=forget)
+            for forget in (False, True)
+        ]
+        bits = [nats / math.log(2) / scored_bytes for nats, _ in foreseen]
+        read_to_foresee = reading(folder, foreseen[0][1], inputs, point)
     return Continuation(
         title=folder.settings.title,
         byte=byte,
@@ -134,8 +136,8 @@ def continue_at(
         memory_emptied=decode(texts[1]),
         book=decode(inputs[point + 1 : point + 1 + length].tolist()),
         scored_bytes=scored_bytes,
-        bits_per_byte=bits[0] if bits else None,
-        bits_per_byte_emptied=bits[1] if bits else None,
+        bits_per_byte=bits[0],
+        bits_per_byte_emptied=bits[1],
         read_to_write=read_to_write,
         read_to_foresee=read_to_foresee,
     )
@@ -208,19 +210,19 @@ def foresee(
         The nats, and where the tokens that foresee those looked in the memory.
     """
     nats, looks = 0.0, []
-    with watched(model) as attention:
+    with watched(model) as seen:
         for first in range(start, len(inputs) - 1, model.segment_len):
             piece = inputs[first : first + model.segment_len + 1].to(state.window.device)
             skipped, n = max(0, point - first), len(piece) - 1
             if forget:
                 state.clear_memory()
-            attention.clear()
+            seen.clear()
             with autocast(model):
                 logits, state, routings = model(piece[None, :-1], state, return_routing=True)
             nats += F.cross_entropy(
                 logits[0, skipped:].double(), piece[1 + skipped :], reduction="sum"
             ).item()
-            for routing, weights in zip(routings, attention, strict=True):
+            for routing, weights in zip(routings, seen, strict=True):
                 positions = routing.positions[0].cpu().numpy()
                 positions = positions if positions.ndim == 3 else positions[None]
                 looks.append(
@@ -311,12 +313,12 @@ def reading(folder: BookFolder, looks: Sequence[Looks], inputs: Tensor, point: i
         there = each.positions >= 0
         shares += np.bincount(each.positions[there], each.weights.sum(2)[there] / total, len(inputs))
     book, passages = float(shares[:point].sum()), list[Passage]()
-    begins = np.arange(0, point, 2 * radius)
-    of_passages = np.add.reduceat(shares[:point], begins) if point else shares[:0]
+    begins = range(0, point, 2 * radius)
+    of_passages = np.array([shares[begin : min(begin + 2 * radius, point)].sum() for begin in begins])
     for number in (-of_passages).argsort(kind="stable")[:PASSAGES].tolist():
         if not of_passages[number]:
             break
-        reader, mark = most_read(looks, int(begins[number]), min(int(begins[number]) + 2 * radius, point))
+        reader, mark = most_read(looks, begins[number], min(begins[number] + 2 * radius, point))
         byte = int(folder.bytes_before[mark])
         passages.append(
             Passage(

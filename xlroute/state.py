@@ -112,7 +112,8 @@ class TransformerXLState:
 
         A memory on disk is committed where it is, with the fingerprint of the model's weights as they are
         now; a memory without a path is copied into the folder. Either way the commit is pinned, so it stays
-        readable until this folder's state is replaced. The state can be saved again and read on from.
+        readable until this folder's state is replaced. The state can be saved again and read on from. The
+        folder may be moved or copied, alone or together with the memory on disk.
 
         Args:
             folder: where the state goes; made if missing. A state saved there before is replaced.
@@ -305,12 +306,12 @@ def _release(header: dict[str, Any], folder: Path) -> None:
 def _find_store(named: dict[str, Any], folder: Path) -> StorePath:
     """Where the memory that a header names is; one that was moved together with the folder comes first."""
     candidates: list[StorePath] = [folder / named["inside"]] if named["inside"] is not None else []
-    beside = named.get("beside")  # which states that were saved long ago do not tell
+    beside = named.get("beside")  # states that were saved before there was this do not tell
     if beside is not None:
-        other = Path(os.path.normpath(folder.resolve() / beside))
+        neighbour = Path(os.path.normpath(folder.resolve() / beside))
         # The folder may have been moved alone, to where there is another memory.
-        if record_path(other, named["commit"]).exists():
-            candidates.append(other)
+        if record_path(neighbour, named["commit"]).exists():
+            candidates.append(neighbour)
     candidates.append(store_path(named["path"]))
     for path in candidates:
         if path.exists():

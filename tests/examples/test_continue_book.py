@@ -203,6 +203,7 @@ def test_a_killed_reading_goes_on(
     code, _, error = main("continue", "--out", out, "--at", len(text.encode()))
     assert (code, error.count("\n")) == (2, 1)
     assert "so far, not to" in error
+    assert main("continue", "--out", out, "--at", 20, "--length", 2, "--score", 2)[0] == 0
 
     assert main(*command)[0] == 0
     saved = [path.name for path in sorted((out / "states").iterdir())]
@@ -319,6 +320,17 @@ def test_attention(load: Load, models: Callable[[str], Path], monkeypatch: pytes
     assert not any("attend" in vars(branch) for block in model.typed_blocks() for branch in block.memories())
 
 
+def test_attention_by_set(load: Load) -> None:
+    weights = torch.rand(2, 4, 3, 5)  # two chunks of three tokens, two heads for each of two sets
+    found = load("continue_book_text").by_set(weights, 2, 1, 5)
+    assert found.shape == (2, 2, 3, 5)
+    for token in range(6):
+        chunk, place = divmod(token, 3)
+        for number in range(2):
+            expected = weights[chunk, 2 * number : 2 * number + 2, place].sum(0) / 4 * (1 <= token < 5)
+            np.testing.assert_allclose(found[chunk, number, place], expected, rtol=1e-6)
+
+
 def folder_of(load: Load, text: str, tmp_path: Path, tokenizer: Path | None = None) -> Any:
     """The folder of a book that is not read yet."""
     folders = load("continue_book_folder")
@@ -335,12 +347,15 @@ def test_passages(load: Load, tmp_path: Path) -> None:
     texts = load("continue_book_text")
     letters = "".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=400))
     folder = folder_of(load, letters, tmp_path)
-    # Two sets of two rows each, for the first 50 tokens and for the others.
-    positions = np.array([[[10, 330], [20, 250]]]), np.array([[[10, -1], [200, 100]]])
-    weights = np.zeros((2, 1, 2, 50, 2), dtype=np.float32)
-    weights[0, 0, :, 7] = [[0.25, 0.125], [0.0, 0.25]]
-    weights[1, 0, :, 9] = [[0.5, 0.0], [0.0, 0.0]]
-    weights[1, 0, :, 30] = [[0.125, 0.0], [0.0625, 0.0625]]
+    # Two sets of two rows each, for the first 50 tokens, and for two chunks of 25 of the others.
+    positions = (
+        np.array([[[10, 330], [20, 250]]]),
+        np.array([[[10, -1], [30, 40]], [[10, -1], [200, 100]]]),
+    )
+    weights = np.zeros((1, 2, 50, 2), dtype=np.float32), np.zeros((2, 2, 25, 2), dtype=np.float32)
+    weights[0][0, :, 7] = [[0.25, 0.125], [0.0, 0.25]]
+    weights[1][0, :, 9] = [[0.5, 0.0], [0.0, 0.0]]
+    weights[1][1, :, 5] = [[0.125, 0.0], [0.0625, 0.0625]]
     looks = [texts.Looks(300 + 50 * i, 50, positions[i], weights[i]) for i in range(2)]
     reading = texts.reading(folder, looks, torch.tensor([256, *letters.encode()]), 300)
     of_book = 0.25 + 0.25 + 0.5 + 0.125 + 0.0625 + 0.0625
