@@ -18,7 +18,8 @@ Load = Callable[[str], ModuleType]
 STEPS = 4
 SIZES = (
     f"--split both --steps {STEPS} --streams 2 --segment-len 16 --mem-len 16 --dim 16 --depth 2 --heads 2 "
-    "--dim-head 8 --memory-layers 2 --num-tokens-kv 4 --num-content-tokens-kv 2 --routing-chunk 4 --capacity 48"
+    "--dim-head 8 --memory-layers 2 --num-tokens-kv 4 --num-content-tokens-kv 2 --routing-chunk 4 "
+    "--capacity 48"
 ).split()
 RUNS = ("10m:bytes:xl,content:0,1", "10m:bpe280:xl:0")
 NAMES = ("bytes-xl-0", "bytes-xl-1", "bytes-content-0", "bytes-content-1", "bpe280-xl-0")
