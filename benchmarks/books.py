@@ -120,7 +120,8 @@ def work(runs: list[GridRun], out: Path, others: list[str], interrupt: Interrupt
         else:
             print(f"run {number} of {len(runs)}: {run.name}", flush=True)
             make(run, command, interrupt)
-        if command.keep_bf16 and not (folder / run.mode / "model-bf16").exists():
+        shutil.rmtree(folder / run.mode / "checkpoints", ignore_errors=True)
+        if command.keep_bf16 and not (folder / run.mode / "model-bf16" / "config.json").exists():
             keep_bf16((run.mode,), folder)
 
 
@@ -139,7 +140,6 @@ def make(run: GridRun, command: Command, interrupt: Interrupt) -> None:
         trained_bpe(corpus, int(run.tokenizer.removeprefix("bpe")), Path(settings.tokenizer))
     with open_run(command, interrupt) as opened:
         run_mode(run.mode, opened)
-        shutil.rmtree(command.out / run.mode / "checkpoints", ignore_errors=True)
 
 
 if __name__ == "__main__":
