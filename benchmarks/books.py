@@ -5,7 +5,8 @@
 
 A run is SIZE:TOKENIZER:MODE:SEED: a preset and a mode of examples/pg19.py, and "bytes" or "bpeN", a BPE of N
 tokens, which is trained on the training books once for all runs. Commas make several runs of one, in order:
-10m:bytes:xl,content:0,1,2. All other options are those of examples/pg19.py, the same for all runs.
+10m:bytes:xl,content:0,1,2. A fifth part is an option of these alone: 10m:bytes:content:0:routing-chunk=1. All
+other options are those of examples/pg19.py, the same for all runs.
 
 Each run has a folder in --out, as examples/pg19.py makes it, but without the proof of persistence and the
 sample of text. Once --stop-after seconds have passed, or on Ctrl-C, the run at work is checkpointed; the exit
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -80,19 +82,20 @@ def find_runs(texts: list[str], option: str) -> list[GridRun]:
     found: dict[GridRun, None] = {}
     for text in texts:
         parts = [part.split(",") for part in text.split(":")]
-        if len(parts) != 4:
+        if len(parts) not in (4, 5):
             raise UserError(f"{option}: expected SIZE:TOKENIZER:MODE:SEED, got {text!r}")
-        for size, tokenizer, mode, seed in itertools.product(*parts):
+        for size, tokenizer, mode, seed, *own in itertools.product(*parts):
             tokens = tokenizer.removeprefix("bpe")
             for what, known in (
                 (f"a size of {', '.join(PRESETS)}", size in PRESETS),
                 ("bytes, or bpe and a number above 256", tokenizer == "bytes" or _is_number(tokens, 257)),
                 (f"a mode of {', '.join(MODES)}", mode in MODES),
                 ("a seed of 0 or more", _is_number(seed, 0)),
+                ("an option like routing-chunk=1", all(re.fullmatch(r"[a-z-]+=[\w.]+", o) for o in own)),
             ):
                 if not known:
                     raise UserError(f"{option}: expected {what}, got {text!r}")
-            found[GridRun(size, tokenizer, mode, int(seed))] = None
+            found[GridRun(size, tokenizer, mode, int(seed), *own)] = None
     return list(found)
 
 
@@ -112,6 +115,8 @@ def work(runs: list[GridRun], out: Path, others: list[str], interrupt: Interrupt
         arguments = ["--preset", run.size, "--modes", run.mode, "--seed", str(run.seed), "--out", str(folder)]
         if run.tokenizer != "bytes":
             arguments += ["--tokenizer", str(out / f"{run.tokenizer}.json")]
+        if run.option:
+            arguments.append(f"--{run.option}")
         if (folder / "settings.json").exists():
             arguments.append("--resume")
         command = parse([*others, *arguments])
@@ -120,7 +125,8 @@ def work(runs: list[GridRun], out: Path, others: list[str], interrupt: Interrupt
         else:
             print(f"run {number} of {len(runs)}: {run.name}", flush=True)
             make(run, command, interrupt)
-        if command.keep_bf16 and not (folder / run.mode / "model-bf16").exists():
+        shutil.rmtree(folder / run.mode / "checkpoints", ignore_errors=True)
+        if command.keep_bf16 and not (folder / run.mode / "model-bf16" / "config.json").exists():
             keep_bf16((run.mode,), folder)
 
 
@@ -139,7 +145,6 @@ def make(run: GridRun, command: Command, interrupt: Interrupt) -> None:
         trained_bpe(corpus, int(run.tokenizer.removeprefix("bpe")), Path(settings.tokenizer))
     with open_run(command, interrupt) as opened:
         run_mode(run.mode, opened)
-        shutil.rmtree(command.out / run.mode / "checkpoints", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -28,22 +28,24 @@ from xlroute import RoutedTransformerXL
 
 PART_BYTES = 15 * 2**20  # of a part of weights.tar
 MOST_PARTS = 4
+XL = ("xl", "", False)  # what others are compared with
 # What a run is copied home with, besides its routing picture.
 KEPT = ("settings.json", "metrics.jsonl")
 
 
 class GridRun(NamedTuple):
-    """One run: a preset, "bytes" or "bpeN", a mode, and a seed."""
+    """One run: a preset, "bytes" or "bpeN", a mode, a seed, and an option of its own, if any."""
 
     size: str
     tokenizer: str
     mode: str
     seed: int
+    option: str = ""
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return "-".join(map(str, self))
+        return "-".join(str(part) for part in self if part != "")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def finished_runs(out: Path) -> list[Finished]:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         tokenizer = Path(settings["tokenizer"]).stem if settings["tokenizer"] else "bytes"
         run = GridRun(settings["preset"], tokenizer, mode, settings["seed"])
+        run = run._replace(option=folder.name.removeprefix(run.name).removeprefix("-"))
         found.append(Finished(run, folder, settings, json.loads(path.read_text(encoding="utf-8"))))
     sizes = list(PRESETS)
     return sorted(
@@ -74,6 +77,7 @@ def finished_runs(out: Path) -> list[Finished]:
             len(each.run.tokenizer),  # so that BPEs come by their number of tokens
             each.run.tokenizer,
             MODES.index(each.run.mode),
+            each.run.option,
             each.run.seed,
         ),
     )
@@ -111,8 +115,9 @@ def write_report(out: Path, weights: Sequence[GridRun]) -> Path:
 def _check_alike(group: list[Finished]) -> None:
     first = group[0]
     for other in group[1:]:
+        own = {each.run.option.partition("=")[0].replace("-", "_") for each in (first, other)}
         for name, value in first.settings.items():
-            if name not in ("modes", "seed") and other.settings[name] != value:
+            if name not in {"modes", "seed", *own} and other.settings[name] != value:
                 raise UserError(
                     f"{first.run.name} and {other.run.name} cannot be compared: {name} {value!r} and "
                     f"{other.settings[name]!r}"
@@ -217,18 +222,22 @@ def _sums(row: dict[str, Any], split: str, kinds: tuple[str, ...]) -> tuple[floa
     return sum(each["nats"] for each in chosen), sum(each["bytes"] for each in chosen)
 
 
-def _by_mode(group: list[Finished]) -> dict[tuple[str, bool], dict[int, dict[str, Any]]]:
-    """The rows of each mode, with its memory and with that emptied, by seed."""
-    rows: dict[tuple[str, bool], dict[int, dict[str, Any]]] = {}
+Kind = tuple[str, str, bool]  # mode, option, whether the memory is emptied
+
+
+def _by_kind(group: list[Finished]) -> dict[Kind, dict[int, dict[str, Any]]]:
+    """The rows of each kind of model, by seed."""
+    rows: dict[Kind, dict[int, dict[str, Any]]] = {}
     for each in group:
         for row in each.rows:
-            rows.setdefault((row["mode"], row["emptied"]), {})[each.run.seed] = row
+            kind = (each.run.mode, each.run.option, row["emptied"])
+            rows.setdefault(kind, {})[each.run.seed] = row | {"option": each.run.option}
     return rows
 
 
 def _table(columns: Sequence[Column], group: list[Finished]) -> str:
-    rows = _by_mode(group)
-    xl = rows.get(("xl", False), {})
+    rows = _by_kind(group)
+    xl = rows.get(XL, {})
     titles = ["mode", "seeds"]
     for column in columns:
         titles += [column.title, "to XL"] if column.compared else [column.title]
@@ -241,7 +250,7 @@ def _table(columns: Sequence[Column], group: list[Finished]) -> str:
             if column.compared:
                 references = {seed: column.value(row) for seed, row in xl.items()}
                 pairs = [(n, references.get(seed)) for seed, n in numbers.items()]
-                shares = [n / r - 1 for n, r in pairs if n and r and kind != ("xl", False)]
+                shares = [n / r - 1 for n, r in pairs if n and r and kind != XL]
                 line.append(_spread(shares, "+.2%"))
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -280,7 +289,7 @@ def _draw(path: Path, groups: dict[tuple[str, str], list[Finished]]) -> None:
         len(groups), 2, figsize=(14, 5 * len(groups)), layout="constrained", squeeze=False
     )
     for ((size, tokenizer), group), (absolute, compared) in zip(groups.items(), panels, strict=True):
-        draw_along(absolute, compared, [_mean_row(list(rows.values())) for rows in _by_mode(group).values()])
+        draw_along(absolute, compared, [_mean_row(list(rows.values())) for rows in _by_kind(group).values()])
         absolute.set_title(f"{size}, {tokenizer}: held-out books")
         absolute.legend(loc="upper right", fontsize="small", ncols=2)
         low, high = absolute.get_ylim()

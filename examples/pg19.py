@@ -224,7 +224,7 @@ def table_row(mode: str, training: Training, result: Evaluation, corpus: Corpus)
         "word_perplexity": word_perplexity(result.nats, corpus.words),
         "nats": result.nats,
         "tokens": result.tokens,
-        "kinds": by_kind(result.kind_nats.sum(axis=0), sum(result.kind_bytes[1:], result.kind_bytes[0])),
+        "kinds": by_kind(result.kind_nats.sum(axis=0), result.kind_bytes.sum(axis=0)),
         "books": [
             {"title": book.title, "split": book.split, "words": book.words, "kinds": by_kind(nats, sizes)}
             for book, nats, sizes in zip(corpus.held_out, result.kind_nats, result.kind_bytes, strict=True)

@@ -46,6 +46,9 @@ SAMPLE_LEN = 600  # tokens
 class Evaluation:
     """What reading whole books gave."""
 
+    # Of each book, by the kinds of tokens that `kinds_of_tokens` tells apart.
+    kind_nats: npt.NDArray[np.float64]
+    kind_bytes: npt.NDArray[np.int64]
     nats: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
@@ -53,9 +56,6 @@ class Evaluation:
     bin_width: int = 1  # tokens
     bin_nats: list[float] = field(default_factory=lambda: [0.0] * BINS)
     bin_bytes: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
-    # Of each book, by the kinds of tokens that `kinds_of_tokens` tells apart.
-    kind_nats: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, len(KINDS))))
-    kind_bytes: list[npt.NDArray[np.int64]] = field(default_factory=list)
     segment_nats: list[float] = field(default_factory=list)  # of each segment of each book, in reading order
     gate_sums: list[float] = field(default_factory=list)  # the sum of the gates over the budget, by segment
     gradient_shares: list[float] = field(default_factory=list)  # of the chosen rows, by segment
@@ -83,9 +83,9 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
     documents = [tokenizer.encode(book.text) for book in run.corpus.held_out]
     longest = max(len(document) for document in documents)
     streams = min(len(documents), settings.streams)
-    result = Evaluation(bin_width=-(-longest // BINS))
+    shape = (len(documents), len(KINDS))
+    result = Evaluation(np.zeros(shape), np.zeros(shape, dtype=np.int64), bin_width=-(-longest // BINS))
     kinds = []  # of each token: number of the book x kinds + kind
-    result.kind_nats = np.zeros((len(documents), len(KINDS)))
     for number, book in enumerate(run.corpus.held_out):
         starts = tokenizer.starts(book.text)
         of_book = kinds_of_tokens(
@@ -93,7 +93,7 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
         )
         kinds.append(number * len(KINDS) + of_book)
         sizes = np.diff(starts, append=len(book.text))
-        result.kind_bytes.append(np.bincount(of_book, weights=sizes, minlength=len(KINDS)).astype(np.int64))
+        result.kind_bytes[number] = np.bincount(of_book, weights=sizes, minlength=len(KINDS))
         places = np.arange(len(starts)) // settings.segment_len * settings.segment_len // result.bin_width
         result.bin_bytes += np.bincount(places, weights=sizes, minlength=BINS).astype(np.int64)
     state = initial_state(model, settings, streams)
@@ -126,7 +126,7 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
             result.segment_nats += nats
             result.kind_nats += np.bincount(
                 of_kind.flatten(), weights=by_token.cpu().flatten(), minlength=result.kind_nats.size
-            ).reshape(result.kind_nats.shape)
+            ).reshape(shape)
             result.tokens += int(lengths.sum())
             result.memory_rows = max(result.memory_rows, memory_rows(state))
             for stream in range(streams):

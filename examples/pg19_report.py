@@ -84,8 +84,9 @@ class Routing:
 
 
 def label(row: dict[str, Any]) -> str:
-    """What a row of the table is called on its own."""
-    return LABELS[row["mode"]] + (", emptied" if row["emptied"] else "")
+    """What a row of a table is called on its own, with the option that its run had besides, if any."""
+    option = f", {row['option']}" if row.get("option") else ""
+    return LABELS[row["mode"]] + option + (", emptied" if row["emptied"] else "")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -177,7 +178,7 @@ def draw_along(absolute: Axes, compared: Axes, rows: list[dict[str, Any]]) -> No
         difference = [row["bin_bits"][i] - reference["bin_bits"][i] for i in counted]
         style: dict[str, Any] = {
             "color": COLOURS[row["mode"]],
-            "linestyle": ":" if row["emptied"] else "-",
+            "linestyle": ":" if row["emptied"] else "--" if row.get("option") else "-",
             "marker": ".",
             "markersize": 4,
         }

@@ -21,8 +21,15 @@ SIZES = (
     "--dim-head 8 --memory-layers 2 --num-tokens-kv 4 --num-content-tokens-kv 2 --routing-chunk 4 "
     "--capacity 48"
 ).split()
-RUNS = ("10m:bytes:xl,content:0,1", "10m:bpe280:xl:0")
-NAMES = ("bytes-xl-0", "bytes-xl-1", "bytes-content-0", "bytes-content-1", "bpe280-xl-0")
+RUNS = ("10m:bytes:xl,content:0,1", "10m:bytes:content:0:routing-chunk=2", "10m:bpe280:xl:0")
+NAMES = (
+    "bytes-xl-0",
+    "bytes-xl-1",
+    "bytes-content-0",
+    "bytes-content-1",
+    "bytes-content-0-routing-chunk=2",
+    "bpe280-xl-0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +81,7 @@ def test_a_grid_is_stopped_goes_on_and_is_reported(
     assert grid.main([*command, "--keep-bf16"]) == 0
     assert steps == [
         ((mode,), seed, number)
-        for mode, seed in (("xl", 0), ("xl", 1), ("content", 0), ("content", 1), ("xl", 0))
+        for mode, seed in (("xl", 0), ("xl", 1), ("content", 0), ("content", 1), ("content", 0), ("xl", 0))
         for number in range(STEPS)
     ]
     assert {path.name for path in out.iterdir()} == {f"10m-{name}" for name in NAMES} | {"bpe280.json"}
@@ -106,7 +113,7 @@ def test_a_grid_is_stopped_goes_on_and_is_reported(
         names = archive.getnames()
     assert {f"10m-{name}/metrics.jsonl" for name in NAMES} <= set(names)
     assert [name for name in names if name.endswith("routing.png")] == [
-        f"10m-bytes-content-{seed}/content/routing.png" for seed in (0, 1)
+        f"10m-bytes-content-{seed}/content/routing.png" for seed in ("0", "1", "0-routing-chunk=2")
     ]
     with tarfile.open(fileobj=io.BytesIO((folder / "weights.tar.0").read_bytes())) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -151,13 +158,15 @@ def check_tables(report: str, out: Path) -> None:
     shares = [a / b - 1 for a, b in zip(*nats, strict=True)]
     assert line.split(" | ")[3] == f"{mean(shares):+.2%} ± {abs(shares[0] - shares[1]) / 2:.2%}"
     assert report.count("## 10m, ") == 2
+    assert report.count("| XL + content memory, routing-chunk=2 | 0 |") == 3
 
 
 def check_csv(path: Path, out: Path) -> None:
     lines = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    assert len(lines) == 7
+    assert len(lines) == 9
     for line in lines:
-        row = rows_of(out, f"{line['tokenizer']}-{line['mode']}-{line['seed']}")[line["emptied"] == "True"]
+        parts = (line[name] for name in ("tokenizer", "mode", "seed", "option") if line[name])
+        row = rows_of(out, "-".join(parts))[line["emptied"] == "True"]
         assert float(line["bits_per_byte"]) == row["bits_per_byte"]
         assert int(line["beyond_bytes"]) == row["kinds"]["beyond"]["bytes"]
 
@@ -188,6 +197,7 @@ def test_weights_are_cut_in_parts(load: Load, tmp_path: Path, monkeypatch: pytes
             "--runs: expected a mode of none, xl, learned, content, both, random",
         ),
         ("--runs 10m:bytes:xl:0,-1", "--runs: expected a seed of 0 or more"),
+        ("--runs 10m:bytes:xl:0:chunk", "--runs: expected an option like routing-chunk=1"),
         ("--runs 10m:bytes:xl:0 --seed 1", "--seed: --runs says it"),
         ("--runs 10m:bytes:xl:0 --colour red", "unrecognized arguments: --colour red"),
         ("--runs 10m:bytes:xl:0 --data nowhere", "no such folder: nowhere"),

@@ -10,6 +10,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
+
+from xlroute import RoutedTransformerXL
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHARACTERS = "aabAé œ ½2_-’\r\n🐳"
@@ -89,6 +92,37 @@ def test_what_is_in_sight_ends_with_the_window(words: ModuleType) -> None:
     assert check(words, text, starts, 4, 2)[6:] == ["beyond"] * 2
     assert check(words, text, starts, 8, 0)[6:] == ["in sight"] * 2
     assert check(words, "ab Ab ab", starts, 8, 0)[3:5] == ["new"] * 2
+
+
+@pytest.mark.parametrize("mem_len", [0, 3, 6])
+def test_in_sight_is_what_attention_reaches(words: ModuleType, mem_len: int) -> None:
+    """In a model of one block, in which a token is seen through attention to it alone."""
+    segment_len, length = 4, 16
+    model = RoutedTransformerXL(
+        vocab_size=20, dim=16, depth=1, heads=2, dim_head=8, mem_len=mem_len, memory_layers=()
+    ).double()
+
+    @torch.no_grad()
+    def read(tokens: torch.Tensor) -> torch.Tensor:
+        state = model.initial_state(streams=len(tokens))
+        logits = []
+        for piece in torch.split(tokens, segment_len, dim=1):
+            out, state = model(piece, state)
+            logits.append(out)
+        return torch.cat(logits, dim=1)
+
+    tokens = torch.randint(19, (length,)).repeat(length + 1, 1)
+    tokens[range(length), range(length)] += 1  # in each row another place, and none in the last
+    logits = read(tokens)
+    changes = (logits[:-1] - logits[-1]).abs().amax(dim=-1)  # [place that differs, place of the logits]
+    reached = changes > 1e-10  # beyond rounding
+    for place in range(2, length):
+        for before in range(place - 1):
+            text = [" "] * length
+            text[before] = text[place] = "a"
+            kind = check(words, "".join(text), list(range(length)), segment_len, mem_len)[place]
+            # What place t reads is token t - 1.
+            assert (kind == "in sight") == bool(reached[before + 1, place])
 
 
 def test_no_words(words: ModuleType) -> None:
