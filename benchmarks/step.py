@@ -148,10 +148,10 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Progress()
     tiny = options.sizes == ["tiny"]
     # Each number of streams is compiled for, and none falls back to running without.
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    with on_one_stream(device):
+    compiling = torch._dynamo.config.patch(
+        automatic_dynamic_shapes=False, recompile_limit=64, fail_on_recompile_limit_hit=True
+    )
+    with on_one_stream(device), compiling:
         machine = describe(device, Sizes(copy_bytes=1 << 20) if tiny else Sizes())
         rates = measured_rates(device, machine, 64 if tiny else PRODUCT_SIZE)
         for size in (SIZES[name] for name in options.sizes):
@@ -197,8 +197,9 @@ def steps(
     compile_blocks(model)
     remembers = bool(model.memory_layers)
     streams = [(m, size.streams(m)) for m in rows]
-    for m, b in streams if remembers else [(0, b) for b in dict.fromkeys(b for _, b in streams)]:
-        reader = Reader(model, streams=b, rows=m)
+
+    def of_reader(rows: int, streams: int) -> Iterator[Result]:
+        reader = Reader(model, streams=streams, rows=rows)
         share = reader.gradient_share() if remembers else None
         result = partial(measured, reader, size=size.name, mode=mode, gradient_share=share)
         if "step" in parts:
@@ -213,6 +214,9 @@ def steps(
                     reader.verify_part,
                     floor=rates.milliseconds(memory_floor(reader, training=training)),
                 )
+
+    for m, b in streams if remembers else [(0, b) for b in dict.fromkeys(b for _, b in streams)]:
+        yield from of_reader(m, b)  # whose memory goes before the next comes
 
 
 def with_gradient(size: Size, mode: str, grad_segments: int, device: torch.device) -> Iterator[Result]:

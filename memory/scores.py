@@ -262,6 +262,7 @@ class StoredScores:
         # As in `Scoring.copy`.
         with torch.inference_mode(False), torch.no_grad():
             self._values = torch.empty(len(scoring.tokens), 0, dtype=self._dtype, device=self._device)
+        self._scoring = scoring.copy()
         self._base = self._first = self._stop = start
         on_disk = self._persisted
         found = on_disk is not None and on_disk.stop > start and self._finds(start, scoring)
