@@ -18,8 +18,8 @@ from routing_settings import normal
 from torch import Tensor, nn
 
 from xlroute import RoutedTransformerXL, TransformerXLState
-from xlroute.blocks import RoutedMemoryAttention, RoutedRows
-from xlroute.content_routing import TokenRouting
+from xlroute.blocks import MemoryBranch, RoutedMemoryAttention, RoutedRows
+from xlroute.token_memory import TokenMemoryAttention, TokenRows
 
 FILLED_AT_ONCE = 8192  # rows of each stream
 VOCABULARY = 256  # bytes
@@ -195,7 +195,7 @@ class Reader:
         entering = [x.requires_grad_(training) for x in entering]
         leaving = torch.stack(entering).detach()
 
-        def attend(branch: RoutedMemoryAttention, rows: RoutedRows, x: Tensor) -> Tensor:
+        def attend(branch: MemoryBranch, rows: RoutedRows | TokenRows, x: Tensor) -> Tensor:
             return branch.gated(x, branch.context(rows), None)
 
         if device.type == "cuda":
@@ -271,23 +271,29 @@ def memory_floor(reader: Reader, *, training: bool) -> Floor:
     for number in model.memory_layers:
         reads = 0  # of all rows, for whichever branches need them
         for branch in model.typed_blocks()[number - 1].memories():
-            content, r, k = branch.content_routing, branch.sets, branch.num_tokens_kv
+            assert isinstance(branch, (RoutedMemoryAttention, TokenMemoryAttention))
+            r, k, inner = branch.sets, branch.num_tokens_kv, branch.to_out.in_features
             assert isinstance(k, int)
-            inner = branch.to_q.out_features
-            chunks = 1 if content is None else -(-n // content.chunk)
-            chosen = b * chunks * r * min(k, m)
-            floor.read += (2 if training else 1) * 2 * chosen * d * itemsize  # they, and what followed them
-            attention = 4 * b * n * d * inner + 4 * chosen * d * inner // r + 4 * b * n * min(k, m) * inner
-            floor.products += (3 if training else 1) * attention
-            if isinstance(content, TokenRouting):
-                width = content.projection.shape[1]
+            k = min(k, m)
+            if isinstance(branch, TokenMemoryAttention):
+                width = branch.content_routing.projection.shape[1]
+                # What followed the chosen rows, each once for all tokens; sums of those, values and output.
+                floor.read += (2 if training else 1) * min(b * n * r * k, b * m) * d * itemsize
+                attention = 2 * b * n * branch.heads * k * d + 4 * b * n * d * inner
+                floor.products += (3 if training else 1) * attention
                 floor.products += 2 * b * n * r * width * (d + m)  # queries, and the search
                 if training:
                     reads = max(reads, 1)
                     floor.products += 2 * b * m * r * width * d
                 else:
                     floor.read += b * r * m * width * itemsize
-            elif content is None and not training:
+                continue
+            chunks = 1 if branch.content_routing is None else -(-n // branch.content_routing.chunk)
+            chosen = b * chunks * r * k
+            floor.read += (2 if training else 1) * 2 * chosen * d * itemsize  # they, and what followed them
+            attention = 4 * b * n * d * inner + 4 * chosen * d * inner // r + 4 * b * n * k * inner
+            floor.products += (3 if training else 1) * attention
+            if branch.content_routing is None and not training:
                 floor.read += 4 * b * r * m  # scores are float32
             else:
                 reads = max(reads, 2 if training else 1)
