@@ -192,9 +192,11 @@ def distinct(indices: Tensor, m: int) -> tuple[Tensor, Tensor]:
     Returns:
         Rows, int64 [b, u], ascending, behind them -1; and places in them, int64 [b, n]; -1 for -1.
     """
+    at = torch.where(indices < 0, m, indices)
     named = torch.zeros(len(indices), m + 1, dtype=torch.bool, device=indices.device)
-    named = named.scatter(1, torch.where(indices < 0, m, indices), True)[:, :m]
-    count = int(named.sum(1).max())
-    rows = named.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
-    places = F.pad(named.cumsum(1) - 1, (0, 1), value=-1).gather(1, torch.where(indices < 0, m, indices))
-    return torch.where(named.gather(1, rows), rows, -1), places
+    named = named.scatter(1, at, True)[:, :m]
+    places, count = named.cumsum(1) - 1, int(named.sum(1).max())
+    # Those that nothing names go to a column that is cut off again.
+    to, every = torch.where(named, places, count), torch.arange(m, device=indices.device)
+    rows = indices.new_full((len(indices), count + 1), -1).scatter(1, to, every.expand_as(to))[:, :count]
+    return rows, F.pad(places, (0, 1), value=-1).gather(1, at)
