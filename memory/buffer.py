@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xlroute.kernels import gather_pinned_rows, gather_rows, row_scores
 from xlroute.memory.log import StreamLog
-from xlroute.memory.scores import Kept, KeptScores, Scoring, StoredScores
+from xlroute.memory.scores import Kind, Scoring, StoredScores
 
 _BLOCK_ROWS = 1 << 16  # of rows in memory that are handed on at once
 
@@ -66,15 +66,14 @@ class Rows(Protocol):
             stored: Their scores, in the numbers of the log.
         """
 
-    def scores(self, tokens: Tensor, scoring: Scoring, keep: Kept = "scores") -> Tensor:
-        """Scores against routing tokens [r, d], [r, m], as from `row_scores`.
+    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
+        """Scores against routing tokens [r, d], [r, m], as from `row_scores`, with gradient to the tokens."""
 
-        Where no gradient is asked for they are kept, and only rows that are new since the last call are read;
-        unless they are not to be kept.
-        """
+    def kept(self, kind: Kind, tokens: Tensor, scoring: Scoring) -> Tensor:
+        """As `StoredScores.of`: what is kept of all rows, of which only those are read that are new to it."""
 
-    def kept_scores(self) -> KeptScores | None:
-        """The scores that are kept, if there are any."""
+    def stored_scores(self) -> tuple[StoredScores, int]:
+        """What keeps scores of the rows, and the number that the oldest row has there."""
 
 
 class _Buffer:
@@ -160,22 +159,23 @@ class RowSpan:
     def prefetch(self, index: Tensor) -> None:
         """They are there."""
 
-    def scores(self, tokens: Tensor, scoring: Scoring, keep: Kept = "scores") -> Tensor:
+    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
         """See `Rows`."""
-        if keep is None or (torch.is_grad_enabled() and tokens.requires_grad):
-            return row_scores(self.view(), tokens, **scoring._asdict())
+        return row_scores(self.view(), tokens, **scoring._asdict())
+
+    def kept(self, kind: Kind, tokens: Tensor, scoring: Scoring) -> Tensor:
+        """See `Rows`."""
         rows, number = self._buffer.target, self._buffer.number
 
         def read(start: int, stop: int) -> tuple[Tensor]:
             return (rows[start - number : stop - number],)
 
-        stored = self._buffer.scores.of_kind(keep)
+        stored = self._buffer.scores.of_kind(kind)
         return stored.of(number + self._start, number + self._stop, tokens, scoring, read)
 
-    def kept_scores(self) -> KeptScores | None:
+    def stored_scores(self) -> tuple[StoredScores, int]:
         """See `Rows`."""
-        number = self._buffer.number
-        return self._buffer.scores.kept(number + self._start, number + self._stop)
+        return self._buffer.scores, self._buffer.number + self._start
 
     def dropped(self, count: int) -> RowSpan:
         """The span without its `count` oldest rows."""

@@ -15,7 +15,7 @@ from xlroute.memory.chunks import Chunks
 from xlroute.memory.layout import DTYPES
 from xlroute.memory.log import Extent, StreamLog
 from xlroute.memory.rows_bytes import Bytes
-from xlroute.memory.scores import Kept, KeptScores, Scoring, StoredScores
+from xlroute.memory.scores import Kind, Scoring, StoredScores
 
 
 class ColdRows:
@@ -144,7 +144,16 @@ class ColdRows:
             return self._span.anew(log, room, stored)
         return ColdRows(self._files, self._layer, self.stream, log, self._device, stored)
 
-    def scores(self, tokens: Tensor, scoring: Scoring, keep: Kept = "scores") -> Tensor:
+    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
+        """See `Rows`. All rows are read.
+
+        Raises:
+            CorruptionError: A row, or the file it is in, is damaged or missing.
+            CommitNotFoundError: The rows are gone because the commit was dropped.
+        """
+        return self.span().scores(tokens, scoring)
+
+    def kept(self, kind: Kind, tokens: Tensor, scoring: Scoring) -> Tensor:
         """See `Rows`. All rows are read where there are no scores of these tokens on disk.
 
         Raises:
@@ -152,18 +161,15 @@ class ColdRows:
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
         first = self._log.oldest
-        differentiated = torch.is_grad_enabled() and tokens.requires_grad
-        if self._span is None and keep is not None and not differentiated:
-            stored = self.stored.of_kind(keep)
+        if self._span is None:
+            stored = self.stored.of_kind(kind)
             if stored.serves(first, tokens, scoring):
                 return stored.of(first, self._log.end, tokens, scoring, partial(self._numbered_blocks, first))
-        return self.span().scores(tokens, scoring, keep)
+        return self.span().kept(kind, tokens, scoring)
 
-    def kept_scores(self) -> KeptScores | None:
+    def stored_scores(self) -> tuple[StoredScores, int]:
         """See `Rows`."""
-        if self._span is not None:
-            return self._span.kept_scores()
-        return self.stored.kept(self._log.oldest, self._log.end)
+        return (self.stored, self._log.oldest) if self._span is None else self._span.stored_scores()
 
     def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """See `Rows`.

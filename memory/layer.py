@@ -15,7 +15,10 @@ from xlroute.memory.buffer import Rows
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.log import StreamLog
 from xlroute.memory.routing_keys import routing_keys
-from xlroute.memory.scores import Kept, LatestScores, Scoring
+from xlroute.memory.scores import Kind, LatestScores, Scoring
+
+# Whether scores are kept for the next call; "first" for those that each row got first.
+Keep = bool | Literal["first"]
 
 
 def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
@@ -257,7 +260,7 @@ class MemoryLayer:
         normalize: Literal["rms", "l2"] | None,
         scale: float,
         backend: Backend | None = None,
-        keep: bool = True,
+        keep: Keep = True,
     ) -> Tensor:
         """Scores every row against routing tokens: `scale * <normalize(row), token>`.
 
@@ -265,13 +268,18 @@ class MemoryLayer:
         the same, a call reads only rows that are new, and gives the same bits as one that reads all. A store
         with eviction "lowest_score" goes by what its layers were scored with last, if that was to be kept.
 
+        Where tokens change from call to call, as in training, each row can keep the score that it got first,
+        from the first such call that found it. These are kept besides, in memory alone: after opening a
+        store, and for rows that are written anew since others have left from between them, the next call is
+        the first one. `score_ages` tells when it was.
+
         Args:
             tokens: Routing tokens, [r, d] for all streams or [b, r, d].
             normalize: How rows are normalised first: "rms", "l2" or None.
             scale: Factor on the scores.
             backend: As for `xlroute.kernels.row_scores`.
             keep: Keep the scores for the next call; False for tokens that will not come again, beside which
-                those that are kept stay.
+                those that are kept stay; "first" for the scores that rows got first, without gradient.
 
         Returns:
             Scores, [b, r, m], float32 (float64 for float64 rows), differentiable in `tokens`; columns beyond
@@ -284,9 +292,14 @@ class MemoryLayer:
         streams, longest, _ = self.shape
         per_stream = self.tokens_of_streams(tokens)
         scoring = Scoring(normalize, scale, backend)
-        kind: Kept = "scores" if keep else None
+        kind: Kind | None = None
+        if keep == "first":
+            kind = "first scores"
+        elif keep and not (torch.is_grad_enabled() and tokens.requires_grad):
+            kind = "scores"
         scores = [
-            rows.scores(token, scoring, kind) for rows, token in zip(self._streams, per_stream, strict=True)
+            rows.scores(token, scoring) if kind is None else rows.kept(kind, token, scoring)
+            for rows, token in zip(self._streams, per_stream, strict=True)
         ]
         # What a CUDA graph computes is there only once it runs.
         capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -297,14 +310,15 @@ class MemoryLayer:
         return torch.stack([F.pad(each, (0, longest - each.shape[-1])) for each in scores])
 
     @torch.no_grad()
-    def keys(self, projection: Tensor, *, keep: bool) -> Tensor:
+    def keys(self, projection: Tensor, *, keep: Keep) -> Tensor:
         """Routing keys of every row, see `routing_keys`.
 
         Args:
             projection: [r, e, d].
             keep: Keep the projected rows in memory, beside the scores: as long as the projection stays the
                 same, a call projects only rows that are new. False for a projection that is about to change:
-                matrix products are faster, if not the same to the bit whatever other rows there are.
+                matrix products are faster, if not the same to the bit whatever other rows there are. "first"
+                for the keys that rows got first, as for `scores`.
 
         Returns:
             Keys, [b, r, m, e], of the rows' type, without gradient; those beyond a stream's length mean
@@ -318,8 +332,10 @@ class MemoryLayer:
         scoring = Scoring("rms", 1.0, None)
 
         def of_stream(rows: Rows) -> Tensor:
+            if keep == "first":
+                return rows.kept("first keys", projection, scoring)
             if keep:
-                values = rows.scores(projection.flatten(0, 1), scoring, "keys")
+                values = rows.kept("keys", projection.flatten(0, 1), scoring)
                 return F.normalize(values.view(r, e, -1), dim=1).mT
             if isinstance(rows, ColdRows):
                 rows = rows.span()  # which stays in memory, as for scores
@@ -327,4 +343,29 @@ class MemoryLayer:
             return torch.cat([projection.new_empty(0, r, e), *blocks]).transpose(0, 1)
 
         keys = [of_stream(rows).to(self.dtype) for rows in self._streams]
-        return torch.stack([F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in keys])
+        if not self.even:
+            keys = [F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in keys]
+        return torch.stack(keys)
+
+    def score_ages(self, indices: Tensor, kind: Literal["first scores", "first keys"]) -> Tensor:
+        """How many rows the stream has appended since each of these got its first scores or keys.
+
+        Args:
+            indices: int64 [b, ...], all in range, as for `take`, of rows that have some; -1 means no row.
+            kind: Which of both.
+
+        Returns:
+            int64 of the same shape, 0 for rows that were scored after the newest had come; -1 for no row.
+        """
+        found = [rows.stored_scores() for rows in self._streams]
+        lengths = self.lengths.tolist()
+        ends = [
+            [end - first for end in stored.of_kind(kind).ends(first, first + length)]
+            for (stored, first), length in zip(found, lengths, strict=True)
+        ]
+        times = 1 + max(map(len, ends))
+        ends = [each + [length] * (times - len(each)) for each, length in zip(ends, lengths, strict=True)]
+        table = torch.tensor(ends, device=indices.device)  # [b, times], ascending
+        flat = indices.reshape(len(ends), -1)
+        ages = table[:, -1:] - table.gather(1, torch.searchsorted(table, flat, right=True))
+        return ages.masked_fill(flat < 0, -1).view(indices.shape)

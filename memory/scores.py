@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xlroute.kernels import Backend, row_scores
 from xlroute.kernels.arguments import compute_dtype, resolve_backend
+from xlroute.memory.routing_keys import routing_keys
 
 # Rows that are scored again before scores from disk are trusted: another machine may sum in another order.
 _SAMPLES = 16
@@ -23,9 +24,9 @@ ReadRows = Callable[[int, int], Iterable[Tensor]]
 # was scored; or what reads it from disk. None if there are no scores.
 LatestScores = Tensor | Callable[[], Tensor | None] | None
 
-# What scores are kept as: those of routing tokens or, beside them, those of a projection's rows, which are
-# routing keys. None: they are not kept.
-Kept = Literal["scores", "keys"] | None
+# What is kept of rows: scores of routing tokens; scores of a projection's rows, from which routing keys are
+# made; and, whatever weights come later, the scores and the routing keys that each row got first.
+Kind = Literal["scores", "keys", "first scores", "first keys"]
 
 
 class Scoring(NamedTuple):
@@ -93,35 +94,55 @@ class StoredScores:
     different calls stand side by side, and are those that one call would give. Rows are counted in any way in
     which a row keeps its number, and no other row ever gets it.
 
+    Of the kinds that a row gets first, each row is scored once, against the tokens of the first call that
+    finds it; other tokens later change nothing.
+
     Args:
         dtype: Type of the rows.
         device: Where the scores go.
         persisted: What is on disk, or was kept of the rows before they were written anew.
+        kind: What is kept.
     """
 
     def __init__(
-        self, dtype: torch.dtype, device: torch.device, persisted: PersistedScores | None = None
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        persisted: PersistedScores | None = None,
+        kind: Kind = "scores",
     ) -> None:
-        self._dtype = compute_dtype(dtype)  # of the scores
+        self._rows_dtype = dtype
+        self._dtype = dtype if kind == "first keys" else compute_dtype(dtype)  # of what is kept
         self._device = device
         self._persisted = persisted
+        self._kind = kind
         self._tokens: Tensor | None = None  # a copy
         self._source: tuple[int, int] | None = None  # where they came from
         self._scoring: Scoring | None = None
-        self._values = torch.empty(0, 0)  # of rows from `base` on
+        self._values = torch.empty(0, 0)  # of rows from `base` on, [r, n], or routing keys [r, n, e]
         self._base = 0
         self._first = 0  # the rows from here to `stop` have scores
         self._stop = 0
+        self._ends: list[int] = []  # where the stream ended whenever rows were scored, ascending
         self._end: int | None = None  # the last number that a row has been promised
-        self._keys: StoredScores | None = None  # of the same rows, once they are asked for
+        self._others: dict[Kind, StoredScores] = {}  # of the same rows, once they are asked for
 
-    def of_kind(self, kind: Literal["scores", "keys"]) -> StoredScores:
-        """These, the scores of routing tokens; or routing keys, which stand beside them, in memory alone."""
-        if kind == "scores":
+    def of_kind(self, kind: Kind) -> StoredScores:
+        """These, the scores of routing tokens; or what stands beside them, in memory alone."""
+        if kind == self._kind:
             return self
-        if self._keys is None:
-            self._keys = StoredScores(self._dtype, self._device)
-        return self._keys
+        if kind not in self._others:
+            self._others[kind] = StoredScores(self._rows_dtype, self._device, kind=kind)
+        return self._others[kind]
+
+    def forget_first(self) -> None:
+        """Lets go of what each row got first: all rows get it anew from the next call."""
+        self._others = {kind: each for kind, each in self._others.items() if not each._lasts}
+
+    @property
+    def _lasts(self) -> bool:
+        """Whether a row keeps what it got first."""
+        return self._kind in ("first scores", "first keys")
 
     def extended(self, start: int, stop: int) -> StoredScores:
         """The scores of a stream that goes on with the numbers `start` to `stop`.
@@ -131,20 +152,27 @@ class StoredScores:
         if self._end is None or self._end == start:
             self._end = stop
             return self
-        copy = StoredScores(self._dtype, self._device, self._persisted)
+        copy = self._up_to(start)
         copy._end = stop
-        if self._first <= start:
+        return copy
+
+    def _up_to(self, stop: int) -> StoredScores:
+        """A copy, with the scores of rows before `stop`."""
+        copy = StoredScores(self._rows_dtype, self._device, self._persisted, self._kind)
+        if self._first <= stop:
             copy._tokens, copy._scoring = self._tokens, self._scoring
-            copy._first, copy._stop = self._first, min(self._stop, start)
+            copy._first, copy._stop = self._first, min(self._stop, stop)
             copy._base = self._first
             copy._values = self._values[:, self._first - self._base : copy._stop - self._base].clone()
+            copy._ends = [min(end, stop) for end in self._ends]
+        copy._others = {kind: each._up_to(stop) for kind, each in self._others.items()}
         return copy
 
     @property
     def nbytes(self) -> int:
         """Bytes of the scores and keys that are kept, with room for those to come."""
         carried = 0 if self._carried is None else self._carried.values.nbytes
-        return self._values.nbytes + carried + (0 if self._keys is None else self._keys.nbytes)
+        return self._values.nbytes + carried + sum(each.nbytes for each in self._others.values())
 
     @property
     def _carried(self) -> KeptScores | None:
@@ -152,7 +180,7 @@ class StoredScores:
         return self._persisted if isinstance(self._persisted, KeptScores) else None
 
     def of(self, start: int, stop: int, tokens: Tensor, scoring: Scoring, read: ReadRows) -> Tensor:
-        """The scores of rows `start` to `stop`, [r, stop - start], for reading only.
+        """The scores of rows `start` to `stop`, [r, stop - start], for reading only; or keys [r, ..., e].
 
         While a CUDA graph is captured, nothing can be compared or kept. Then the tokens of the last call are
         known by where they are in memory, and all rows are scored in the graph where they are others.
@@ -160,24 +188,39 @@ class StoredScores:
         Args:
             start: First row.
             stop: Row behind the last.
-            tokens: Routing tokens, [r, d]. If they are others than last time, all rows are scored again.
+            tokens: Routing tokens, [r, d]. If they are others than last time, all rows are scored again. For
+                the keys that rows get first, the projection, [r, e, d].
             scoring: How.
             read: Gives the rows between two numbers, in blocks [k, d].
         """
         tokens = tokens.detach()
         if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
-            known = scoring == self._scoring and _source(tokens) == self._source
+            known = scoring == self._scoring and (self._lasts or _source(tokens) == self._source)
             if known and self._first <= start <= stop <= self._stop:
                 return self._values[:, start - self._base : stop - self._base]
-            parts = [row_scores(rows, tokens, **scoring._asdict()) for rows in read(start, stop)]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            parts = [self._computed(rows, tokens, scoring) for rows in read(start, stop)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if not self._has(start, tokens, scoring):
             self._begin(start, tokens, scoring, read)
         self._source = _source(tokens)
         if stop > self._stop:
             for rows in read(self._stop, stop):
-                self._add(row_scores(rows, tokens, **scoring._asdict()), start)
+                self._add(self._computed(rows, tokens, scoring), start)
+            self._ends = [*(end for end in self._ends if end > start), stop]
         return self._values[:, start - self._base : stop - self._base]
+
+    def ends(self, start: int, stop: int) -> list[int]:
+        """Where a stream that ends at `stop` now ended whenever rows from `start` on were scored, ascending.
+
+        A row was scored the first time that the stream ended behind it.
+        """
+        return [min(end, stop) for end in self._ends if end > start]
+
+    def _computed(self, rows: Tensor, tokens: Tensor, scoring: Scoring) -> Tensor:
+        """What is kept of rows [n, d]."""
+        if self._kind == "first keys":
+            return routing_keys(rows, tokens).transpose(0, 1)
+        return row_scores(rows, tokens, **scoring._asdict())
 
     def serves(self, start: int, tokens: Tensor, scoring: Scoring) -> bool:
         """Whether there are scores of these tokens, here or on disk, for rows from `start` on."""
@@ -204,7 +247,7 @@ class StoredScores:
             and self._first <= start <= self._stop
             and known.shape == tokens.shape
             and known.dtype == tokens.dtype
-            and torch.equal(known, tokens)
+            and (self._lasts or torch.equal(known, tokens))
         )
 
     def _finds(self, start: int, tokens: Tensor, scoring: Scoring) -> bool:
@@ -220,8 +263,9 @@ class StoredScores:
         # A tensor made in inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._tokens = tokens.clone()
-            self._values = torch.empty(tokens.shape[0], 0, dtype=self._dtype, device=self._device)
-        self._scoring = scoring
+            shape = (tokens.shape[0], 0, *tokens.shape[1:-1])
+            self._values = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self._scoring, self._ends = scoring, []
         self._base = self._first = self._stop = start
         on_disk = self._persisted
         found = on_disk is not None and on_disk.stop > start and self._finds(start, tokens, scoring)
@@ -241,14 +285,14 @@ class StoredScores:
             self._add(values, start)
 
     def _add(self, values: Tensor, oldest: int) -> None:
-        """Appends scores [r, n] of the rows from `stop` on; those before `oldest` may go."""
+        """Appends scores [r, n, ...] of the rows from `stop` on; those before `oldest` may go."""
         stop = self._stop + values.shape[1]
         if stop - self._base > self._values.shape[1]:
             self._first = min(max(self._first, oldest), self._stop)
             live = self._values[:, self._first - self._base : self._stop - self._base]
             with torch.inference_mode(False), torch.no_grad():
                 count = stop - self._first
-                shape = (values.shape[0], count + min(count, _MOST_ROOM))
+                shape = (values.shape[0], count + min(count, _MOST_ROOM), *values.shape[2:])
                 self._values = torch.empty(shape, dtype=self._dtype, device=self._device)
                 self._values[:, : live.shape[1]] = live
             self._base = self._first

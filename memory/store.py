@@ -561,7 +561,7 @@ class MemoryStore:
 
     def _carried(self, rows: Rows, chosen: Tensor, number: int) -> StoredScores:
         """The scores that are kept of chosen rows, which get the numbers from `number` on."""
-        kept = rows.kept_scores()
+        kept = _kept_scores(rows)
         kept = None if kept is None else kept.chosen(chosen)
         if kept is not None:
             kept = kept._replace(first=kept.first + number)
@@ -713,6 +713,18 @@ class MemoryStore:
             self._routes.reset(numbers)
         self.version += 1
 
+    def forget_first_scores(self) -> None:
+        """Lets go of the scores and keys that rows got first, see `MemoryLayer.scores`; rows get them anew.
+
+        Others who open a commit, or a copy, have none either. So what is read on from here is the same.
+
+        Raises:
+            StoreClosedError: The store was closed.
+        """
+        self._check_open()
+        for rows in itertools.chain(*self._rows):
+            rows.stored_scores()[0].forget_first()
+
     def record_routes(self) -> RouteCounts:
         """Counts from now on how often routers fetch each row, and returns the counts.
 
@@ -760,7 +772,7 @@ class MemoryStore:
         self._check_writable()
         disk = self._on_disk("commit")
         return disk.commit(
-            self._logs, self._fingerprint, self._kept_scores(), self._documents(), durable=durable
+            self._logs, self._fingerprint, self._all_scores(), self._documents(), durable=durable
         )
 
     def compact(
@@ -805,9 +817,9 @@ class MemoryStore:
             level = DEFAULT_LEVEL
         return compact_store(self._on_disk("compact"), level=level, progress=progress)
 
-    def _kept_scores(self) -> list[list[KeptScores | None]]:
+    def _all_scores(self) -> list[list[KeptScores | None]]:
         """The scores that are kept of every layer and stream."""
-        return [[rows.kept_scores() for rows in streams] for streams in self._rows]
+        return [[_kept_scores(rows) for rows in streams] for streams in self._rows]
 
     def _documents(self) -> Sequence[DocumentRoutes]:
         """What was counted of each stream of routings; empty if nothing was."""
@@ -925,7 +937,7 @@ class MemoryStore:
             self._rows,
             self._logs,
             self._fingerprint,
-            self._kept_scores(),
+            self._all_scores(),
             [document.copy() for document in self._documents()],
             durable,
         )
@@ -967,6 +979,12 @@ class MemoryStore:
                 f"{verb}: expected a store with a path, got one in memory (copy_to gives it one)"
             )
         return self._disk
+
+
+def _kept_scores(rows: Rows) -> KeptScores | None:
+    """The scores that are kept of the rows of a layer and stream, if there are any."""
+    stored, first = rows.stored_scores()
+    return stored.kept(first, first + len(rows))
 
 
 def _of_staying(scores: LatestScores, stays: range | NDArray[np.int64]) -> LatestScores:

@@ -14,7 +14,7 @@ from xlroute.memory.buffer import Rows, RowSpan, on_device
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.layout import DTYPES, Layout
 from xlroute.memory.log import StreamLog
-from xlroute.memory.scores import Kept, KeptScores, Scoring, StoredScores
+from xlroute.memory.scores import Kind, Scoring, StoredScores
 
 
 class Tiers(NamedTuple):
@@ -141,24 +141,25 @@ class TieredRows:
         hot = self._hot.dropped(max(0, len(self._hot) + new.shape[0] - most)).appended(new)
         return TieredRows(home, hot, length, self._oldest, stored)
 
-    def scores(self, tokens: Tensor, scoring: Scoring, keep: Kept = "scores") -> Tensor:
+    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
+        """See `Rows`. The rows pass through the device block by block."""
+        if self._cut == 0:
+            return self._hot.scores(tokens, scoring)
+        read_all = partial(self.blocks, 0, self._length)
+        return _ScoresOfBlocks.apply(tokens, scoring, read_all)  # type: ignore[no-any-return, no-untyped-call]
+
+    def kept(self, kind: Kind, tokens: Tensor, scoring: Scoring) -> Tensor:
         """See `Rows`. Rows that have no scores yet pass through the device block by block."""
-        if keep is None or (torch.is_grad_enabled() and tokens.requires_grad):
-            if self._cut == 0:
-                return self._hot.scores(tokens, scoring, None)
-            read_all = partial(self.blocks, 0, self._length)
-            scores: Tensor = _ScoresOfBlocks.apply(tokens, scoring, read_all)  # type: ignore[no-untyped-call]
-            return scores
 
         def read(start: int, stop: int) -> Iterator[Tensor]:
             return self.blocks(start - self._oldest, stop - self._oldest)
 
-        stored = self.stored.of_kind(keep)
+        stored = self.stored.of_kind(kind)
         return stored.of(self._oldest, self._oldest + self._length, tokens, scoring, read)
 
-    def kept_scores(self) -> KeptScores | None:
+    def stored_scores(self) -> tuple[StoredScores, int]:
         """See `Rows`."""
-        return self.stored.kept(self._oldest, self._oldest + self._length)
+        return self.stored, self._oldest
 
 
 def rows_in_memory(layout: Layout, device: torch.device) -> TieredRows:

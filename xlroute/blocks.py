@@ -28,6 +28,7 @@ from xlroute.cross_attention import ConditionalRoutedCrossAttention, RoutedKeysV
 from xlroute.feedforward import ConditionalRoutedFeedForward, FeedForward
 from xlroute.position import AGE_BUCKETS, rotary_table, rotate
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
+from xlroute.shortlist import route_shortlist
 
 
 class RoutedRows(NamedTuple):
@@ -204,6 +205,8 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         random_route: choose rows at random, the negative control.
         routing_chunk: choose rows by content, for chunks of so many tokens; None for the learned tokens.
         routing_key_dim: width of the routing keys of single tokens.
+        routing_shortlist: where gradient is recorded, choose out of so many x k rows, taken by the scores or
+            keys that rows got first; None to score all rows anew. Chance needs no scores.
         **options: further ones of `ConditionalRoutedCrossAttention`.
     """
 
@@ -216,15 +219,19 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         random_route: bool = False,
         routing_chunk: int | None = None,
         routing_key_dim: int = 64,
+        routing_shortlist: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(dim, num_tokens_q=num_tokens_q, heads=heads, share_qk=True, qk_norm=True, **options)
         self.memory_gate = nn.Parameter(torch.zeros(()))
         self.age_bias = nn.Embedding(AGE_BUCKETS, heads)
         self.random_route = random_route
+        self.routing_shortlist = None if random_route else routing_shortlist
         self.content_routing: ChunkRouting | TokenRouting | None = None
         if routing_chunk == 1:
-            self.content_routing = TokenRouting(dim, sets=self.sets, key_dim=routing_key_dim)
+            self.content_routing = TokenRouting(
+                dim, sets=self.sets, key_dim=routing_key_dim, shortlist=self.routing_shortlist
+            )
             self.kv_router.routing_token = None
         elif routing_chunk is not None:
             self.content_routing = ChunkRouting(dim, sets=self.sets, chunk=routing_chunk)
@@ -251,6 +258,9 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
             before_mask: which of them there are, bool [b, t].
         """
         k, content = self.num_tokens_kv, self.content_routing
+        if content is None and self.routing_shortlist is not None and torch.is_grad_enabled():
+            assert isinstance(k, int)
+            return route_shortlist(self.kv_router, memory, k, self.routing_shortlist)
         if content is None:
             return self.kv_router.route_with_stats(
                 memory, num_tokens=k, keep_one_route_dim=True, random_route=self.random_route
@@ -260,6 +270,12 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
             assert keys is not None
             return content.route(self.kv_router, memory, keys, x, k)
         return content.route(self.kv_router, memory, x, before, before_mask, k)
+
+    def score_ages(self, memory: MemoryRows, indices: Tensor) -> Tensor:
+        """How many rows have come since rows at indices [b, ...] got what `route_for` has found them by."""
+        if self.routing_shortlist is None or not torch.is_grad_enabled():
+            return indices.clamp(max=0)
+        return memory.score_ages(indices, "first scores" if self.content_routing is None else "first keys")
 
     def begin_of_chunk(self, t: int) -> int:
         """The first token of the chunk that token t of a segment is in: they share their rows."""

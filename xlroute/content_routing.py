@@ -20,6 +20,8 @@ from xlroute.backend import pick_backend
 from xlroute.kernels import gather_rows, search_topk
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
+from xlroute.kernels.search import take_best
+from xlroute.memory.layer import Keep
 from xlroute.memory.routing_keys import routing_keys
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 
@@ -111,17 +113,23 @@ class TokenRouting(nn.Module):
         dim: d.
         sets: r, each with a projection of its own.
         key_dim: e.
+        shortlist: where gradient is recorded, the best are chosen out of so many x k rows, found by the keys
+            that rows got first; None to project all rows anew.
     """
 
     chunk = 1
 
-    def __init__(self, dim: int, *, sets: int, key_dim: int) -> None:
+    def __init__(self, dim: int, *, sets: int, key_dim: int, shortlist: float | None = None) -> None:
         super().__init__()
+        self.shortlist = shortlist
         self.projection = nn.Parameter(torch.randn(sets, key_dim, dim) * dim**-0.5)
 
     def keys(self, memory: MemoryRows) -> Tensor:
         """Those of all rows [b, r, m, e], without gradient."""
-        return memory.keys(self.projection.detach().to(memory.device), keep=not torch.is_grad_enabled())
+        keep: Keep = not torch.is_grad_enabled()
+        if self.shortlist is not None and not keep:
+            keep = "first"
+        return memory.keys(self.projection.detach().to(memory.device), keep=keep)
 
     def route(
         self,
@@ -143,12 +151,15 @@ class TokenRouting(nn.Module):
         Returns:
             What the router chose, all with the dimensions [b, n, r], and how saturated the gates are.
         """
+        count = 2 * num_tokens
+        if self.shortlist is not None and torch.is_grad_enabled():
+            count = math.ceil(num_tokens * self.shortlist)
         projection = self.projection.to(memory.device)
         queries = routing_keys(x.to(memory.device), projection).transpose(1, 2)  # [b, r, n, e]
         scores, found = search_topk(
             queries.detach().to(keys.dtype).flatten(0, 1),
             keys.flatten(0, 1),
-            2 * num_tokens,
+            count,
             mask=None if memory.even else memory.mask.repeat_interleave(projection.shape[0], dim=0),
             backend=pick_backend(router.use_triton, keys.device),
         )
@@ -160,6 +171,8 @@ class TokenRouting(nn.Module):
             row_keys = gather_rows(row_keys.flatten(0, 1), places.view(b * r, -1)).view(b, r, n, -1, e)
             with torch.autocast(row_keys.device.type, enabled=False):
                 scores = torch.einsum("brne,brnke->brnk", queries.to(row_keys.dtype), row_keys)
+            if found.shape[-1] > 2 * num_tokens:
+                scores, found = take_best(scores.masked_fill(found < 0, -math.inf), found, 2 * num_tokens)
         scores = (scores * e**0.5).masked_fill(found < 0, -math.inf)
         return choose(router, memory, scores.transpose(1, 2), found.transpose(1, 2), num_tokens)
 

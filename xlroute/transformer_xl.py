@@ -58,6 +58,7 @@ class Routing(NamedTuple):
     gates: Tensor  # [b, r, k]
     gate_sum: Tensor  # [b, r], the sum of all gates over the number of chosen rows
     gradient_share: Tensor  # [b, r], the share of chosen rows that carry gradient to the router
+    score_ages: Tensor  # int64 [b, r, k], rows that came since these were scored for a shortlist; -1 for none
 
 
 class OpenMemory(NamedTuple):
@@ -140,6 +141,12 @@ class RoutedTransformerXL(nn.Module):
         num_content_tokens_kv: k of that: rows that each of the r routing tokens of a chunk chooses, or a
             token in each of r sets. `num_tokens_kv` is that of the others.
         routing_key_dim: width of the keys for c = 1.
+        routing_shortlist: where gradient is recorded, and weights so change from step to step, choose the k
+            rows out of a shortlist of so many x k, at least 2. It is taken by the scores that rows got when
+            they were first looked at, right after they came, by the weights of then; or for c = 1 by the keys
+            that they got then. The shortlist alone is scored again, with gradient. None scores all rows by
+            the weights of now, as is done without gradient in any case: weights stay, and so do scores.
+            Routing by chunks of c > 1 has no shortlist; random routing needs no scores.
 
     Raises:
         ValueError: for arguments out of range.
@@ -182,6 +189,7 @@ class RoutedTransformerXL(nn.Module):
         routing_chunk: int = 64,
         num_content_tokens_kv: int = 32,
         routing_key_dim: int = 64,
+        routing_shortlist: float | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -226,6 +234,22 @@ class RoutedTransformerXL(nn.Module):
                 f"heads: expected a multiple of {2 * kv_routing_tokens} with memory_routing='both', two "
                 f"branches of kv_routing_tokens={kv_routing_tokens} sets each, got {heads}"
             )
+        if routing_shortlist is not None:
+            if not 2 <= routing_shortlist < math.inf:
+                raise ValueError(
+                    "routing_shortlist: expected None or at least 2, since gates of all rows that there are "
+                    f"to choose from have no gradient, got {routing_shortlist}"
+                )
+            if by_content and routing_chunk > 1:
+                raise ValueError(
+                    "routing_shortlist: expected None with routing_chunk > 1, whose routing tokens the text "
+                    f"makes anew, got {routing_shortlist}"
+                )
+            if (router_kwargs or {}).get("route_block_size") is not None:
+                raise ValueError(
+                    "routing_shortlist: expected None with route_block_size, which cuts up all rows, got "
+                    f"{routing_shortlist}"
+                )
         memory_layers = tuple(memory_layers)
         if memory_layers != tuple(sorted(set(memory_layers))) or not all(
             1 <= i <= depth for i in memory_layers
@@ -268,6 +292,7 @@ class RoutedTransformerXL(nn.Module):
             "routing_chunk": routing_chunk,
             "num_content_tokens_kv": num_content_tokens_kv,
             "routing_key_dim": routing_key_dim,
+            "routing_shortlist": routing_shortlist,
         }
         self.vocab_size = vocab_size
         self.dim = dim
@@ -295,6 +320,7 @@ class RoutedTransformerXL(nn.Module):
                 "kv_routing_tokens": kv_routing_tokens,
                 "router_kwargs": router_options,
                 "random_route": memory_routing == "random",
+                "routing_shortlist": routing_shortlist,
             }
         if by_content:
             content_options = {
@@ -303,6 +329,7 @@ class RoutedTransformerXL(nn.Module):
                 "router_kwargs": window_options,
                 "routing_chunk": routing_chunk,
                 "routing_key_dim": routing_key_dim,
+                "routing_shortlist": routing_shortlist,
             }
         half = max(heads // 2, 1)
         attention_options: dict[str, Any] = {"heads": heads, "light_window_size": None, "heavy_options": None}
@@ -758,7 +785,8 @@ class RoutedTransformerXL(nn.Module):
         positions = rows.positions(indices)
         ages = rows.ages(indices) + newer.to(indices.device).view(-1, *[1] * (indices.ndim - 1))
         found = RoutedRows(routed, _followers(rows, indices), age_bucket(ages).to(x.device))
-        report = Routing(i + 1, indices, positions, positions >= 0, routed.scores.detach(), *stats)
+        gates, aged = routed.scores.detach(), branch.score_ages(rows, indices)
+        report = Routing(i + 1, indices, positions, positions >= 0, gates, *stats, aged)
         return found.by_chunk(), report
 
     @torch.no_grad()

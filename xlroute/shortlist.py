@@ -1,0 +1,50 @@
+"""Learned routing of memory rows out of a shortlist, which is taken by the scores that rows got first.
+
+Shapes: b streams, m memory rows, d dim, r routing tokens, k rows routed, K rows of a shortlist.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from xlroute.attached import MemoryRows
+from xlroute.backend import pick_backend
+from xlroute.content_routing import choose
+from xlroute.kernels import top_indices
+from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
+
+
+def route_shortlist(
+    router: CoordinateDescentRouter, memory: MemoryRows, num_tokens: int, shortlist: float
+) -> tuple[RouterOutput, RoutingStats]:
+    """Choose rows by the router's tokens, without scoring all rows anew.
+
+    The K rows that were scored highest when they got their first scores are scored again by the tokens of
+    now, with gradient, and the choice and its gates are made among them.
+
+    Args:
+        router: with routing tokens of its own.
+        memory: m rows.
+        num_tokens: k.
+        shortlist: K / k, at least 2: else no gate would have a gradient.
+
+    Returns:
+        What a call of the router chooses out of the K rows, all with the dimensions [b, r], and how saturated
+        the gates are.
+    """
+    tokens = router.routing_token
+    assert tokens is not None
+    b, m, _ = memory.shape
+    first = router.scores_by(memory, tokens, keep="first")
+    candidates = top_indices(
+        first,
+        min(math.ceil(num_tokens * shortlist), m),
+        None if memory.even else memory.mask[:, None],
+        backend=pick_backend(router.use_triton, first.device),
+    )
+    rows = memory.take(candidates)  # [b, r, K, d]
+    own = tokens[:, None].to(rows.device)  # each set of rows has its own token
+    scores: Tensor = router.scores_by(rows.flatten(0, 1), own.repeat(b, 1, 1))
+    return choose(router, memory, scores.view(candidates.shape), candidates, num_tokens)
