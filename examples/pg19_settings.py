@@ -47,6 +47,7 @@ class Settings:
     routing_tokens: int = 2
     memory_routing: MemoryRouting = "learned"
     routing_chunk: int = 64
+    routing_shortlist: float | None = None
     capacity: int = 2048
     routed_self_attention: bool = False
     routed_feedforward: bool = False
@@ -170,6 +171,12 @@ def parse(arguments: list[str] | None = None) -> Command:
     add("--routing-tokens", type=_number(1), help="sets of memory rows; divides the heads")
     add("--memory-routing", choices=ROUTINGS, help="how memory rows are chosen (default: learned)")
     add("--routing-chunk", type=_number(1), help="tokens that share rows chosen by content (default: 64)")
+    add(
+        "--routing-shortlist",
+        type=float,
+        metavar="F",
+        help="in training, choose memory rows out of F times as many, found by older scores (default: all)",
+    )
     add("--capacity", type=_number(1), help="memory rows kept of each stream and layer")
     for name, what in (
         ("self-attention", "attention to the near tokens, and of few to routed rows"),

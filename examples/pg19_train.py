@@ -64,6 +64,7 @@ def _random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTrans
         kv_routing_tokens=settings.routing_tokens,
         memory_routing=settings.memory_routing,
         routing_chunk=settings.routing_chunk,
+        routing_shortlist=settings.routing_shortlist,
         segment_len=settings.segment_len,
         dropout=settings.dropout,
         routed_self_attention=settings.routed_self_attention,
