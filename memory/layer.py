@@ -289,7 +289,6 @@ class MemoryLayer:
             ValueError: `tokens` has another shape.
             CorruptionError: A row on disk is damaged.
         """
-        streams, longest, _ = self.shape
         per_stream = self.tokens_of_streams(tokens)
         scoring = Scoring(normalize, scale, backend)
         kind: Kind | None = None
@@ -305,9 +304,7 @@ class MemoryLayer:
         capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         if keep and self._latest_scores is not None and not capturing:
             self._latest_scores[:] = [each.detach().amax(0) for each in scores]
-        if streams == 1:
-            return scores[0][None]
-        return torch.stack([F.pad(each, (0, longest - each.shape[-1])) for each in scores])
+        return scores[0][None] if len(scores) == 1 else self._side_by_side(scores)
 
     @torch.no_grad()
     def keys(self, projection: Tensor, *, keep: Keep) -> Tensor:
@@ -327,7 +324,6 @@ class MemoryLayer:
         Raises:
             CorruptionError: A row on disk is damaged.
         """
-        longest = self.shape[1]
         r, e, _ = projection.shape
         scoring = Scoring("rms", 1.0, None)
 
@@ -342,10 +338,16 @@ class MemoryLayer:
             blocks = [routing_keys(block, projection) for block in rows.blocks(0, len(rows))]
             return torch.cat([projection.new_empty(0, r, e), *blocks]).transpose(0, 1)
 
-        keys = [of_stream(rows).to(self.dtype) for rows in self._streams]
+        return self._side_by_side([of_stream(rows).to(self.dtype) for rows in self._streams])
+
+    def _side_by_side(self, parts: list[Tensor]) -> Tensor:
+        """What each stream has of its rows, [r, m, ...], in one tensor [b, r, m, ...], 0 for no row."""
         if not self.even:
-            keys = [F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in keys]
-        return torch.stack(keys)
+            longest = self.shape[1]
+            # Padding goes by dimensions from the last.
+            inner = [0, 0] * (parts[0].ndim - 2)
+            parts = [F.pad(each, (*inner, 0, longest - each.shape[1])) for each in parts]
+        return torch.stack(parts)
 
     def score_ages(self, indices: Tensor, kind: Literal["first scores", "first keys"]) -> Tensor:
         """How many rows the stream has appended since each of these got its first scores or keys.
