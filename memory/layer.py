@@ -269,9 +269,9 @@ class MemoryLayer:
         with eviction "lowest_score" goes by what its layers were scored with last, if that was to be kept.
 
         Where tokens change from call to call, as in training, each row can keep the score that it got first,
-        from the first such call that found it. These are kept besides, in memory alone: after opening a
-        store, and for rows that are written anew since others have left from between them, the next call is
-        the first one. `score_ages` tells when it was.
+        from the first such call that found it, on the layer or on a fork that shares the row. These are kept
+        besides, in memory alone: after opening a store, and for rows that are written anew since others have
+        left from between them, the next call is the first one. `score_ages` tells how long ago it was.
 
         Args:
             tokens: Routing tokens, [r, d] for all streams or [b, r, d].
