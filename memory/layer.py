@@ -168,9 +168,13 @@ class MemoryLayer:
     def take_routed(self, indices: Tensor) -> Tensor:
         """As `take`, for the rows that a router has chosen: a store that records routes counts them."""
         rows = self.take(indices)
+        self.count_routed(indices)
+        return rows
+
+    def count_routed(self, indices: Tensor) -> None:
+        """Counts rows that a router has chosen, and has taken already, in a store that records routes."""
         if self._count_routed is not None:
             self._count_routed(indices)
-        return rows
 
     def take(self, indices: Tensor) -> Tensor:
         """As `gather`, for indices that are in range for sure, as those of a router are: nothing is checked.

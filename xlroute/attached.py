@@ -148,6 +148,10 @@ class AttachedLayer:
         """See `MemoryLayer`; differentiable in the rows that have a graph."""
         return self._attached(indices, self._layer.take_routed(indices))
 
+    def count_routed(self, indices: Tensor) -> None:
+        """See `MemoryLayer`."""
+        self._layer.count_routed(indices)
+
     def scores(
         self,
         tokens: Tensor,

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from xlroute.attached import MemoryRows
 from xlroute.backend import pick_backend
-from xlroute.content_routing import choose
-from xlroute.kernels import top_indices
+from xlroute.kernels import gather_rows, top_indices
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 
 
@@ -36,15 +33,18 @@ def route_shortlist(
     """
     tokens = router.routing_token
     assert tokens is not None
-    b, m, _ = memory.shape
+    b, m, dim = memory.shape
     first = router.scores_by(memory, tokens, keep="first")
-    candidates = top_indices(
-        first,
-        min(math.ceil(num_tokens * shortlist), m),
-        None if memory.even else memory.mask[:, None],
-        backend=pick_backend(router.use_triton, first.device),
-    )
+    backend = pick_backend(router.use_triton, first.device)
+    there = None if memory.even else memory.mask[:, None]
+    candidates = top_indices(first, min(math.ceil(num_tokens * shortlist), m), there, backend=backend)
     rows = memory.take(candidates)  # [b, r, K, d]
     own = tokens[:, None].to(rows.device)  # each set of rows has its own token
-    scores: Tensor = router.scores_by(rows.flatten(0, 1), own.repeat(b, 1, 1))
-    return choose(router, memory, scores.view(candidates.shape), candidates, num_tokens)
+    scores = router.scores_by(rows.flatten(0, 1), own.repeat(b, 1, 1)).view(candidates.shape)
+    mask = None if memory.even else candidates >= 0
+    gates, places, stats = router.choose(scores, num_tokens=num_tokens, mask=mask, with_stats=True)
+    assert stats is not None
+    indices = candidates.gather(-1, places.clamp(min=0)).masked_fill(places < 0, -1)
+    memory.count_routed(indices)
+    chosen = gather_rows(rows.flatten(0, 1), places.flatten(0, 1), backend).view(*indices.shape, dim)
+    return RouterOutput(indices, gates, chosen, None if mask is None else indices >= 0), stats

@@ -245,6 +245,26 @@ def count_rows(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[int]:
     return counts
 
 
+def test_rows_that_are_chosen_out_of_a_shortlist_are_counted(
+    build_model: BuildModel, kind: dict[str, Any]
+) -> None:
+    model = build_model(mem_len=2, routing_shortlist=3, **kind)
+    state = begin(model)
+    assert state.memory is not None
+    counts, chosen = state.memory.record_routes(), [torch.zeros(20, dtype=torch.int64) for _ in range(2)]
+    for tokens in draw(5):
+        _, state, found = model(tokens, state, return_routing=True)
+        for routing in found:
+            for position in routing.positions[routing.mask].tolist():
+                chosen[routing.layer - 2][position] += 1
+    for layer, expected in enumerate(chosen):
+        total = torch.zeros_like(expected)
+        for stream in range(2):
+            positions, times = (torch.as_tensor(each) for each in counts.of(layer=layer, stream=stream))
+            total[positions.long()] += times.long()
+        assert torch.equal(total, expected)
+
+
 def test_evaluation_scores_only_new_rows(
     build_model: BuildModel, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
