@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xlroute.kernels import gather_pinned_rows, gather_rows, row_scores
 from xlroute.memory.log import StreamLog
-from xlroute.memory.scores import Kind, Scoring, StoredScores
+from xlroute.memory.scores import NumberedRows, Scoring, StoredScores
 
 _BLOCK_ROWS = 1 << 16  # of rows in memory that are handed on at once
 
@@ -69,11 +69,8 @@ class Rows(Protocol):
     def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
         """Scores against routing tokens [r, d], [r, m], as from `row_scores`, with gradient to the tokens."""
 
-    def kept(self, kind: Kind, tokens: Tensor, scoring: Scoring) -> Tensor:
-        """As `StoredScores.of`: what is kept of all rows, of which only those are read that are new to it."""
-
-    def stored_scores(self) -> tuple[StoredScores, int]:
-        """What keeps scores of the rows, and the number that the oldest row has there."""
+    def numbered(self) -> NumberedRows:
+        """The rows in the numbers of what keeps their scores."""
 
 
 class _Buffer:
@@ -163,19 +160,14 @@ class RowSpan:
         """See `Rows`."""
         return row_scores(self.view(), tokens, **scoring._asdict())
 
-    def kept(self, kind: Kind, tokens: Tensor, scoring: Scoring) -> Tensor:
+    def numbered(self) -> NumberedRows:
         """See `Rows`."""
         rows, number = self._buffer.target, self._buffer.number
 
         def read(start: int, stop: int) -> tuple[Tensor]:
             return (rows[start - number : stop - number],)
 
-        stored = self._buffer.scores.of_kind(kind)
-        return stored.of(number + self._start, number + self._stop, tokens, scoring, read)
-
-    def stored_scores(self) -> tuple[StoredScores, int]:
-        """See `Rows`."""
-        return self._buffer.scores, self._buffer.number + self._start
+        return NumberedRows(self._buffer.scores, number + self._start, number + self._stop, read)
 
     def dropped(self, count: int) -> RowSpan:
         """The span without its `count` oldest rows."""

@@ -15,7 +15,7 @@ from xlroute.memory.chunks import Chunks
 from xlroute.memory.layout import DTYPES
 from xlroute.memory.log import Extent, StreamLog
 from xlroute.memory.rows_bytes import Bytes
-from xlroute.memory.scores import Kind, Scoring, StoredScores
+from xlroute.memory.scores import NumberedRows, Scoring, StoredScores
 
 
 class ColdRows:
@@ -153,23 +153,12 @@ class ColdRows:
         """
         return self.span().scores(tokens, scoring)
 
-    def kept(self, kind: Kind, tokens: Tensor, scoring: Scoring) -> Tensor:
-        """See `Rows`. All rows are read where there are no scores of these tokens on disk.
-
-        Raises:
-            CorruptionError: A row, or the file it is in, is damaged or missing.
-            CommitNotFoundError: The rows are gone because the commit was dropped.
-        """
-        first = self._log.oldest
-        if self._span is None:
-            stored = self.stored.of_kind(kind)
-            if stored.serves(first, tokens, scoring):
-                return stored.of(first, self._log.end, tokens, scoring, partial(self._numbered_blocks, first))
-        return self.span().kept(kind, tokens, scoring)
-
-    def stored_scores(self) -> tuple[StoredScores, int]:
+    def numbered(self) -> NumberedRows:
         """See `Rows`."""
-        return (self.stored, self._log.oldest) if self._span is None else self._span.stored_scores()
+        if self._span is not None:
+            return self._span.numbered()
+        first = self._log.oldest
+        return NumberedRows(self.stored, first, self._log.end, partial(self._numbered_blocks, first))
 
     def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """See `Rows`.

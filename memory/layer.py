@@ -15,7 +15,7 @@ from xlroute.memory.buffer import Rows
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.log import StreamLog
 from xlroute.memory.routing_keys import routing_keys
-from xlroute.memory.scores import Kind, LatestScores, Scoring
+from xlroute.memory.scores import Kind, LatestScores, Scoring, score_new_rows
 
 # Whether scores are kept for the next call; "first" for those that each row got first.
 Keep = bool | Literal["first"]
@@ -300,10 +300,12 @@ class MemoryLayer:
             kind = "first scores"
         elif keep and not (torch.is_grad_enabled() and tokens.requires_grad):
             kind = "scores"
-        scores = [
-            rows.scores(token, scoring) if kind is None else rows.kept(kind, token, scoring)
-            for rows, token in zip(self._streams, per_stream, strict=True)
-        ]
+        if kind is None:
+            scores = [
+                rows.scores(token, scoring) for rows, token in zip(self._streams, per_stream, strict=True)
+            ]
+        else:
+            scores = self._kept(kind, per_stream, scoring)
         # What a CUDA graph computes is there only once it runs.
         capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         if keep and self._latest_scores is not None and not capturing:
@@ -332,17 +334,35 @@ class MemoryLayer:
         scoring = Scoring("rms", 1.0, None)
 
         def of_stream(rows: Rows) -> Tensor:
-            if keep == "first":
-                return rows.kept("first keys", projection, scoring)
-            if keep:
-                values = rows.kept("keys", projection.flatten(0, 1), scoring)
-                return F.normalize(values.view(r, e, -1), dim=1).mT
             if isinstance(rows, ColdRows):
                 rows = rows.span()  # which stays in memory, as for scores
             blocks = [routing_keys(block, projection) for block in rows.blocks(0, len(rows))]
             return torch.cat([projection.new_empty(0, r, e), *blocks]).transpose(0, 1)
 
-        return self._side_by_side([of_stream(rows).to(self.dtype) for rows in self._streams])
+        b = len(self._streams)
+        if keep == "first":
+            keys = self._kept("first keys", projection.expand(b, r, e, -1), scoring)
+        elif keep:
+            scores = self._kept("keys", projection.flatten(0, 1).expand(b, r * e, -1), scoring)
+            keys = [F.normalize(each.view(r, e, -1), dim=1).mT for each in scores]
+        else:
+            keys = [of_stream(rows) for rows in self._streams]
+        return self._side_by_side([each.to(self.dtype) for each in keys])
+
+    def _kept(self, kind: Kind, tokens: Tensor, scoring: Scoring) -> list[Tensor]:
+        """What is kept of each stream's rows, by its tokens [b, ..., d]; only what is new to that is read.
+
+        Rows on disk are read and stay in memory, unless there are scores of these tokens.
+        """
+        streams = []
+        for rows, token in zip(self._streams, tokens, strict=True):
+            numbered = rows.numbered().of_kind(kind)
+            if isinstance(rows, ColdRows) and not numbered.stored.serves(numbered.start, token, scoring):
+                numbered = rows.span().numbered().of_kind(kind)
+            streams.append(numbered)
+        if tokens.stride(0) == 0:  # the same for all
+            score_new_rows(streams, tokens[0], scoring)
+        return [each.scores(token, scoring) for each, token in zip(streams, tokens, strict=True)]
 
     def _side_by_side(self, parts: list[Tensor]) -> Tensor:
         """What each stream has of its rows, [r, m, ...], in one tensor [b, r, m, ...], 0 for no row."""
@@ -363,12 +383,9 @@ class MemoryLayer:
         Returns:
             int64 of the same shape, 0 for rows that were scored after the newest had come; -1 for no row.
         """
-        found = [rows.stored_scores() for rows in self._streams]
         lengths = self.lengths.tolist()
-        ends = [
-            [end - first for end in stored.of_kind(kind).ends(first, first + length)]
-            for (stored, first), length in zip(found, lengths, strict=True)
-        ]
+        streams = [rows.numbered().of_kind(kind) for rows in self._streams]
+        ends = [[end - each.start for end in each.stored.ends(each.start, each.stop)] for each in streams]
         times = 1 + max(map(len, ends))
         ends = [each + [length] * (times - len(each)) for each, length in zip(ends, lengths, strict=True)]
         table = torch.tensor(ends, device=indices.device)  # [b, times], ascending

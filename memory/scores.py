@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,9 @@ _SAMPLES = 16
 
 # Room for scores of rows to come: as many as there are, but no more than this.
 _MOST_ROOM = 1 << 24
+
+# New rows of several streams that are copied to be scored together.
+_MOST_TOGETHER = 1 << 16
 
 ReadRows = Callable[[int, int], Iterable[Tensor]]
 # Of a layer and stream, the highest score of each of its oldest rows, [k], from the last time that the layer
@@ -198,15 +201,13 @@ class StoredScores:
             known = scoring == self._scoring and (self._lasts or _source(tokens) == self._source)
             if known and self._first <= start <= stop <= self._stop:
                 return self._values[:, start - self._base : stop - self._base]
-            parts = [self._computed(rows, tokens, scoring) for rows in read(start, stop)]
+            parts = [self.computed(rows, tokens, scoring) for rows in read(start, stop)]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if not self._has(start, tokens, scoring):
             self._begin(start, tokens, scoring, read)
         self._source = _source(tokens)
         if stop > self._stop:
-            for rows in read(self._stop, stop):
-                self._add(self._computed(rows, tokens, scoring), start)
-            self._ends = [*(end for end in self._ends if end > start), stop]
+            self.extend((self.computed(rows, tokens, scoring) for rows in read(self._stop, stop)), start)
         return self._values[:, start - self._base : stop - self._base]
 
     def ends(self, start: int, stop: int) -> list[int]:
@@ -216,11 +217,20 @@ class StoredScores:
         """
         return [min(end, stop) for end in self._ends if end > start]
 
-    def _computed(self, rows: Tensor, tokens: Tensor, scoring: Scoring) -> Tensor:
+    def computed(self, rows: Tensor, tokens: Tensor, scoring: Scoring) -> Tensor:
         """What is kept of rows [n, d]."""
         if self._kind == "first keys":
             return routing_keys(rows, tokens).transpose(0, 1)
         return row_scores(rows, tokens, **scoring._asdict())
+
+    @property
+    def stop(self) -> int:
+        """The row behind the last that has scores."""
+        return self._stop
+
+    def lacks(self, start: int, stop: int, tokens: Tensor, scoring: Scoring) -> bool:
+        """Whether rows from `start` on have scores of these tokens, but not all up to `stop`."""
+        return self._has(start, tokens, scoring) and self._stop < stop
 
     def serves(self, start: int, tokens: Tensor, scoring: Scoring) -> bool:
         """Whether there are scores of these tokens, here or on disk, for rows from `start` on."""
@@ -284,6 +294,12 @@ class StoredScores:
         if torch.equal(row_scores(rows, tokens, **scoring._asdict()), values[:, samples]):
             self._add(values, start)
 
+    def extend(self, blocks: Iterable[Tensor], oldest: int) -> None:
+        """Appends what is kept of all new rows, in blocks."""
+        for values in blocks:
+            self._add(values, oldest)
+        self._ends = [*(end for end in self._ends if end > oldest), self._stop]
+
     def _add(self, values: Tensor, oldest: int) -> None:
         """Appends scores [r, n, ...] of the rows from `stop` on; those before `oldest` may go."""
         stop = self._stop + values.shape[1]
@@ -298,6 +314,48 @@ class StoredScores:
             self._base = self._first
         self._values[:, self._stop - self._base : stop - self._base] = values
         self._stop = stop
+
+
+class NumberedRows(NamedTuple):
+    """The rows of one stream in the numbers of what keeps their scores.
+
+    Attributes:
+        stored: What keeps them.
+        start: The number of the oldest row.
+        stop: The number behind the newest.
+        read: Gives the rows between two numbers, in blocks [k, d].
+    """
+
+    stored: StoredScores
+    start: int
+    stop: int
+    read: ReadRows
+
+    def kept_scores(self) -> KeptScores | None:
+        """The scores that are kept, if there are any."""
+        return self.stored.kept(self.start, self.stop)
+
+    def of_kind(self, kind: Kind) -> NumberedRows:
+        """The same rows, with what keeps another kind of scores."""
+        return self._replace(stored=self.stored.of_kind(kind))
+
+    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
+        """See `StoredScores.of`."""
+        return self.stored.of(self.start, self.stop, tokens, scoring, self.read)
+
+
+def score_new_rows(streams: Sequence[NumberedRows], tokens: Tensor, scoring: Scoring) -> None:
+    """Scores what is new of several streams in one go, where it is little, for `StoredScores.of` to find."""
+    tokens = tokens.detach()
+    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    new = [each for each in streams if each.stored.lacks(each.start, each.stop, tokens, scoring)]
+    counts = [each.stop - each.stored.stop for each in new]
+    if len(new) > 1 and sum(counts) <= _MOST_TOGETHER:
+        rows = torch.cat([block for each in new for block in each.read(each.stored.stop, each.stop)])
+        values = new[0].stored.computed(rows, tokens, scoring)
+        for each, part in zip(new, torch.split(values, counts, dim=1), strict=True):
+            each.stored.extend([part], each.start)
 
 
 def _source(tokens: Tensor) -> tuple[int, int]:

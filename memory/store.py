@@ -561,7 +561,7 @@ class MemoryStore:
 
     def _carried(self, rows: Rows, chosen: Tensor, number: int) -> StoredScores:
         """The scores that are kept of chosen rows, which get the numbers from `number` on."""
-        kept = _kept_scores(rows)
+        kept = rows.numbered().kept_scores()
         kept = None if kept is None else kept.chosen(chosen)
         if kept is not None:
             kept = kept._replace(first=kept.first + number)
@@ -723,7 +723,7 @@ class MemoryStore:
         """
         self._check_open()
         for rows in itertools.chain(*self._rows):
-            rows.stored_scores()[0].forget_first()
+            rows.numbered().stored.forget_first()
 
     def record_routes(self) -> RouteCounts:
         """Counts from now on how often routers fetch each row, and returns the counts.
@@ -772,7 +772,7 @@ class MemoryStore:
         self._check_writable()
         disk = self._on_disk("commit")
         return disk.commit(
-            self._logs, self._fingerprint, self._all_scores(), self._documents(), durable=durable
+            self._logs, self._fingerprint, self._kept_scores(), self._documents(), durable=durable
         )
 
     def compact(
@@ -817,9 +817,9 @@ class MemoryStore:
             level = DEFAULT_LEVEL
         return compact_store(self._on_disk("compact"), level=level, progress=progress)
 
-    def _all_scores(self) -> list[list[KeptScores | None]]:
+    def _kept_scores(self) -> list[list[KeptScores | None]]:
         """The scores that are kept of every layer and stream."""
-        return [[_kept_scores(rows) for rows in streams] for streams in self._rows]
+        return [[rows.numbered().kept_scores() for rows in streams] for streams in self._rows]
 
     def _documents(self) -> Sequence[DocumentRoutes]:
         """What was counted of each stream of routings; empty if nothing was."""
@@ -937,7 +937,7 @@ class MemoryStore:
             self._rows,
             self._logs,
             self._fingerprint,
-            self._all_scores(),
+            self._kept_scores(),
             [document.copy() for document in self._documents()],
             durable,
         )
@@ -979,12 +979,6 @@ class MemoryStore:
                 f"{verb}: expected a store with a path, got one in memory (copy_to gives it one)"
             )
         return self._disk
-
-
-def _kept_scores(rows: Rows) -> KeptScores | None:
-    """The scores that are kept of the rows of a layer and stream, if there are any."""
-    stored, first = rows.stored_scores()
-    return stored.kept(first, first + len(rows))
 
 
 def _of_staying(scores: LatestScores, stays: range | NDArray[np.int64]) -> LatestScores:

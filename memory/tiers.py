@@ -14,7 +14,7 @@ from xlroute.memory.buffer import Rows, RowSpan, on_device
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.layout import DTYPES, Layout
 from xlroute.memory.log import StreamLog
-from xlroute.memory.scores import Kind, Scoring, StoredScores
+from xlroute.memory.scores import NumberedRows, Scoring, StoredScores
 
 
 class Tiers(NamedTuple):
@@ -148,18 +148,13 @@ class TieredRows:
         read_all = partial(self.blocks, 0, self._length)
         return _ScoresOfBlocks.apply(tokens, scoring, read_all)  # type: ignore[no-any-return, no-untyped-call]
 
-    def kept(self, kind: Kind, tokens: Tensor, scoring: Scoring) -> Tensor:
+    def numbered(self) -> NumberedRows:
         """See `Rows`. Rows that have no scores yet pass through the device block by block."""
 
         def read(start: int, stop: int) -> Iterator[Tensor]:
             return self.blocks(start - self._oldest, stop - self._oldest)
 
-        stored = self.stored.of_kind(kind)
-        return stored.of(self._oldest, self._oldest + self._length, tokens, scoring, read)
-
-    def stored_scores(self) -> tuple[StoredScores, int]:
-        """See `Rows`."""
-        return self.stored, self._oldest
+        return NumberedRows(self.stored, self._oldest, self._oldest + self._length, read)
 
 
 def rows_in_memory(layout: Layout, device: torch.device) -> TieredRows:
