@@ -1,6 +1,6 @@
 """Hidden states that a trained model keeps as it reads books, for benchmarks/index.py --rows.
 
-    python benchmarks/hidden_states.py run/routed/model BOOKS FILE.npy
+    python benchmarks/hidden_states.py run/learned/model BOOKS FILE.npy
 
 Every .txt file in the folder BOOKS is a document, and every byte of it a token. The file gets as many rows of
 every book, in float32, as the model's router scores them: divided by their root mean square.

@@ -94,6 +94,27 @@ def copy_rate(size: int, device: torch.device) -> float:
     return 2 * size / (timing.median / 1e3)
 
 
+def product_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds a second, counted as two operations each, of a product of square matrices of a size."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    timing = time_call(lambda: a @ b, device, graph=False)
+    return 2 * size**3 / (timing.median / 1e3)
+
+
+def host_waits(call: Call, device: torch.device) -> int | None:
+    """How often the host waits for the device in a call. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(each.message) for each in caught)
+
+
 def _time_on_cpu(call: Call) -> Timing:
     start = time.perf_counter()
     call()

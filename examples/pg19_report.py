@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,28 @@ from matplotlib.axes import Axes
 LABELS = {
     "none": "no memory",
     "xl": "XL memory",
-    "routed": "XL + routed memory",
-    "emptied": "  the same, memory emptied",
+    "learned": "XL + learned memory",
+    "content": "XL + content memory",
+    "both": "XL + learned and content",
+    "random": "XL + random memory",
 }
-COLOURS = {"none": "#8c8c8c", "xl": "#1f77b4", "routed": "#d62728", "emptied": "#ff9896"}
+EMPTIED = "the same, memory emptied"
+COLOURS = {
+    "none": "#8c8c8c",
+    "xl": "#1f77b4",
+    "learned": "#d62728",
+    "content": "#ff7f0e",
+    "both": "#9467bd",
+    "random": "#8c564b",
+}
 SET_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd")
+# Of the modes with memory, in whose names rows are drawn.
+SETS = {
+    "learned": ("learned token",),
+    "content": ("content, set",),
+    "both": ("learned token", "content, set"),
+    "random": ("random, set",),
+}
 SEGMENTS_DRAWN = 24  # whose choices are drawn one by one
 AGE_BINS = 32
 KINDS = 14  # tokens in the bar chart
@@ -34,35 +52,85 @@ class Routing:
     Attributes:
         starts: where each segment starts, int64 [s].
         chosen: the positions read, int64 [s, r, k], -1 for none.
+        names: of the r sets of rows.
         window: tokens of the XL window, which lie between a segment and the newest row in memory.
         capacity: rows that the memory keeps.
     """
 
     starts: npt.NDArray[np.int64]
     chosen: npt.NDArray[np.int64]
+    names: list[str]
     window: int
     capacity: int
+
+    @classmethod
+    def of(
+        cls,
+        mode: str,
+        starts: list[int],
+        chosen: list[list[npt.NDArray[np.int64]]],
+        *,
+        window: int,
+        capacity: int,
+    ) -> "Routing":
+        """That of a mode out of the positions of each set of each segment, as `Evaluation` has them."""
+        width = max((len(rows) for sets in chosen for rows in sets), default=0)
+        padded = [
+            [np.pad(rows, (0, width - len(rows)), constant_values=-1) for rows in sets] for sets in chosen
+        ]
+        each = len(chosen[0]) // len(SETS[mode])
+        names = [f"{name} {number + 1}" for name in SETS[mode] for number in range(each)]
+        return cls(np.array(starts), np.array(padded, dtype=np.int64), names, window, capacity)
+
+
+def label(row: dict[str, Any]) -> str:
+    """What a row of a table is called on its own, with the option that its run had besides, if any."""
+    option = f", {row['option']}" if row.get("option") else ""
+    return LABELS[row["mode"]] + option + (", emptied" if row["emptied"] else "")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as text, one line for each mode."""
-    header = ("mode", "bits per byte", "word perplexity", "trained/s", "read/s", "memory rows", "peak memory")
-    lines = [(*header, "parameters", "multiply-adds")]
+    header = ("mode", "bits per byte", "beyond window", "word perplexity", "trained/s", "ms a step", "read/s")
+    lines = [(*header, "memory rows", "peak memory", "parameters", "multiply-adds")]
     for row in rows:
-        trained, work = row["tokens_per_second"], row["multiply_adds"]
         lines.append(
             (
-                LABELS[row["mode"]],
+                f"  {EMPTIED}" if row["emptied"] else LABELS[row["mode"]],
                 f"{row['bits_per_byte']:.4f}",
+                _number(row["kinds"]["beyond"]["bits_per_byte"], ".4f"),
                 f"{row['word_perplexity']:,.1f}",
-                "" if trained is None else f"{trained:,.0f}",
-                f"{row['read_tokens_per_second']:,.0f}",
+                _number(row["tokens_per_second"], ",.0f"),
+                _number(row["ms_per_step"], ",.1f"),
+                _number(row["read_tokens_per_second"], ",.0f"),
                 f"{row['memory_rows']:,}",
                 f"{row['peak_bytes'] / 2**20:,.0f} MiB",
                 f"{row['parameters']:,}",
-                "" if work is None else f"{work:,}",
+                _number(row["multiply_adds"], ","),
             )
         )
+    return _aligned(lines)
+
+
+def table_of_kinds(rows: list[dict[str, Any]]) -> str:
+    """Bits per byte of the words that are in sight, beyond, or new, and of the rest: see pg19_words.py."""
+    kinds = rows[0]["kinds"]
+    size = sum(kind["bytes"] for kind in kinds.values())
+    titles = {"in sight": "words in sight", "beyond": "beyond window", "new": "new words", "rest": "the rest"}
+    lines = [("bits per byte", *(titles[kind] for kind in kinds))]
+    for row in rows:
+        numbers = [kind["bits_per_byte"] for kind in row["kinds"].values()]
+        name = f"  {EMPTIED}" if row["emptied"] else LABELS[row["mode"]]
+        lines.append((name, *(_number(number, ".4f") for number in numbers)))
+    lines.append(("share of the bytes", *(f"{kind['bytes'] / size:.1%}" for kind in kinds.values())))
+    return _aligned(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     aligned = [
         "  ".join(
@@ -73,42 +141,54 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
 
 
-def draw_curves(path: Path, metrics: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
-    """Bits per byte while training, and along the held-out books."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    for row in rows:
-        mode = row["mode"]
-        steps = [line["step"] for line in metrics if line["mode"] == mode]
-        bits = [line["bits_per_byte"] for line in metrics if line["mode"] == mode]
-        if steps:
-            left.plot(steps, bits, color=COLOURS[mode], alpha=0.15, linewidth=0.8)
-            width = 3.0 if mode == "xl" else 1.5  # lines that lie on each other stay visible
-            left.plot(steps, _smooth(bits), color=COLOURS[mode], linewidth=width, label=LABELS[mode].strip())
+def draw_curves(
+    path: Path, metrics: list[dict[str, Any]], rows: list[dict[str, Any]], *, timed: bool
+) -> None:
+    """Bits per byte in training, over its steps or its time, and along the held-out books."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5.2), layout="constrained")
+    for row in (row for row in rows if not row["emptied"]):
+        lines = [line for line in metrics if line["mode"] == row["mode"]]
+        places = [line["seconds"] / 60 if timed else line["step"] for line in lines]
+        bits = [line["bits_per_byte"] for line in lines]
+        width = 3.0 if row["mode"] == "xl" else 1.5  # lines that lie on each other stay visible
+        left.plot(places, bits, color=COLOURS[row["mode"]], alpha=0.1, linewidth=0.8)
+        left.plot(places, _smooth(bits), color=COLOURS[row["mode"]], linewidth=width)
     ends = [line["bits_per_byte"] for line in metrics[-50:]]
     left.set_ylim(0.9 * min(ends), 2.0 * min(ends))
-    left.set(title="training (line: moving average)", xlabel="step", ylabel="bits per byte")
+    left.set(
+        title="training (line: moving average)",
+        xlabel="minutes in steps" if timed else "step",
+        ylabel="bits per byte",
+    )
+    draw_along(middle, right, rows)
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
+
+def draw_along(absolute: Axes, compared: Axes, rows: list[dict[str, Any]]) -> None:
+    """Bits per byte by position in the held-out books, and the difference to XL memory, or the first row."""
     reference = next((row for row in rows if row["mode"] == "xl"), rows[0])
     for row in rows:
-        counted = [i for i, tokens in enumerate(reference["bin_tokens"]) if tokens]
-        places = [(i + 0.5) * reference["bin_width"] for i in counted]
+        counted = [i for i, bits in enumerate(row["bin_bits"]) if bits is not None]
+        places = [(i + 0.5) * row["bin_width"] for i in counted]
+        bits = [row["bin_bits"][i] for i in counted]
         difference = [row["bin_bits"][i] - reference["bin_bits"][i] for i in counted]
-        style = "--" if row["mode"] == "emptied" else "-"
-        label = f"{LABELS[row['mode']].strip()}: {row['bits_per_byte']:.4f}"
-        right.plot(places, difference, style, marker=".", color=COLOURS[row["mode"]], label=label)
-    right.set(
-        title=f"held-out books, compared with {LABELS[reference['mode']]} (below 0 is better)",
-        xlabel="tokens of the book read before",
-        ylabel="difference in bits per byte",
-    )
-    low, high = right.get_ylim()
-    right.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
-    right.legend(loc="upper center", ncols=2)
-    left.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        style: dict[str, Any] = {
+            "color": COLOURS[row["mode"]],
+            "linestyle": ":" if row["emptied"] else "--" if row.get("option") else "-",
+            "marker": ".",
+            "markersize": 4,
+        }
+        absolute.plot(places, bits, **style, label=f"{label(row)}: {row['bits_per_byte']:.4f}")
+        compared.plot(places, difference, **style)
+    absolute.set(title="held-out books", ylabel="bits per byte")
+    compared.set(title=f"compared with {LABELS[reference['mode']]} (below 0 is better)")
+    compared.set(ylabel="difference in bits per byte")
+    for axes in (absolute, compared):
+        axes.set(xlabel="tokens of the book read before")
 
 
 def _smooth(values: list[float], window: int = 25) -> npt.NDArray[np.float64]:
@@ -135,7 +215,7 @@ def draw_routing(path: Path, routing: Routing, title: str, tokens: list[str]) ->
     count = len(routing.starts)
     middle = range(count // 2, count // 2 + min(SEGMENTS_DRAWN, count - count // 2))
     _draw_positions(positions, routing, middle)
-    positions.set_title(f"{title}: which past positions {len(middle)} of {count:,} segments read")
+    positions.set_title(f"{title}:\nwhich past positions {len(middle)} of {count:,} segments read")
     _draw_ages(ages, routing)
     _draw_kinds(kinds, routing, tokens)
     figure.savefig(path, dpi=120)
@@ -164,7 +244,7 @@ def _draw_positions(axes: Axes, routing: Routing, segments: range) -> None:
             s=3,
             linewidths=0,
             color=SET_COLOURS[number % len(SET_COLOURS)],
-            label=f"read by routing token {number + 1}",
+            label=routing.names[number],
             rasterized=True,
         )
     axes.set(xlabel="segment", ylabel="position in the book")
@@ -183,7 +263,7 @@ def _draw_ages(axes: Axes, routing: Routing) -> None:
             weights=np.full(ages.shape, 100 / max(1, ages.size)),
             histtype="step",
             color=SET_COLOURS[number % len(SET_COLOURS)],
-            label=f"read by routing token {number + 1}",
+            label=routing.names[number],
         )
     axes.set(title="how far back they lie", xlabel="tokens before the segment", ylabel="share in %")
     axes.set_ylim(bottom=0)
@@ -202,7 +282,7 @@ def _draw_kinds(axes: Axes, routing: Routing, tokens: list[str]) -> None:
         :KINDS
     ]
     bars = [("in the book", "#bbbbbb", everywhere)] + [
-        (f"read by routing token {number + 1}", SET_COLOURS[number % len(SET_COLOURS)], each)
+        (routing.names[number], SET_COLOURS[number % len(SET_COLOURS)], each)
         for number, each in enumerate(sets)
     ]
     for number, (label, colour, counts) in enumerate(bars):

@@ -2,22 +2,31 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import torch
-from pg19_data import UserError
+from pg19_data import HELD_OUT, UserError
 
 from xlroute.transformer_xl import MemoryRouting
 
-MODES = ("none", "xl", "routed")
+# Without memory, with XL memory, and with XL and a long-term memory whose rows are chosen in one of the ways
+# that `RoutedTransformerXL` knows.
 ROUTINGS = get_args(MemoryRouting)
+MODES = ("none", "xl", *ROUTINGS)
+DEFAULT_MODES = ("none", "xl", "learned")
+
+TIMED_SCHEDULE = 1000  # what stands for the number of steps where that is not known before
+# Steps between two checkpoints. On a GPU steps are quick, and memories large.
+CHECKPOINT_EVERY = {"small": 100, "10m": 10_000, "50m": 10_000}
 
 # What a run writes; --overwrite removes these and nothing else.
-FILES = ("settings.json", "metrics.jsonl", "results.json", "curves.png", "routing.png", "sample.txt")
+TOKENIZER_FILE = "tokenizer.json"  # a BPE that was trained for the run
+FILES = ("settings.json", TOKENIZER_FILE, "metrics.jsonl", "results.json", "curves.png", "sample.txt")
 FOLDERS = (*MODES, "persistence")
 
 
@@ -28,13 +37,16 @@ class Settings:
     preset: str = "small"
     data: str = "plays"
     tokenizer: str | None = None
+    bpe: int = 0  # tokens; 0 for none
+    tokenizer_digest: str | None = None  # of the file, once it is there
     max_books: int | None = None
     max_bytes: int | None = None
     split: str = "test"
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = DEFAULT_MODES
     seed: int = 0
     device: str = "cpu"
-    steps: int = 500
+    steps: int | None = 500  # None where time alone bounds the training
+    minutes: float | None = None
     streams: int = 16
     segment_len: int = 64
     mem_len: int = 64
@@ -45,8 +57,8 @@ class Settings:
     memory_layers: tuple[int, ...] = (3,)
     num_tokens_kv: int = 256
     routing_tokens: int = 2
-    memory_routing: MemoryRouting = "learned"
     routing_chunk: int = 64
+    num_content_tokens_kv: int = 32
     routing_shortlist: float | None = None
     capacity: int = 2048
     routed_self_attention: bool = False
@@ -55,37 +67,41 @@ class Settings:
     dropout: float = 0.0
     learning_rate: float = 3e-3
 
+    @property
+    def schedule(self) -> int:
+        """Steps that the learning rate is planned for; where time alone counts, so many shares of it."""
+        return TIMED_SCHEDULE if self.steps is None else self.steps
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
-    "base": {
+    "10m": {
+        "steps": 20_000,
+        "streams": 32,
+        "segment_len": 512,
+        "mem_len": 512,
+        "dim": 384,
+        "depth": 6,
+        "heads": 8,
+        "dim_head": 64,
+        "memory_layers": (4,),
+        "num_tokens_kv": 512,
+        "capacity": 65_536,
+        "learning_rate": 1e-3,
+    },
+    "50m": {
         "steps": 20_000,
         "streams": 16,
         "segment_len": 512,
         "mem_len": 512,
         "dim": 512,
-        "depth": 8,
+        "depth": 14,
         "heads": 8,
         "dim_head": 64,
-        "memory_layers": (4, 6),
+        "memory_layers": (8,),
         "num_tokens_kv": 512,
         "capacity": 65_536,
         "learning_rate": 6e-4,
-    },
-    "large": {
-        "steps": 100_000,
-        "streams": 16,
-        "segment_len": 1024,
-        "mem_len": 1024,
-        "dim": 1024,
-        "depth": 16,
-        "heads": 16,
-        "dim_head": 64,
-        "memory_layers": (8, 12),
-        "num_tokens_kv": 1024,
-        "capacity": 262_144,
-        "dropout": 0.1,
-        "learning_rate": 3e-4,
     },
 }
 
@@ -99,12 +115,17 @@ class Command:
     out: Path
     resume: bool
     overwrite: bool
-    checkpoint_every: int
+    checkpoint_every: int | None  # steps; None for what suits the preset
+    stop_after: float | None
+    keep_bf16: bool
     read_on: Path | None
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises UserError for a command line that does not fit."""
+
     def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
         raise UserError(f"{message} (--help lists the options)")
 
 
@@ -115,6 +136,17 @@ def _number(least: int) -> Any:
         return int(text)
 
     return parse
+
+
+def positive(text: str) -> float:
+    """An option that is a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
 
 
 def _modes(text: str) -> tuple[str, ...]:
@@ -134,9 +166,9 @@ def parse(arguments: list[str] | None = None) -> Command:
     Raises:
         UserError: for options that do not exist or do not fit.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="pg19.py",
-        description="Train and compare a Transformer-XL without memory, with XL memory, with routed memory.",
+        description="Train and compare a Transformer-XL without memory, with XL and with routed memory.",
         # Only the options that were given are set, so that presets and a resumed run fill in the rest.
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -149,33 +181,47 @@ def parse(arguments: list[str] | None = None) -> Command:
         "--checkpoint-every",
         type=_number(1),
         metavar="N",
-        help="steps between two checkpoints (default: 100)",
+        help="steps between two checkpoints (default: 100; 10,000 with a larger preset)",
     )
-    add("--preset", choices=PRESETS, help="sizes: small (2 CPU cores), base, large (one GPU)")
+    add(
+        "--stop-after",
+        type=positive,
+        metavar="SECONDS",
+        help="stop as for Ctrl-C once the process has run so long",
+    )
+    add("--keep-bf16", action="store_true", help="also write MODE/model-bf16: the weights in half the bytes")
+    add("--preset", choices=PRESETS, help="sizes: small (2 CPU cores), or about 10m or 50m weights (one GPU)")
     add("--data", help="plays (default), pg19 (the Hugging Face hub), or a folder in PG-19's layout")
     add("--tokenizer", metavar="PATH", help="a tokenizers JSON (default: every byte is a token)")
+    add(
+        "--bpe",
+        type=_number(257),
+        metavar="N",
+        help="train a byte-level BPE of N tokens on the training books, once, and use that",
+    )
     add("--max-books", type=_number(1), metavar="N", help="read the first N books of each split only")
     add("--max-bytes", type=_number(4), metavar="N", help="read the first N bytes of each book only")
-    add("--split", choices=("validation", "test"), help="what to evaluate on (default: test)")
-    add("--modes", type=_modes, help=f"some of {','.join(MODES)} (default: all)")
+    add("--split", choices=HELD_OUT, help="what to evaluate on (default: test)")
+    add("--modes", type=_modes, help=f"some of {','.join(MODES)} (default: {','.join(DEFAULT_MODES)})")
     add("--seed", type=_number(0))
     add("--device", help="cpu (default) or cuda")
     add("--steps", type=_number(1), help="training steps of each mode")
+    add("--minutes", type=positive, help="of training for each mode, instead of steps or at most")
     add("--streams", type=_number(1), help="documents read side by side in training")
     add("--segment-len", type=_number(1), help="tokens of a document read at once")
     add("--mem-len", type=_number(1), help="tokens in the XL window")
     for name in ("dim", "depth", "heads", "dim-head"):
         add(f"--{name}", type=_number(1))
     add("--memory-layers", type=_layers, metavar="N,N", help="blocks with routed memory, counted from 1")
-    add("--num-tokens-kv", type=_number(1), help="memory rows that each routing token chooses")
+    add("--num-tokens-kv", type=_number(1), help="memory rows that each learned token chooses")
     add("--routing-tokens", type=_number(1), help="sets of memory rows; divides the heads")
-    add("--memory-routing", choices=ROUTINGS, help="how memory rows are chosen (default: learned)")
     add("--routing-chunk", type=_number(1), help="tokens that share rows chosen by content (default: 64)")
+    add("--num-content-tokens-kv", type=_number(1), help="memory rows that a chunk chooses in each set")
     add(
         "--routing-shortlist",
         type=float,
         metavar="F",
-        help="in training, choose memory rows out of F times as many, found by older scores (default: all)",
+        help="in training, choose memory rows, but those of chunks, out of F times as many (default: all)",
     )
     add("--capacity", type=_number(1), help="memory rows kept of each stream and layer")
     for name, what in (
@@ -206,12 +252,14 @@ def parse(arguments: list[str] | None = None) -> Command:
             ("out", Path("run")),
             ("resume", False),
             ("overwrite", False),
-            ("checkpoint_every", 100),
+            ("checkpoint_every", None),
+            ("stop_after", None),
+            ("keep_bf16", False),
             ("read_on", None),
         )
     }
-    settings = Settings(**(PRESETS[given.get("preset", "small")] | given))
-    return Command(settings=settings, given=json.loads(json.dumps(given)), **command)
+    sizes = PRESETS[given.get("preset", "small")] | ({"steps": None} if "minutes" in given else {})
+    return Command(settings=Settings(**(sizes | given)), given=json.loads(json.dumps(given)), **command)
 
 
 def find_settings(command: Command) -> Settings:
@@ -265,12 +313,29 @@ def prepare_folder(command: Command, settings: Settings) -> None:
     write_json(command.out / "settings.json", asdict(settings))
 
 
+def note_tokenizer(settings: Settings, digest: str, out: Path) -> Settings:
+    """The settings of the run in a folder with the digest of its tokenizer, which it keeps from now on.
+
+    Raises:
+        UserError: the run was begun with another tokenizer.
+    """
+    if settings.tokenizer_digest not in (None, digest):
+        raise UserError(
+            f"{settings.tokenizer or out / TOKENIZER_FILE} is not the tokenizer that {out} began with"
+        )
+    settings = replace(settings, tokenizer_digest=digest)
+    write_json(out / "settings.json", asdict(settings))
+    return settings
+
+
 def check(settings: Settings) -> None:
     """Raise UserError for settings that make no sense or do not fit this machine."""
     if settings.device not in ("cpu", "cuda"):
         raise UserError(f"--device: expected cpu or cuda, got {settings.device!r}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here")
+    if settings.tokenizer and settings.bpe:
+        raise UserError("--tokenizer and --bpe exclude each other")
     if not 0 < settings.learning_rate < 1:
         raise UserError(f"--learning-rate: expected between 0 and 1, got {settings.learning_rate}")
 

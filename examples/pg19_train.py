@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pg19_data import Corpus, Tokenizer, UserError, bytes_per_token, training_segments
-from pg19_settings import Settings
+from pg19_settings import ROUTINGS, Settings
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,13 +31,19 @@ FINAL_LEARNING_RATE = 0.1  # of the highest one
 WEIGHT_DECAY = 0.1
 GRADIENT_NORM = 1.0
 FAST_RATE = 10.0  # learning rate of gates and routing tokens, in those of the other weights
+UNTIMED_STEPS = 10  # the first in a process on a GPU, in which the model is compiled
 
 
 def build_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransformerXL:
     """An untrained model of one mode. Whatever weights two modes have in common start equal."""
-    model, full = (_random_model(each, settings, vocab_size) for each in (mode, "routed"))
-    common = model.state_dict().keys()
-    model.load_state_dict({name: weight for name, weight in full.state_dict().items() if name in common})
+    # Between them, the first two have all weights that any two modes share.
+    models = {each: random_model(each, settings, vocab_size) for each in ("learned", "content", mode)}
+    start: dict[tuple[str, torch.Size], Tensor] = {}
+    for each in models.values():
+        for name, weight in each.state_dict().items():
+            start.setdefault((name, weight.shape), weight)
+    model = models[mode]
+    model.load_state_dict({name: start[name, weight.shape] for name, weight in model.state_dict().items()})
     return model.to(settings.device)
 
 
@@ -45,12 +51,18 @@ def check_model(settings: Settings, vocab_size: int) -> None:
     """Raise UserError for sizes that make no model; nothing is allocated."""
     try:
         with torch.device("meta"):
-            _random_model("routed", settings, vocab_size)
+            for mode in dict.fromkeys(("learned", "content", *settings.modes)):
+                random_model(mode, settings, vocab_size)
     except ValueError as error:
         raise UserError(f"no such model: {error}") from None
 
 
-def _random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransformerXL:
+def random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransformerXL:
+    """A model of one mode, its weights as the seed and the order in which it is built have them."""
+    memory: dict[str, Any] = {"memory_layers": ()}
+    if mode in ROUTINGS:
+        memory = {"memory_layers": settings.memory_layers, "memory_routing": mode}
+    by_chunks = mode in ("content", "both") and settings.routing_chunk > 1
     torch.manual_seed(settings.seed)
     return RoutedTransformerXL(
         vocab_size=vocab_size,
@@ -59,12 +71,12 @@ def _random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTrans
         heads=settings.heads,
         dim_head=settings.dim_head,
         mem_len=0 if mode == "none" else settings.mem_len,
-        memory_layers=settings.memory_layers if mode == "routed" else (),
+        **memory,
         num_tokens_kv=settings.num_tokens_kv,
         kv_routing_tokens=settings.routing_tokens,
-        memory_routing=settings.memory_routing,
         routing_chunk=settings.routing_chunk,
-        routing_shortlist=settings.routing_shortlist,
+        num_content_tokens_kv=settings.num_content_tokens_kv,
+        routing_shortlist=None if by_chunks else settings.routing_shortlist,
         segment_len=settings.segment_len,
         dropout=settings.dropout,
         routed_self_attention=settings.routed_self_attention,
@@ -76,6 +88,8 @@ def _random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTrans
 def compile_blocks(model: RoutedTransformerXL, settings: Settings) -> None:
     """On a GPU, compile each block in place; the memory store is read outside of the blocks."""
     if settings.device == "cuda":
+        # What was compiled before, for other modes, counts towards a limit beyond which nothing is.
+        torch.compiler.reset()
         for block in model.blocks:
             block.compile()
 
@@ -126,14 +140,24 @@ def optimizer_for(model: RoutedTransformerXL) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
 
 
-def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up, then a cosine down to a tenth: the rate of step `step`, counted from 0."""
-    warmup = max(1, round(WARMUP * settings.steps))
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, settings.steps - warmup)
+def learning_rate(place: float, settings: Settings) -> float:
+    """Linear warm-up, then a cosine down to a tenth: the rate of the step at a `Training.place`."""
+    warmup = max(1, round(WARMUP * settings.schedule))
+    if place + 1 <= warmup:
+        return settings.learning_rate * (place + 1) / warmup
+    done = max(0.0, place - warmup) / max(1, settings.schedule - warmup)
     cosine = (1 + math.cos(math.pi * done)) / 2
     return settings.learning_rate * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
+
+
+def counted_seconds(seconds: float, number: int, device: str) -> float:
+    """What a step adds to the time of a training, or an evaluation: step `number` in this process, from 0.
+
+    On a GPU the first ones, in which the model is compiled, count as much as those that follow them.
+    """
+    if device == "cpu" or number >= 2 * UNTIMED_STEPS:
+        return seconds
+    return 0.0 if number < UNTIMED_STEPS else 2 * seconds
 
 
 def token_nats(logits: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
@@ -169,14 +193,23 @@ class PeakMemory:
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM: KeyboardInterrupt, put off to the next safe moment inside `held`."""
+    """Ctrl-C, SIGTERM and an alarm: KeyboardInterrupt, put off to the next safe moment inside `held`."""
 
     def __init__(self) -> None:
         self.asked = False
         self.signal = signal.SIGINT
         self._held = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, self._handle)
+
+    @contextmanager
+    def after(self, seconds: float | None) -> Iterator[None]:
+        """Inside, the alarm goes off once so many seconds have passed, unless they are None."""
+        signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.asked, self.signal = True, signal.Signals(number)
@@ -247,8 +280,13 @@ class Training:
     state: TransformerXLState
     step: int = 0  # steps done; tells where in the data to go on, which are a function of the seed
     tokens: int = 0  # that were trained on
-    seconds: float = 0.0  # spent in steps
+    seconds: float = 0.0  # spent in steps, see `counted_seconds`
     peak_bytes: int = 0
+
+    def place(self, settings: Settings) -> float:
+        """How far this is in the schedule: by the steps done, or by the time passed if that is further."""
+        passed = 0.0 if settings.minutes is None else self.seconds / (60 * settings.minutes)
+        return max(0 if settings.steps is None else self.step, settings.schedule * passed)
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint of this step, all or nothing, then drop older ones."""
@@ -302,7 +340,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def train(mode: str, run: Run) -> Training:
-    """Train one mode to its last step, going on from its last checkpoint if there is one."""
+    """Train one mode to its end, going on from its last checkpoint if there is one."""
     settings, corpus, tokenizer, metrics = run.settings, run.corpus, run.tokenizer, run.metrics
     folder = run.out / mode / "checkpoints"
     checkpoint = last_checkpoint(folder)
@@ -313,6 +351,7 @@ def train(mode: str, run: Run) -> Training:
         state = initial_state(model, settings, settings.streams)
         training = Training(model, optimizer_for(model), state)
         torch.manual_seed(settings.seed)
+    first = training.step
     compile_blocks(training.model, settings)
     metrics.cut_back(mode, training.step)
     peak = PeakMemory(settings.device)
@@ -326,45 +365,49 @@ def train(mode: str, run: Run) -> Training:
         segment_len=settings.segment_len,
         skip=training.step * reads,
     )
+    timed = settings.minutes is not None
     progress = tqdm(
-        total=settings.steps,
-        initial=training.step,
-        desc=f"train {mode:6}",
-        unit="step",
+        total=settings.steps if settings.minutes is None else round(60 * settings.minutes),
+        initial=round(training.seconds) if timed else training.step,
+        desc=f"train {mode:7}",
+        unit="s" if timed else "step",
         mininterval=0.2 if sys.stderr.isatty() else 15,
         dynamic_ncols=True,
     )
     smooth: float | None = None
     with run.interrupt.held(), progress:
-        while training.step < settings.steps:
+        while training.place(settings) < settings.schedule:
             segments = list(islice(data, reads))
+            rate = learning_rate(training.place(settings), settings)
             began = time.perf_counter()
             loss, counted = train_step(training, settings, segments)
             seconds = time.perf_counter() - began
+            training.seconds += counted_seconds(seconds, training.step - first, settings.device)
             training.step += 1
             training.tokens += counted
-            training.seconds += seconds
             training.peak_bytes = max(training.peak_bytes, peak.bytes())
             metrics.append(
                 mode=mode,
                 step=training.step,
                 loss=loss,
                 bits_per_byte=loss / bits,
-                learning_rate=learning_rate(training.step - 1, settings),
+                learning_rate=rate,
                 memory_rows=memory_rows(training.state),
                 tokens=training.tokens,
+                seconds=round(training.seconds, 3),
                 tokens_per_second=round(counted / seconds, 1),
             )
             smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
             progress.set_postfix_str(
                 f"loss {smooth:.3f}, {smooth / bits:.3f} bits/byte, "
-                f"{training.tokens / training.seconds:,.0f} tokens/s, "
+                f"{counted / seconds:,.0f} tokens/s, "
                 f"{memory_rows(training.state):,} memory rows",
                 refresh=False,
             )
-            progress.update()
+            progress.update(round(training.seconds) - progress.n if timed else 1)
             stop = run.interrupt.asked
-            if stop or training.step % run.checkpoint_every == 0 or training.step == settings.steps:
+            ended = training.place(settings) >= settings.schedule
+            if stop or ended or training.step % run.checkpoint_every == 0:
                 training.save(folder)
             if stop:
                 break
@@ -376,7 +419,7 @@ def train_step(
 ) -> tuple[float, int]:
     """Read segments of every stream and improve the weights: the mean loss in nats, of how many tokens."""
     for group in training.optimizer.param_groups:
-        group["lr"] = group["rate"] * learning_rate(training.step, settings)
+        group["lr"] = group["rate"] * learning_rate(training.place(settings), settings)
     nats = []
     for tokens, targets, lengths, ends in segments:
         with autocast(settings):

@@ -14,6 +14,8 @@ from recall_tasks import MOST_PAIRS, SYMBOLS, Documents, Piece, slot_width, trai
 from torch import Tensor, nn
 
 from xlroute import RoutedTransformerXL, TransformerXLState
+from xlroute.blocks import RoutedMemoryAttention
+from xlroute.token_memory import TokenMemoryAttention
 
 WARM_UP = 50  # updates
 FINAL_LEARNING_RATE = 0.05  # of the highest one
@@ -24,11 +26,9 @@ GROWTH = 0.5  # share of the training in which documents grow to their full leng
 FEWEST_SEGMENTS = 4  # of a training document
 
 # How the models start, see `build_model`.
-SHARPNESS = 3.0  # by which the biases of heads that look back are multiplied
-MIX = 0.3  # of what attention and feedforward add below the memory
-DISTURBANCE = 0.1  # of what the self-attention of a block adds before its memory is read
+SHARPNESS = 30.0  # by which the biases of heads that look back are multiplied
 GATE = 0.5
-COSINE_SCALE, NULL_LOGIT = 200.0, 80.0
+COSINE_SCALE, NULL_LOGIT = 1000.0, 400.0
 AGE_SLOPE = 0.8  # by which a row's logit falls from one bucket of ages to the next, two to a doubling
 
 
@@ -102,11 +102,11 @@ def build_model(mode: str, settings: Settings) -> RoutedTransformerXL:
     """An untrained model.
 
     It starts where it finds what it needs, so that it has to learn the reading alone. The heads below the
-    memory look 0, 1, ... tokens back, sharply, so that a row tells what stood before it and keys that end
-    alike differ; but they add little, so that its own token is read off it most easily. What self-attention
-    adds before the memory is read is small, so that a query is like the row of the same text. Of several such
-    rows the newer one weighs more. How much more is not trained, so that it holds for ages beyond those of
-    the training.
+    memory look 0, 1, ... tokens back, so sharply that the tokens there do not matter: a row tells what stood
+    before it, keys that end alike differ, and rows of the same text are the same whatever stood before that.
+    So the cosines can weigh much, and tell a fact from one whose key is all but the same; and of several rows
+    of the same text the newer one weighs more. How much more is not trained, so that it holds for ages beyond
+    those of the training.
     """
     windows = {"none": 0, "short": settings.mem_len, "document": settings.training_len}
     torch.manual_seed(settings.seed)
@@ -133,11 +133,8 @@ def build_model(mode: str, settings: Settings) -> RoutedTransformerXL:
             if number < settings.memory_layer:
                 block.attention.q_bias.mul_(SHARPNESS)
                 block.attention.k_bias.mul_(SHARPNESS)
-                for projection in block.last_projections():
-                    projection.weight.mul_(MIX)
-            if block.memories() and MODES[mode].memory:
-                block.attention.to_out.weight.mul_(DISTURBANCE)
             for memory in block.memories():
+                assert isinstance(memory, (RoutedMemoryAttention, TokenMemoryAttention))
                 assert memory.null_logit is not None
                 assert memory.log_scale is not None
                 memory.memory_gate.fill_(GATE)

@@ -3,8 +3,15 @@
 from xlroute.kernels.arguments import Backend
 from xlroute.kernels.bias_gelu import bias_gelu
 from xlroute.kernels.descent import coordinate_descent
-from xlroute.kernels.gather import gather_gated_rows, gather_pinned_rows, gather_rows, scatter_rows
+from xlroute.kernels.gather import (
+    gather_gated_rows,
+    gather_pinned_rows,
+    gather_rows,
+    gather_rows_apart,
+    scatter_rows,
+)
 from xlroute.kernels.gathered_attention import gathered_attention
+from xlroute.kernels.gathered_products import gathered_products, gathered_sums
 from xlroute.kernels.keys_values import gated_keys_values, gather_keys_values
 from xlroute.kernels.local_attention import local_attention
 from xlroute.kernels.norm import norm_beside
@@ -22,7 +29,10 @@ __all__ = [
     "gather_keys_values",
     "gather_pinned_rows",
     "gather_rows",
+    "gather_rows_apart",
     "gathered_attention",
+    "gathered_products",
+    "gathered_sums",
     "local_attention",
     "norm_beside",
     "row_scores",

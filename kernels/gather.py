@@ -1,5 +1,6 @@
 """Gather of chosen rows and their gates, and scatter of rows back to their places; -1 stands for no row."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,34 @@ def gather_rows(x: Tensor, indices: Tensor, backend: Backend | None = None) -> T
     backend = resolve_backend(backend, x)
     rows: Tensor
     rows, _ = _gather(x, None, indices, False, backend)
+    return rows
+
+
+def gather_rows_apart(streams: Sequence[Tensor], indices: Tensor, backend: Backend | None = None) -> Tensor:
+    """As `gather_rows`, for streams whose rows lie apart and are not equally many. There is no gradient.
+
+    Triton takes one launch for all streams where their rows begin 16 bytes apart, or a multiple of that. It
+    has to be told where they are, which no CUDA graph could learn later: while one is captured, and for rows
+    at other addresses, each stream takes a launch.
+
+    Args:
+        streams: the rows of each, b tensors [m_i, d], contiguous, of one dtype and device.
+        indices: int64, [b, ...], each in [-1, m_i).
+        backend: as for `gather_rows`.
+
+    Returns:
+        The gathered rows, [b, ..., d].
+
+    Raises:
+        TypeError, ValueError, IndexError: as `gather_rows`.
+    """
+    if not 0 < len(streams) == len(indices):
+        raise ValueError(
+            f"streams must be as many as indices [b, ...], at least 1, got {len(streams)} and {len(indices)}"
+        )
+    for x, index in zip(streams, indices, strict=True):
+        _check("streams", x[None], index[None])
+    rows: Tensor = _gather_apart(list(streams), indices, resolve_backend(backend, indices))
     return rows
 
 
@@ -229,6 +258,24 @@ def _gather(
     return rows, chosen.masked_fill_(nowhere, 0.0)
 
 
+@torch.library.custom_op("xlroute::gather_rows_apart", mutates_args=())
+def _gather_apart(streams: list[Tensor], indices: Tensor, backend: str) -> Tensor:
+    """Rows [b, ..., d] of streams [m_i, d]."""
+    d = streams[0].shape[1]
+    flat = indices.reshape(len(streams), -1)
+    rows = torch.empty((*flat.shape, d), dtype=streams[0].dtype, device=flat.device)
+    if backend == "triton" and rows.numel() > 0:
+        from xlroute.kernels import gather_triton
+
+        gather_triton.gather_apart(streams, flat, rows)
+    else:
+        for x, index, out in zip(streams, flat, rows, strict=True):
+            if len(x):
+                torch.index_select(x, 0, index.clamp(min=0), out=out)
+        rows.masked_fill_((flat < 0)[..., None], 0.0)
+    return rows.view(*indices.shape, d)
+
+
 def _wide(rows: Tensor, gates: Tensor | None) -> torch.dtype:
     """The dtype in which rows are multiplied by gates, and added."""
     wide = compute_dtype(rows.dtype)
@@ -317,6 +364,11 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     rows = x.new_empty((*indices.shape, x.shape[-1]))
     return rows, x.new_empty(0) if gates is None else gates.new_empty(indices.shape)
+
+
+@_gather_apart.register_fake
+def _(streams: list[Tensor], indices: Tensor, backend: str) -> Tensor:
+    return streams[0].new_empty((*indices.shape, streams[0].shape[1]))
 
 
 @_gather_backward.register_fake

@@ -19,6 +19,7 @@ from xlroute.kernels.arguments import compute_dtype
 WIDEST = 1024  # columns that a program moves at once
 ELEMENTS = 4096  # of the result that a program of a gather writes
 INDICES = 1024  # that are compared at once
+VECTOR = 16  # bytes that one thread reads at once
 SCATTER_ROWS = 8  # rows of the result of a scatter that one program writes
 
 _SIZES = ("total", "k", "per_set", "m", "n", "tiles", "other_from")
@@ -77,6 +78,40 @@ def gather_rows_fwd_kernel(
             b_gate = tl.where(m_k & (b_gate == b_gate), 1.0, b_gate)
         b_gate = tl.where(m_k | (b_index == -1), b_gate, float("nan"))
         tl.store(p_chosen + o_k, b_gate.to(p_chosen.dtype.element_ty), mask=o_k < total)
+
+
+@triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
+def gather_rows_apart_kernel(
+    p_x: tl.tensor,
+    p_places: tl.tensor,
+    p_indices: tl.tensor,
+    p_rows: tl.tensor,
+    total: tl.tensor,
+    k: tl.tensor,
+    D: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+    VEC: tl.constexpr,
+    ACC: tl.constexpr,
+) -> None:
+    """Rows [total, D] at the indices [total], k of a stream, whose rows begin at p_x + VEC * its place.
+
+    Places are [b, 2]: where the rows of a stream are, and how many.
+    """
+    CHUNKS: tl.constexpr = (D + BD - 1) // BD
+    o_k = (tl.program_id(0) // CHUNKS).to(tl.int64) * BK + tl.arange(0, BK)
+    o_d = tl.program_id(0) % CHUNKS * BD + tl.arange(0, BD)
+    b_index = tl.load(p_indices + o_k, mask=o_k < total, other=-1)  # [BK]
+    p_place = p_places + o_k // k * 2
+    b_place = tl.load(p_place, mask=o_k < total, other=0)
+    m_k = (b_index >= 0) & (b_index < tl.load(p_place + 1, mask=o_k < total, other=0))
+    m_d = (o_d < D)[None, :]
+    p_from = p_x + (b_place * VEC + b_index * D)[:, None] + o_d[None, :]
+    b_x = tl.load(p_from, mask=m_k[:, None] & m_d, other=0.0).to(ACC)  # [BK, BD]
+    # As in a gather of streams that lie together.
+    b_x = tl.where((m_k | (b_index == -1))[:, None], b_x, float("nan"))
+    p_to = p_rows + (o_k * D)[:, None] + o_d[None, :]
+    tl.store(p_to, b_x.to(p_rows.dtype.element_ty), mask=(o_k < total)[:, None] & m_d)
 
 
 @triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
@@ -262,6 +297,35 @@ def gather(
             num_warps=4,
         )
     return rows, chosen
+
+
+def gather_apart(streams: list[Tensor], indices: Tensor, rows: Tensor) -> None:
+    """Writes rows [b, k, d] of streams [m_i, d] at indices [b, k]; nothing of it is empty but streams."""
+    addresses = [x.data_ptr() if len(x) else rows.data_ptr() for x in streams]
+    together = all((each - addresses[0]) % VECTOR == 0 for each in addresses)
+    if not together or (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+        for x, index, out in zip(streams, indices, rows, strict=True):
+            out.copy_(gather(x[None], None, index[None])[0][0])
+        return
+    places = [[(each - addresses[0]) // VECTOR, len(x)] for each, x in zip(addresses, streams, strict=True)]
+    _, k, d = rows.shape
+    bk, bd = gather_block(d)
+    with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+        gather_rows_apart_kernel[(triton.cdiv(rows.shape[0] * k, bk) * triton.cdiv(d, bd),)](
+            streams[0] if len(streams[0]) else rows,
+            # The host does not wait for the GPU to have it.
+            torch.tensor(places).to(rows.device, non_blocking=True),
+            indices.contiguous(),
+            rows,
+            rows.shape[0] * k,
+            k,
+            D=d,
+            BK=bk,
+            BD=bd,
+            VEC=VECTOR // rows.itemsize,
+            ACC=tl.float64 if rows.dtype == torch.float64 else tl.float32,
+            num_warps=4,
+        )
 
 
 def gather_backward(grad: Tensor, indices: Tensor, m: int) -> Tensor:

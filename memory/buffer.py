@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from xlroute.kernels import gather_pinned_rows, gather_rows, row_scores
+from xlroute.kernels import gather_pinned_rows, gather_rows
 from xlroute.memory.log import StreamLog
-from xlroute.memory.scores import NumberedRows, Scoring, StoredScores
+from xlroute.memory.scores import KeptScores, Scoring, StoredScores
 
 _BLOCK_ROWS = 1 << 16  # of rows in memory that are handed on at once
 
@@ -42,6 +42,9 @@ class Rows(Protocol):
     def span(self) -> RowSpan:
         """All rows, in memory."""
 
+    def at_hand(self) -> Tensor | None:
+        """All rows, [m, d], without a copy; None if some are not on the store's device."""
+
     def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """Rows `start` to `stop` in blocks [k, d], for reading only."""
 
@@ -66,11 +69,15 @@ class Rows(Protocol):
             stored: Their scores, in the numbers of the log.
         """
 
-    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
-        """Scores against routing tokens [r, d], [r, m], as from `row_scores`, with gradient to the tokens."""
+    def scores(self, scoring: Scoring, keep: bool = True) -> Tensor:
+        """Scores against routing tokens, [r, m], as from `row_scores`.
 
-    def numbered(self) -> NumberedRows:
-        """The rows in the numbers of what keeps their scores."""
+        Where no gradient is asked for they are kept, and only rows that are new since the last call are read;
+        unless they are not to be kept.
+        """
+
+    def kept_scores(self) -> KeptScores | None:
+        """The scores that are kept, if there are any."""
 
 
 class _Buffer:
@@ -135,6 +142,10 @@ class RowSpan:
         span._buffer.scores, span._buffer.number = stored, log.end
         return span
 
+    def at_hand(self) -> Tensor | None:
+        """See `Rows`."""
+        return None if self._buffer.pinned else self.view()
+
     def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """See `Rows`."""
         for first in range(start, stop, _BLOCK_ROWS):
@@ -156,18 +167,21 @@ class RowSpan:
     def prefetch(self, index: Tensor) -> None:
         """They are there."""
 
-    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
+    def scores(self, scoring: Scoring, keep: bool = True) -> Tensor:
         """See `Rows`."""
-        return row_scores(self.view(), tokens, **scoring._asdict())
-
-    def numbered(self) -> NumberedRows:
-        """See `Rows`."""
+        if not keep or scoring.differentiated:
+            return scoring.of(self.view())
         rows, number = self._buffer.target, self._buffer.number
 
         def read(start: int, stop: int) -> tuple[Tensor]:
             return (rows[start - number : stop - number],)
 
-        return NumberedRows(self._buffer.scores, number + self._start, number + self._stop, read)
+        return self._buffer.scores.of(number + self._start, number + self._stop, scoring, read)
+
+    def kept_scores(self) -> KeptScores | None:
+        """See `Rows`."""
+        number = self._buffer.number
+        return self._buffer.scores.kept(number + self._start, number + self._stop)
 
     def dropped(self, count: int) -> RowSpan:
         """The span without its `count` oldest rows."""

@@ -15,7 +15,7 @@ from xlroute.memory.chunks import Chunks
 from xlroute.memory.layout import DTYPES
 from xlroute.memory.log import Extent, StreamLog
 from xlroute.memory.rows_bytes import Bytes
-from xlroute.memory.scores import NumberedRows, Scoring, StoredScores
+from xlroute.memory.scores import KeptScores, Scoring, StoredScores
 
 
 class ColdRows:
@@ -93,6 +93,10 @@ class ColdRows:
             self._span = span
         return self._span
 
+    def at_hand(self) -> Tensor | None:
+        """See `Rows`."""
+        return None if self._span is None else self._span.at_hand()
+
     def gather(self, index: Tensor) -> Tensor:
         """Copies of the rows at `index` (int64 [k]), [k, d]; zeros where it is -1, for which nothing is read.
 
@@ -144,21 +148,24 @@ class ColdRows:
             return self._span.anew(log, room, stored)
         return ColdRows(self._files, self._layer, self.stream, log, self._device, stored)
 
-    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
-        """See `Rows`. All rows are read.
+    def scores(self, scoring: Scoring, keep: bool = True) -> Tensor:
+        """See `Rows`. All rows are read where there are no scores of these tokens on disk.
 
         Raises:
             CorruptionError: A row, or the file it is in, is damaged or missing.
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
-        return self.span().scores(tokens, scoring)
+        first = self._log.oldest
+        known = self._span is None and keep and not scoring.differentiated
+        if known and self.stored.serves(first, scoring):
+            return self.stored.of(first, self._log.end, scoring, partial(self._numbered_blocks, first))
+        return self.span().scores(scoring, keep)
 
-    def numbered(self) -> NumberedRows:
+    def kept_scores(self) -> KeptScores | None:
         """See `Rows`."""
         if self._span is not None:
-            return self._span.numbered()
-        first = self._log.oldest
-        return NumberedRows(self.stored, first, self._log.end, partial(self._numbered_blocks, first))
+            return self._span.kept_scores()
+        return self.stored.kept(self._log.oldest, self._log.end)
 
     def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """See `Rows`.
@@ -167,8 +174,11 @@ class ColdRows:
             CorruptionError: A row, or the file it is in, is damaged or missing.
             CommitNotFoundError: The rows are gone because the commit was dropped.
         """
-        data = self._files.blocks(self._layer, self.stream, self._log.part(start, stop))
-        yield from on_device(map(self._tensor, data), self._device)
+        if self._span is not None:
+            yield from self._span.blocks(start, stop)
+        else:
+            data = self._files.blocks(self._layer, self.stream, self._log.part(start, stop))
+            yield from on_device(map(self._tensor, data), self._device)
 
     def _numbered_blocks(self, oldest: int, start: int, stop: int) -> Iterator[Tensor]:
         return self.blocks(start - oldest, stop - oldest)

@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlroute.kernels import Backend
+from xlroute.kernels import Backend, gather_rows_apart
 from xlroute.memory.buffer import Rows
 from xlroute.memory.cold import ColdRows
+from xlroute.memory.kept_values import KeptOfLayer
 from xlroute.memory.log import StreamLog
-from xlroute.memory.routing_keys import routing_keys
-from xlroute.memory.scores import Kind, LatestScores, Scoring, score_new_rows
+from xlroute.memory.routing_keys import RoutingKeys, project
+from xlroute.memory.scores import LatestScores, Scoring
+from xlroute.memory.to_device import to_device
 
-# Whether scores are kept for the next call; "first" for those that each row got first.
+# Whether scores or keys are kept for the next call; "first" for those that each row got first.
 Keep = bool | Literal["first"]
 
 
@@ -49,19 +51,25 @@ def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
     return indices
 
 
-def positions_of(indices: Tensor, logs: Sequence[StreamLog]) -> Tensor:
+def counts_of(logs: Sequence[StreamLog], device: torch.device) -> Tensor:
+    """Rows that streams have appended since their reset, and rows that they hold: int64 [2, b]."""
+    # A tensor made in inference mode could not be saved for backward later.
+    with torch.inference_mode(False):
+        return to_device(torch.tensor([[log.appended for log in logs], [log.held for log in logs]]), device)
+
+
+def positions_of(indices: Tensor, logs: Sequence[StreamLog], counts: Tensor) -> Tensor:
     """Positions of the rows at `indices` [b, ...], int64 of the same shape; -1 where the index is -1.
 
     Args:
         indices: Rows, 0 the oldest held; -1 for no row. All exist.
         logs: What each stream holds, [b].
+        counts: Theirs, see `counts_of`, on the device of the indices.
 
     Raises:
         CorruptionError: The positions of rows on disk are damaged.
     """
-    gone = torch.tensor([log.appended - log.held for log in logs], dtype=torch.int64)
-    gone = gone.to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
-    positions = torch.where(indices < 0, indices, indices + gone)
+    positions = torch.where(indices < 0, indices, indices + _along(counts[0] - counts[1], indices))
     for stream, log in enumerate(logs):
         if log.surviving:
             index, own = indices[stream], log.own_positions(indices.device)
@@ -69,6 +77,11 @@ def positions_of(indices: Tensor, logs: Sequence[StreamLog]) -> Tensor:
             found = own[torch.where(among, index, 0)]
             positions[stream] = torch.where(among, found, positions[stream])
     return positions
+
+
+def _along(values: Tensor, indices: Tensor) -> Tensor:
+    """Values [b] of streams, as they broadcast to indices [b, ...]."""
+    return values.view(-1, *[1] * (indices.ndim - 1))
 
 
 class MemoryLayer:
@@ -91,12 +104,14 @@ class MemoryLayer:
         dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        kept: KeptOfLayer,
         latest_scores: list[LatestScores] | None,
         count_routed: Callable[[Tensor], None] | None,
     ) -> None:
         self._streams = tuple(streams)
         self._logs = tuple(logs)
         self._dim = dim
+        self._kept = kept
         # Where the store wants to know of each stream's scores, the highest of each row.
         self._latest_scores = latest_scores
         # Where the store wants to know which rows are routed.
@@ -122,8 +137,12 @@ class MemoryLayer:
         """Which rows exist, bool [b, m]."""
         # As in __init__: whoever reads it first, it stays for all.
         with torch.inference_mode(False):
-            columns = torch.arange(self.shape[1], device=self.device)
-            return columns < self.lengths.to(self.device)[:, None]
+            return torch.arange(self.shape[1], device=self.device) < self._counts[1, :, None]
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        """See `counts_of`; on the device."""
+        return counts_of(self._logs, self.device)
 
     def views(self) -> list[Tensor]:
         """The rows of each stream, b tensors [m_i, d], oldest first, without a copy: for reading only."""
@@ -172,7 +191,7 @@ class MemoryLayer:
         return rows
 
     def count_routed(self, indices: Tensor) -> None:
-        """Counts rows that a router has chosen, and has taken already, in a store that records routes."""
+        """Counts rows at int64 indices [b, ...] as chosen by a router; -1 means no row."""
         if self._count_routed is not None:
             self._count_routed(indices)
 
@@ -189,6 +208,9 @@ class MemoryLayer:
             CorruptionError: A row on disk is damaged.
         """
         flat = indices.reshape(len(self._streams), -1)
+        at_hand = [held for rows in self._streams if (held := rows.at_hand()) is not None]
+        if len(at_hand) == len(self._streams) > 1:
+            return gather_rows_apart(at_hand, indices.to(self.device))
         found = [
             rows.gather(index) if len(rows) else self._no_rows(index.shape[0])
             for rows, index in zip(self._streams, flat, strict=True)
@@ -213,7 +235,10 @@ class MemoryLayer:
             ValueError: The first size is not b.
             IndexError: An index is below -1, or not below the number of rows of its stream.
         """
-        return positions_of(checked_indices(indices, self.lengths), self._logs)
+        return self._positions(checked_indices(indices, self.lengths))
+
+    def _positions(self, indices: Tensor) -> Tensor:
+        return positions_of(indices, self._logs, self._counts.to(indices.device))
 
     def ages(self, indices: Tensor) -> Tensor:
         """How many rows the stream has appended from each of these on: 1 for the newest.
@@ -224,9 +249,7 @@ class MemoryLayer:
         Returns:
             Ages, int64 of the same shape; for no row, more than those of all rows.
         """
-        appended = torch.tensor([log.appended for log in self._logs], dtype=torch.int64)
-        appended = appended.to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
-        return appended - positions_of(indices, self._logs)
+        return _along(self._counts[0].to(indices.device), indices) - self._positions(indices)
 
     def followers(self, indices: Tensor) -> Tensor:
         """Which rows were appended right after some others.
@@ -237,10 +260,10 @@ class MemoryLayer:
         Returns:
             Indices, int64 of the same shape; -1 where there is no such row, or where it has left.
         """
-        newest = (self.lengths - 1).to(indices.device).reshape(-1, *[1] * (indices.ndim - 1))
+        newest = _along(self._counts[1].to(indices.device), indices) - 1
         following = torch.where((indices >= 0) & (indices < newest), indices + 1, -1)
         if any(log.surviving for log in self._logs):
-            distance = positions_of(following, self._logs) - positions_of(indices, self._logs)
+            distance = self._positions(following) - self._positions(indices)
             following = torch.where(distance == 1, following, -1)
         return following
 
@@ -272,10 +295,10 @@ class MemoryLayer:
         the same, a call reads only rows that are new, and gives the same bits as one that reads all. A store
         with eviction "lowest_score" goes by what its layers were scored with last, if that was to be kept.
 
-        Where tokens change from call to call, as in training, each row can keep the score that it got first,
-        from the first such call that found it, on the layer or on a fork that shares the row. These are kept
-        besides, in memory alone: after opening a store, and for rows that are written anew since others have
-        left from between them, the next call is the first one. `score_ages` tells how long ago it was.
+        Where tokens change from call to call, as in training, each row can keep the scores that it got first,
+        from the first such call that found it, here or before the store was forked. These are kept besides,
+        in memory alone: after opening a store, and for rows that are written anew since others have left from
+        between them, the next call is the first one. `score_ages` tells how long ago it was.
 
         Args:
             tokens: Routing tokens, [r, d] for all streams or [b, r, d].
@@ -283,7 +306,8 @@ class MemoryLayer:
             scale: Factor on the scores.
             backend: As for `xlroute.kernels.row_scores`.
             keep: Keep the scores for the next call; False for tokens that will not come again, beside which
-                those that are kept stay; "first" for the scores that rows got first, without gradient.
+                those that are kept stay; "first" for the scores that rows got first, without gradient, by
+                tokens [r, d].
 
         Returns:
             Scores, [b, r, m], float32 (float64 for float64 rows), differentiable in `tokens`; columns beyond
@@ -294,84 +318,85 @@ class MemoryLayer:
             CorruptionError: A row on disk is damaged.
         """
         per_stream = self.tokens_of_streams(tokens)
-        scoring = Scoring(normalize, scale, backend)
-        kind: Kind | None = None
+        if keep == "first" and tokens.ndim == 3:
+            raise ValueError(
+                f"tokens: expected shape [r, {self._dim}] for first scores, got {[*tokens.shape]}"
+            )
+
+        def scoring(tokens: Tensor) -> Scoring:
+            return Scoring(tokens, normalize=normalize, scale=scale, backend=backend)
+
+        alike = scoring(tokens)
         if keep == "first":
-            kind = "first scores"
-        elif keep and not (torch.is_grad_enabled() and tokens.requires_grad):
-            kind = "scores"
-        if kind is None:
-            scores = [
-                rows.scores(token, scoring) for rows, token in zip(self._streams, per_stream, strict=True)
-            ]
+            scores = self._first_scores(alike)
+        elif tokens.ndim == 2 and not alike.differentiated:
+            scores = self._side_by_side([rows.scores(alike, keep) for rows in self._streams])
         else:
-            scores = self._kept(kind, per_stream, scoring)
+            pairs = zip(self._streams, per_stream, strict=True)
+            scores = self._side_by_side([rows.scores(scoring(each), keep) for rows, each in pairs])
         # What a CUDA graph computes is there only once it runs.
         capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         if keep and self._latest_scores is not None and not capturing:
-            self._latest_scores[:] = [each.detach().amax(0) for each in scores]
-        return scores[0][None] if len(scores) == 1 else self._side_by_side(scores)
+            highest = scores.detach().amax(1)
+            self._latest_scores[:] = [
+                each[:length] for each, length in zip(highest, self.lengths.tolist(), strict=True)
+            ]
+        return scores
 
     @torch.no_grad()
-    def keys(self, projection: Tensor, *, keep: Keep) -> Tensor:
-        """Routing keys of every row, see `routing_keys`.
+    def _first_scores(self, scoring: Scoring) -> Tensor:
+        """The scores [b, r, m] that rows got first."""
+        found = self._kept.first_scores.of(self._read_whole(), self._logs, scoring, len(scoring.tokens))
+        if found is None:
+            return self._side_by_side([rows.scores(scoring, keep=False) for rows in self._streams])
+        if self.even and found.values.shape[2] == self.shape[1]:
+            return found.values[..., 0]
+        return self._side_by_side([found.of_stream(i)[..., 0] for i in range(len(self._streams))])
+
+    def _side_by_side(self, scores: list[Tensor]) -> Tensor:
+        """Those of each stream [r, m_i] in one tensor [b, r, m], 0 for no row."""
+        if len(scores) == 1:
+            return scores[0][None]
+        # Padding by nothing copies.
+        lacking = [self.shape[1] - each.shape[-1] for each in scores]
+        return torch.stack(
+            [F.pad(each, (0, n)) if n else each for each, n in zip(scores, lacking, strict=True)]
+        )
+
+    def _read_whole(self) -> list[Rows]:
+        """The rows of each stream; those on disk are read, and stay in memory."""
+        return [rows.span() if isinstance(rows, ColdRows) else rows for rows in self._streams]
+
+    @torch.no_grad()
+    def keys(self, projection: Tensor, *, keep: Keep) -> RoutingKeys:
+        """Routing keys of every row, see `routing_keys`, in the type of the rows, without gradient.
 
         Args:
             projection: [r, e, d].
-            keep: Keep the projected rows in memory, beside the scores: as long as the projection stays the
-                same, a call projects only rows that are new. False for a projection that is about to change:
-                matrix products are faster, if not the same to the bit whatever other rows there are. "first"
-                for the keys that rows got first, as for `scores`.
-
-        Returns:
-            Keys, [b, r, m, e], of the rows' type, without gradient; those beyond a stream's length mean
-            nothing.
+            keep: Keep the keys in memory: as long as the projection stays the same, a call projects only rows
+                that are new, and gives the same bits as one that projects all. False for a projection that is
+                about to change: products of matrices are faster. "first" for the keys that rows got first, as
+                for `scores`.
 
         Raises:
             CorruptionError: A row on disk is damaged.
         """
-        r, e, _ = projection.shape
-        scoring = Scoring("rms", 1.0, None)
-
-        def of_stream(rows: Rows) -> Tensor:
-            if isinstance(rows, ColdRows):
-                rows = rows.span()  # which stays in memory, as for scores
-            blocks = [routing_keys(block, projection) for block in rows.blocks(0, len(rows))]
-            return torch.cat([projection.new_empty(0, r, e), *blocks]).transpose(0, 1)
-
-        b = len(self._streams)
-        if keep == "first":
-            keys = self._kept("first keys", projection.expand(b, r, e, -1), scoring)
-        elif keep:
-            scores = self._kept("keys", projection.flatten(0, 1).expand(b, r * e, -1), scoring)
-            keys = [F.normalize(each.view(r, e, -1), dim=1).mT for each in scores]
-        else:
-            keys = [of_stream(rows) for rows in self._streams]
-        return self._side_by_side([each.to(self.dtype) for each in keys])
-
-    def _kept(self, kind: Kind, tokens: Tensor, scoring: Scoring) -> list[Tensor]:
-        """What is kept of each stream's rows, by its tokens [b, ..., d]; only what is new to that is read.
-
-        Rows on disk are read and stay in memory, unless there are scores of these tokens.
-        """
-        streams = []
-        for rows, token in zip(self._streams, tokens, strict=True):
-            numbered = rows.numbered().of_kind(kind)
-            if isinstance(rows, ColdRows) and not numbered.stored.serves(numbered.start, token, scoring):
-                numbered = rows.span().numbered().of_kind(kind)
-            streams.append(numbered)
-        if tokens.stride(0) == 0:  # the same for all
-            score_new_rows(streams, tokens[0], scoring)
-        return [each.scores(token, scoring) for each, token in zip(streams, tokens, strict=True)]
-
-    def _side_by_side(self, parts: list[Tensor]) -> Tensor:
-        """What each stream has of its rows, [r, m, ...], in one tensor [b, r, m, ...], 0 for no row."""
-        if not self.even:
-            longest = self.shape[1]
-            # Padding goes by dimensions from the last.
-            inner = [0, 0] * (parts[0].ndim - 2)
-            parts = [F.pad(each, (*inner, 0, longest - each.shape[1])) for each in parts]
-        return torch.stack(parts)
+        (b, m, _), (r, e, _) = self.shape, projection.shape
+        streams = self._read_whole()
+        if keep:
+            kept = self._kept.first_keys if keep == "first" else self._kept.keys
+            # The products of a key are scores of its row.
+            scoring = Scoring(projection.flatten(0, 1), normalize=None, scale=1.0, backend=None)
+            found = kept.of(streams, self._logs, scoring, r)
+            if found is not None:
+                return RoutingKeys(*found)
+        keys = torch.empty(b, r, m, e, dtype=self.dtype, device=self.device)
+        for rows, out in zip(streams, keys, strict=True):
+            start = 0
+            for block in rows.blocks(0, len(rows)):
+                project(block, projection, out[:, start : start + len(block)])
+                start += len(block)
+        return RoutingKeys(keys, [0] * b, self.lengths.tolist())
 
     def score_ages(self, indices: Tensor, kind: Literal["first scores", "first keys"]) -> Tensor:
         """How many rows the stream has appended since each of these got its first scores or keys.
@@ -383,12 +408,14 @@ class MemoryLayer:
         Returns:
             int64 of the same shape, 0 for rows that were scored after the newest had come; -1 for no row.
         """
-        lengths = self.lengths.tolist()
-        streams = [rows.numbered().of_kind(kind) for rows in self._streams]
-        ends = [[end - each.start for end in each.stored.ends(each.start, each.stop)] for each in streams]
+        kept = self._kept.first_scores if kind == "first scores" else self._kept.first_keys
+        ends = [kept.ends(stream, log) for stream, log in enumerate(self._logs)]
         times = 1 + max(map(len, ends))
-        ends = [each + [length] * (times - len(each)) for each, length in zip(ends, lengths, strict=True)]
-        table = torch.tensor(ends, device=indices.device)  # [b, times], ascending
+        filled = [
+            each + [length] * (times - len(each))
+            for each, length in zip(ends, self.lengths.tolist(), strict=True)
+        ]
+        table = to_device(torch.tensor(filled), indices.device)  # [b, times], ascending
         flat = indices.reshape(len(ends), -1)
         ages = table[:, -1:] - table.gather(1, torch.searchsorted(table, flat, right=True))
         return ages.masked_fill(flat < 0, -1).view(indices.shape)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xlroute.memory.commits import CommittedRoutes
-from xlroute.memory.layer import positions_of
+from xlroute.memory.layer import counts_of, positions_of
 from xlroute.memory.log import StreamLog
 
 _MOST_WAITING = 8 * 2**20  # bytes of what is not added up yet
@@ -231,7 +231,8 @@ class RouteCounts:
             self._waiting_bytes -= indices.nbytes + _CALL_BYTES
             if there is not None:
                 there.synchronize()
-            positions = positions_of(indices.reshape(len(logs), -1), logs)
+            counts = counts_of(logs, indices.device)
+            positions = positions_of(indices.reshape(len(logs), -1), logs, counts)
             for document, own in zip(documents, positions, strict=True):
                 found.setdefault((document, layer), []).append(own[own >= 0].numpy())
         for (document, layer), parts in found.items():

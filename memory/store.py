@@ -23,7 +23,8 @@ from xlroute.memory.disk import Disk
 from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
 from xlroute.memory.eviction import by_scores, every_nth, rows_left
 from xlroute.memory.info import MemoryInfo, describe_commits
-from xlroute.memory.layer import MemoryLayer, checked_indices, positions_of
+from xlroute.memory.kept_values import KeptOfLayer
+from xlroute.memory.layer import MemoryLayer, checked_indices, counts_of, positions_of
 from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Eviction, Layout, check_positive
 from xlroute.memory.log import StreamLog
 from xlroute.memory.place import StorePath, store_path
@@ -89,6 +90,7 @@ class MemoryStore:
         self._closed = False
         self._logs = list(logs)
         self._rows = [list(streams) for streams in rows]
+        self._kept = [KeptOfLayer.nothing(layout.streams, self.dtype, device) for _ in range(layout.layers)]
         # For every layer and stream, what routing has scored rows with; only where that decides which leave.
         self._latest: list[list[LatestScores]] | None = None
         if layout.eviction == "lowest_score":
@@ -561,7 +563,7 @@ class MemoryStore:
 
     def _carried(self, rows: Rows, chosen: Tensor, number: int) -> StoredScores:
         """The scores that are kept of chosen rows, which get the numbers from `number` on."""
-        kept = rows.numbered().kept_scores()
+        kept = rows.kept_scores()
         kept = None if kept is None else kept.chosen(chosen)
         if kept is not None:
             kept = kept._replace(first=kept.first + number)
@@ -627,6 +629,7 @@ class MemoryStore:
             dim=self.dim,
             dtype=self.dtype,
             device=self.device,
+            kept=self._kept[layer],
             latest_scores=None if self._latest is None else self._latest[layer],
             count_routed=None if self._routes is None else self._routes.counter(layer, self._logs),
         )
@@ -673,7 +676,8 @@ class MemoryStore:
             ValueError: The first size is not b.
             IndexError: There is no such row.
         """
-        return positions_of(checked_indices(indices, self.lengths), self._logs)
+        indices = checked_indices(indices, self.lengths)
+        return positions_of(indices, self._logs, counts_of(self._logs, indices.device))
 
     def reset(self, streams: Tensor | Sequence[int] | Sequence[bool]) -> None:
         """Lets go of all rows of some streams, which begin anew: their documents have ended.
@@ -722,8 +726,8 @@ class MemoryStore:
             StoreClosedError: The store was closed.
         """
         self._check_open()
-        for rows in itertools.chain(*self._rows):
-            rows.numbered().stored.forget_first()
+        for kept in self._kept:
+            kept.forget_first()
 
     def record_routes(self) -> RouteCounts:
         """Counts from now on how often routers fetch each row, and returns the counts.
@@ -819,7 +823,7 @@ class MemoryStore:
 
     def _kept_scores(self) -> list[list[KeptScores | None]]:
         """The scores that are kept of every layer and stream."""
-        return [[rows.numbered().kept_scores() for rows in streams] for streams in self._rows]
+        return [[rows.kept_scores() for rows in streams] for streams in self._rows]
 
     def _documents(self) -> Sequence[DocumentRoutes]:
         """What was counted of each stream of routings; empty if nothing was."""
@@ -869,6 +873,7 @@ class MemoryStore:
         row_bytes = self.layers * self._layout.row_bytes
         kept = [log.survivors.nbytes for log in self._logs if log.survivors is not None]
         kept += [each.nbytes for each in itertools.chain(*self._latest or ()) if isinstance(each, Tensor)]
+        kept += [each.nbytes for each in itertools.chain(*self._kept)]
         if self._routes is not None:
             kept.append(self._routes.nbytes)
         return MemoryInfo(
@@ -910,6 +915,7 @@ class MemoryStore:
             routes=None if self._routes is None else self._routes.fork(),
         )
         fork._latest = None if self._latest is None else [list(streams) for streams in self._latest]
+        fork._kept = [kept.fork() for kept in self._kept]
         return fork
 
     def copy_to(self, path: Location, durable: bool = False) -> str:

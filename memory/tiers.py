@@ -14,7 +14,7 @@ from xlroute.memory.buffer import Rows, RowSpan, on_device
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.layout import DTYPES, Layout
 from xlroute.memory.log import StreamLog
-from xlroute.memory.scores import NumberedRows, Scoring, StoredScores
+from xlroute.memory.scores import KeptScores, Scoring, StoredScores
 
 
 class Tiers(NamedTuple):
@@ -84,6 +84,10 @@ class TieredRows:
         if max(start, self._cut) < stop:
             yield from self._hot.blocks(max(start, self._cut) - self._cut, stop - self._cut)
 
+    def at_hand(self) -> Tensor | None:
+        """See `Rows`."""
+        return self._hot.at_hand() if self._cut == 0 else None
+
     def gather(self, index: Tensor) -> Tensor:
         """Copies of the rows at `index` (int64 [k]), [k, d]; zeros where it is -1.
 
@@ -141,20 +145,23 @@ class TieredRows:
         hot = self._hot.dropped(max(0, len(self._hot) + new.shape[0] - most)).appended(new)
         return TieredRows(home, hot, length, self._oldest, stored)
 
-    def scores(self, tokens: Tensor, scoring: Scoring) -> Tensor:
-        """See `Rows`. The rows pass through the device block by block."""
-        if self._cut == 0:
-            return self._hot.scores(tokens, scoring)
-        read_all = partial(self.blocks, 0, self._length)
-        return _ScoresOfBlocks.apply(tokens, scoring, read_all)  # type: ignore[no-any-return, no-untyped-call]
-
-    def numbered(self) -> NumberedRows:
+    def scores(self, scoring: Scoring, keep: bool = True) -> Tensor:
         """See `Rows`. Rows that have no scores yet pass through the device block by block."""
+        if not keep or scoring.differentiated:
+            if self._cut == 0:
+                return self._hot.scores(scoring, keep=False)
+            read_all = partial(self.blocks, 0, self._length)
+            scores: Tensor = _ScoresOfBlocks.apply(scoring.tokens, scoring, read_all)  # type: ignore[no-untyped-call]
+            return scores
 
         def read(start: int, stop: int) -> Iterator[Tensor]:
             return self.blocks(start - self._oldest, stop - self._oldest)
 
-        return NumberedRows(self.stored, self._oldest, self._oldest + self._length, read)
+        return self.stored.of(self._oldest, self._oldest + self._length, scoring, read)
+
+    def kept_scores(self) -> KeptScores | None:
+        """See `Rows`."""
+        return self.stored.kept(self._oldest, self._oldest + self._length)
 
 
 def rows_in_memory(layout: Layout, device: torch.device) -> TieredRows:
@@ -196,7 +203,7 @@ class _ScoresOfBlocks(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, scoring: Scoring, read: Callable[[], Iterator[Tensor]]) -> Tensor:
         ctx.save_for_backward(tokens)
         ctx.scoring, ctx.read = scoring, read
-        return torch.cat([row_scores(rows, tokens, **scoring._asdict()) for rows in read()], dim=-1)
+        return torch.cat([row_scores(rows, tokens, **scoring.options) for rows in read()], dim=-1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -207,7 +214,7 @@ class _ScoresOfBlocks(torch.autograd.Function):
         for rows in ctx.read():
             with torch.enable_grad():
                 leaf = tokens.detach().requires_grad_()
-                scores = row_scores(rows, leaf, **ctx.scoring._asdict())
+                scores = row_scores(rows, leaf, **ctx.scoring.options)
             stop = first + rows.shape[0]
             total += torch.autograd.grad(scores, leaf, grad[:, first:stop])[0]
             first = stop

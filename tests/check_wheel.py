@@ -71,7 +71,8 @@ def main() -> None:
         for folder in ("examples", "benchmarks"):
             scripts = [str(path) for path in sorted((ROOT / folder).glob("*.py"))]
             if scripts:
-                path = f"{site}{os.pathsep}{ROOT / folder}"
+                # A benchmark may run what an example is made of.
+                path = os.pathsep.join(str(each) for each in (site, ROOT / folder, ROOT / "examples"))
                 subprocess.run(
                     [*mypy, *scripts], cwd=empty, env={**environment, "MYPYPATH": path}, check=True
                 )

@@ -178,6 +178,37 @@ def test_a_memory_without_a_path_is_copied_into_the_folder(build_model: BuildMod
     assert torch.equal(again, expected)
 
 
+def test_states_are_moved_and_copied_together_with_the_memory_beside_them(
+    build_model: BuildModel, tmp_path: Path
+) -> None:
+    model = build_model()
+    tokens = random_tokens(3, 1, 40)
+    _, state = read(model, fresh(model, 1, path=tmp_path / "old" / "memory"), tokens[:, :20], [5] * 4)
+    state.save(tmp_path / "old" / "states" / "20")
+    assert state.memory is not None
+    state.memory.close()
+    expected, _ = read(model, model.load_state(tmp_path / "old" / "states" / "20"), tokens[:, 20:], [5] * 4)
+    shutil.copytree(tmp_path / "old", tmp_path / "copy")
+    (tmp_path / "old").rename(tmp_path / "moved")
+    moved = {path: path.read_bytes() for path in (tmp_path / "moved").rglob("*") if path.is_file()}
+    for name, mode in (("moved", "r"), ("copy", "r+"), ("moved", "r")):
+        state = model.load_state(tmp_path / name / "states" / "20", mode)  # type: ignore[arg-type]
+        again, state = read(model, state, tokens[:, 20:], [5] * 4)
+        assert torch.equal(again, expected)
+        if mode == "r+":
+            assert state.memory is not None
+            assert state.memory.path == tmp_path / "copy" / "memory"
+            state.save(tmp_path / name / "states" / "40")
+            state.memory.close()
+    assert all(path.read_bytes() == content for path, content in moved.items())
+
+    # A state that was moved alone, to where there is another memory, names its own all the same.
+    (tmp_path / "other" / "states").mkdir(parents=True)
+    fresh(model, 1, path=tmp_path / "other" / "memory").save(tmp_path / "other" / "states" / "0")
+    shutil.copytree(tmp_path / "copy" / "states" / "40", tmp_path / "other" / "states" / "40")
+    assert model.load_state(tmp_path / "other" / "states" / "40").positions.tolist() == [40]
+
+
 def test_a_state_saved_over_the_one_it_came_from_can_be_read_on(
     build_model: BuildModel, tmp_path: Path
 ) -> None:

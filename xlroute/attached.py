@@ -20,6 +20,8 @@ from torch import Tensor
 from xlroute.kernels import Backend, gather_rows, row_scores
 from xlroute.memory import MemoryLayer
 from xlroute.memory.layer import Keep
+from xlroute.memory.routing_keys import RoutingKeys
+from xlroute.memory.to_device import to_device
 
 
 class AttachedSegment(NamedTuple):
@@ -77,6 +79,9 @@ class AttachedRows:
         ages = torch.arange(self._width, 0, -1)
         places = order.gather(1, (valid.shape[1] - newer[:, None] - ages).clamp(min=0))
         self._places = places.masked_fill(ages > self._lengths[:, None], -1)
+        if segments:
+            device = next(iter(segments[0].states.values())).device
+            self._places = to_device(self._places, device)  # once for all blocks
 
     def in_window(self, window: Tensor, block: int) -> Tensor:
         """The XL window [b, w, d] of a block, counted from 0, with these rows as its newest ones.
@@ -86,7 +91,7 @@ class AttachedRows:
         if not self._width:
             return window
         before = window.shape[1] - self._width
-        there = (self._places >= 0).to(window.device)[..., None]
+        there = (self._places >= 0)[..., None]
         newest = torch.where(there, self._of(block).to(window.dtype), window[:, before:])
         return torch.cat((window[:, :before], newest), dim=1)
 
@@ -97,7 +102,7 @@ class AttachedRows:
     def _of(self, block: int) -> Tensor:
         """What entered the block, [b, a, d], right-aligned, 0 for none."""
         states = torch.cat([segment.states[block] for segment in self._segments], dim=1)
-        return gather_rows(states, self._places.to(states.device))
+        return gather_rows(states, self._places)
 
 
 class AttachedLayer:
@@ -118,7 +123,7 @@ class AttachedLayer:
         self._layer = layer
         # Rounded as the store has rounded them.
         self._rows = rows.to(layer.device, layer.dtype)
-        self._lengths = lengths.to(layer.device)
+        self._lengths = to_device(lengths, layer.device)
         self.shape = layer.shape
         self.even = layer.even
         self.device = layer.device
@@ -166,7 +171,8 @@ class AttachedLayer:
         if keep == "first":
             return scores
         m, a = self.shape[1], self._rows.shape[1]
-        newest = self._layer.lengths.to(self.device)[:, None] - torch.arange(a, 0, -1, device=self.device)
+        lengths = to_device(self._layer.lengths, self.device)
+        newest = lengths[:, None] - torch.arange(a, 0, -1, device=self.device)
         newest = newest.clamp(min=-1)
         places = self._places(newest)
         own = row_scores(
@@ -180,7 +186,7 @@ class AttachedLayer:
         columns = torch.where(places < 0, m, newest)[:, None].expand_as(own)
         return F.pad(scores, (0, 1)).scatter(-1, columns, own)[..., :m]
 
-    def keys(self, projection: Tensor, *, keep: Keep) -> Tensor:
+    def keys(self, projection: Tensor, *, keep: Keep) -> RoutingKeys:
         """See `MemoryLayer`."""
         return self._layer.keys(projection, keep=keep)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,14 @@ from xlroute.attend import attend
 from xlroute.autoregressive import AutoregressiveCache, ConditionalRoutedAutoregressiveAttention
 from xlroute.beside import call_beside, normed, normed_beside
 from xlroute.causal_routing import QueryRouting, route_on
-from xlroute.content_routing import ChunkRouting, TokenRouting
+from xlroute.content_routing import ChunkRouting, FoundRows
 from xlroute.cross_attention import ConditionalRoutedCrossAttention, RoutedKeysValues
 from xlroute.feedforward import ConditionalRoutedFeedForward, FeedForward
-from xlroute.position import AGE_BUCKETS, rotary_table, rotate
-from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
+from xlroute.memory.routing_keys import RoutingKeys
+from xlroute.position import AGES, age_bias, rotary_table, rotate
+from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats, route
 from xlroute.shortlist import route_shortlist
+from xlroute.token_memory import TokenMemoryAttention, TokenRows
 
 
 class RoutedRows(NamedTuple):
@@ -36,15 +38,7 @@ class RoutedRows(NamedTuple):
 
     routed: RouterOutput  # all [b g, r, k]
     followers: Tensor  # [b g, r, k, d], the row after each; 0 where there is none
-    age_buckets: Tensor  # int64 [b g, r, k]
-
-    def by_chunk(self) -> RoutedRows:
-        """Those of a routing [b, g, r, k], or [b, r, k] for a whole segment, as everything here has them."""
-        if self.age_buckets.ndim == 3:
-            return self
-        flat = (None if t is None else t.flatten(0, 1) for t in self.routed)
-        routed = RouterOutput(*flat)  # type: ignore[arg-type]
-        return RoutedRows(routed, self.followers.flatten(0, 1), self.age_buckets.flatten(0, 1))
+    age_places: Tensor  # [b g, r, k], see `age_place`
 
 
 class MemoryContext(NamedTuple):
@@ -66,6 +60,57 @@ class MemoryContext(NamedTuple):
         return MemoryContext(RoutedKeysValues(of_last(keys), of_last(values), mask), of_last(self.bias))
 
 
+class MemoryBranch(Protocol):
+    """A branch of a block that attends to the memory, `RoutedMemoryAttention` or `TokenMemoryAttention`."""
+
+    age_bias: nn.Embedding
+    memory_gate: nn.Parameter
+    to_out: nn.Linear
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether rows are chosen by the tokens before a chunk."""
+
+    def begin_of_chunk(self, t: int) -> int:
+        """The first token of the chunk that token t of a segment is in: they share their rows."""
+
+    def keys(self, memory: MemoryRows) -> RoutingKeys | None:
+        """The routing keys of all rows that `route_for` needs, if it needs any."""
+
+    def route_for(
+        self,
+        memory: MemoryRows,
+        keys: RoutingKeys | None,
+        x: Tensor,
+        before: Tensor,
+        before_mask: Tensor,
+        *,
+        with_stats: bool,
+    ) -> tuple[RouterOutput | FoundRows, RoutingStats | None]:
+        """Choose the rows that tokens read.
+
+        Args:
+            memory: what there is to choose from.
+            keys: those of its rows.
+            x: states [b, n, d] of tokens of one segment, from the start of a chunk.
+            before: states [b, t, d] of the tokens before them; what routing looks at are the last.
+            before_mask: which of them there are, bool [b, t].
+            with_stats: tell how saturated the gates are.
+        """
+
+    def score_ages(self, memory: MemoryRows, indices: Tensor) -> Tensor:
+        """How many rows have come since rows at indices [b, ...] got what `route_for` has found them by."""
+
+    def rows(self, memory: MemoryRows, routed: Any, age_places: Tensor) -> Any:
+        """What is read of a memory of which rows are routed, of given ages; it has left the memory."""
+
+    def context(self, rows: Any) -> MemoryContext | TokenRows:
+        """The same as tokens attend to it."""
+
+    def gated(self, x: Tensor, memory: Any, queries: RouterOutput | None) -> Tensor:
+        """The gated output [b, n, d] for x [b, n, d], of which all tokens attend, or the routed ones."""
+
+
 class BlockContext(NamedTuple):
     """Everything that a block looks at besides the tokens it is given."""
 
@@ -74,7 +119,8 @@ class BlockContext(NamedTuple):
     values: Tensor  # [b, h, w + t, e]
     mask: Tensor  # bool [b, w + t]
     heavy: AutoregressiveCache | None  # all of them, for the heavy attention
-    memories: tuple[MemoryContext, ...]  # of each branch that attends to the memory; none without a memory
+    # Of each branch that attends to the memory; none without a memory.
+    memories: tuple[MemoryContext | TokenRows, ...]
     scores: Tensor  # [b, v + t, 2], of the tokens before as memory queries and for the feedforward, or empty
 
 
@@ -196,7 +242,7 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
     model starts close to one without memory.
 
     The rows are chosen by learned routing tokens, once for a segment; or at random; or by what is being read,
-    for each chunk of a segment or, in chunks of 1, for each token.
+    for each chunk of a segment.
 
     Args:
         dim: d.
@@ -204,9 +250,8 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         num_tokens_q: see `ConditionalRoutedCrossAttention`.
         random_route: choose rows at random, the negative control.
         routing_chunk: choose rows by content, for chunks of so many tokens; None for the learned tokens.
-        routing_key_dim: width of the routing keys of single tokens.
-        routing_shortlist: where gradient is recorded, choose out of so many x k rows, taken by the scores or
-            keys that rows got first; None to score all rows anew. Chance needs no scores.
+        routing_shortlist: where gradient is recorded, choose for learned tokens out of so many x k rows,
+            taken by the scores that rows got first; None to score all rows anew. Chance needs no scores.
         **options: further ones of `ConditionalRoutedCrossAttention`.
     """
 
@@ -218,78 +263,78 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         num_tokens_q: int | float | None = None,
         random_route: bool = False,
         routing_chunk: int | None = None,
-        routing_key_dim: int = 64,
         routing_shortlist: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(dim, num_tokens_q=num_tokens_q, heads=heads, share_qk=True, qk_norm=True, **options)
         self.memory_gate = nn.Parameter(torch.zeros(()))
-        self.age_bias = nn.Embedding(AGE_BUCKETS, heads)
+        self.age_bias = nn.Embedding(AGES, heads)
         self.random_route = random_route
         self.routing_shortlist = None if random_route else routing_shortlist
-        self.content_routing: ChunkRouting | TokenRouting | None = None
-        if routing_chunk == 1:
-            self.content_routing = TokenRouting(
-                dim, sets=self.sets, key_dim=routing_key_dim, shortlist=self.routing_shortlist
-            )
-            self.kv_router.routing_token = None
-        elif routing_chunk is not None:
+        self.content_routing: ChunkRouting | None = None
+        if routing_chunk is not None:
             self.content_routing = ChunkRouting(dim, sets=self.sets, chunk=routing_chunk)
 
     @property
     def looks_back(self) -> bool:
-        """Whether rows are chosen by the tokens before a chunk."""
-        return isinstance(self.content_routing, ChunkRouting)
+        """See `MemoryBranch`, as for what follows."""
+        return self.content_routing is not None
 
-    def keys(self, memory: MemoryRows) -> Tensor | None:
-        """The routing keys of all rows that `route_for` needs, if it needs any."""
-        return self.content_routing.keys(memory) if isinstance(self.content_routing, TokenRouting) else None
+    def keys(self, memory: MemoryRows) -> None:
+        """None: rows are found by themselves."""
 
     def route_for(
-        self, memory: MemoryRows, keys: Tensor | None, x: Tensor, before: Tensor, before_mask: Tensor
-    ) -> tuple[RouterOutput, RoutingStats]:
-        """Choose the rows that tokens x [b, n, d] read: all [b, r, ...], or [b, g, r, ...] by content.
-
-        Args:
-            memory: what there is to choose from.
-            keys: those of its rows.
-            x: tokens of one segment, from the start of a chunk.
-            before: states [b, t, d] of the tokens before them; what routing looks at are the last.
-            before_mask: which of them there are, bool [b, t].
-        """
-        k, content = self.num_tokens_kv, self.content_routing
-        if content is None and self.routing_shortlist is not None and torch.is_grad_enabled():
+        self,
+        memory: MemoryRows,
+        keys: RoutingKeys | None,
+        x: Tensor,
+        before: Tensor,
+        before_mask: Tensor,
+        *,
+        with_stats: bool,
+    ) -> tuple[RouterOutput, RoutingStats | None]:
+        """Choose the rows that tokens read: all [b, r, ...], or [b, g, r, ...] by content."""
+        k = self.num_tokens_kv
+        if self.routing_shortlist is not None and torch.is_grad_enabled():
             assert isinstance(k, int)
-            return route_shortlist(self.kv_router, memory, k, self.routing_shortlist)
-        if content is None:
-            return self.kv_router.route_with_stats(
-                memory, num_tokens=k, keep_one_route_dim=True, random_route=self.random_route
+            return route_shortlist(self.kv_router, memory, k, self.routing_shortlist, with_stats=with_stats)
+        if self.content_routing is None:
+            return route(
+                self.kv_router,
+                memory,
+                with_stats=with_stats,
+                num_tokens=k,
+                keep_one_route_dim=True,
+                random_route=self.random_route,
             )
         assert isinstance(k, int)
-        if isinstance(content, TokenRouting):
-            assert keys is not None
-            return content.route(self.kv_router, memory, keys, x, k)
-        return content.route(self.kv_router, memory, x, before, before_mask, k)
+        return self.content_routing.route(
+            self.kv_router, memory, x, before, before_mask, k, with_stats=with_stats
+        )
 
     def score_ages(self, memory: MemoryRows, indices: Tensor) -> Tensor:
-        """How many rows have come since rows at indices [b, ...] got what `route_for` has found them by."""
+        """See `MemoryBranch`."""
         if self.routing_shortlist is None or not torch.is_grad_enabled():
             return indices.clamp(max=0)
-        return memory.score_ages(indices, "first scores" if self.content_routing is None else "first keys")
+        return memory.score_ages(indices, "first scores")
 
     def begin_of_chunk(self, t: int) -> int:
-        """The first token of the chunk that token t of a segment is in: they share their rows."""
+        """All tokens of a segment share their rows where they are not routed by content."""
         return 0 if self.content_routing is None else t - t % self.content_routing.chunk
+
+    def rows(self, memory: MemoryRows, routed: RouterOutput, age_places: Tensor) -> RoutedRows:
+        """What is read of a memory of which rows are routed, of ages [b, r, k] or [b, g, r, k]."""
+        followers = memory.take(memory.followers(routed.indices))
+        if age_places.ndim == 3:
+            return RoutedRows(routed, followers, age_places)
+        flat = RouterOutput(*(None if t is None else t.flatten(0, 1) for t in routed))  # type: ignore[arg-type]
+        return RoutedRows(flat, followers.flatten(0, 1), age_places.flatten(0, 1))
 
     def context(self, rows: RoutedRows) -> MemoryContext:
         """Keys and values of routed rows, and the bias on their logits."""
-        per_set = rearrange(self.age_bias.weight, "buckets (r h) -> r h buckets", r=self.sets)
-        b, _, k = rows.age_buckets.shape
-        heads_per_set = per_set.shape[1]
-        buckets = rows.age_buckets[:, :, None].expand(-1, -1, heads_per_set, -1)
-        bias = per_set.expand(b, -1, -1, -1).gather(-1, buckets)
-        keys_values = self.keys_values(rows.routed, rows.followers)
-        return MemoryContext(keys_values, bias.reshape(b, self.heads, 1, k))
+        table = rearrange(self.age_bias.weight, "a (r h) -> a r h", r=self.sets)
+        bias = rearrange(age_bias(table, rows.age_places), "b r h k -> b (r h) 1 k")
+        return MemoryContext(self.keys_values(rows.routed, rows.followers), bias)
 
     def gated(self, x: Tensor, memory: MemoryContext, queries: RouterOutput | None) -> Tensor:
         """The gated output [b, n, d] for x [b, n, d], of which all tokens attend, or the routed ones."""
@@ -326,7 +371,8 @@ class Block(nn.Module):
         ff_mult: hidden width of the feedforward over d, or of its heavy branch.
         memory_heads: of the attention to the memory.
         memory_options: further arguments of that; None for none by learned routing.
-        content_options: as those, for one whose rows are routed by content; both may be there.
+        chunk_options: as those, for one whose rows are routed for each chunk; it may stand beside the other.
+        token_options: as those, for a `TokenMemoryAttention` in place of the latter.
         routing_window: v.
         query_routing: how tokens are routed, see `route_newest`.
         heavy_options: arguments of the heavy branch of self-attention; None for none.
@@ -344,7 +390,8 @@ class Block(nn.Module):
         ff_mult: int,
         memory_heads: int,
         memory_options: Mapping[str, Any] | None,
-        content_options: Mapping[str, Any] | None,
+        chunk_options: Mapping[str, Any] | None,
+        token_options: Mapping[str, Any] | None,
         routing_window: int,
         query_routing: QueryRouting,
         heavy_options: Mapping[str, Any] | None,
@@ -369,12 +416,15 @@ class Block(nn.Module):
                 dropout=dropout,
                 **heavy_options,
             )
-        self.memory, self.content_memory = (
-            None
-            if options is None
-            else RoutedMemoryAttention(dim, heads=memory_heads, dim_head=dim_head, dropout=dropout, **options)
-            for options in (memory_options, content_options)
-        )
+        sizes: dict[str, Any] = {"heads": memory_heads, "dim_head": dim_head, "dropout": dropout}
+        self.memory: RoutedMemoryAttention | None = None
+        self.content_memory: RoutedMemoryAttention | TokenMemoryAttention | None = None
+        if memory_options is not None:
+            self.memory = RoutedMemoryAttention(dim, **sizes, **memory_options)
+        if chunk_options is not None:
+            self.content_memory = RoutedMemoryAttention(dim, **sizes, **chunk_options)
+        elif token_options is not None:
+            self.content_memory = TokenMemoryAttention(dim, **sizes, **token_options)
         self.feedforward: FeedForward | ConditionalRoutedFeedForward
         if feedforward_options is None:
             self.feedforward = FeedForward(dim, mult=ff_mult, dropout=dropout)
@@ -384,7 +434,7 @@ class Block(nn.Module):
             )
         self.dropout = nn.Dropout(dropout)
 
-    def memories(self) -> list[RoutedMemoryAttention]:
+    def memories(self) -> list[MemoryBranch]:
         """The branches that attend to the memory."""
         return [memory for memory in (self.memory, self.content_memory) if memory is not None]
 
@@ -402,7 +452,7 @@ class Block(nn.Module):
         window: Tensor,
         window_mask: Tensor,
         opened: Tensor,
-        rows: Sequence[RoutedRows],
+        rows: Sequence[RoutedRows | TokenRows],
         scores: Tensor,
     ) -> BlockContext:
         """What the block looks at before the next token.

@@ -10,6 +10,7 @@ sets of rows, k rows routed, e width of routing keys.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,21 @@ from torch import Tensor, nn
 
 from xlroute.attached import MemoryRows
 from xlroute.backend import pick_backend
-from xlroute.kernels import gather_rows, search_topk
+from xlroute.kernels import gathered_products
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
 from xlroute.kernels.search import take_best
 from xlroute.memory.layer import Keep
-from xlroute.memory.routing_keys import routing_keys
+from xlroute.memory.routing_keys import RoutingKeys, routing_keys
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
+
+
+class FoundRows(NamedTuple):
+    """The rows that each token has found."""
+
+    indices: Tensor  # int64 [b, n, r, k], -1 for none
+    scores: Tensor  # the gates of the rows, [b, n, r, k]
+    cosines: Tensor  # of their keys with the token's own, [b, n, r, k]; 0 for none
 
 
 class ChunkRouting(nn.Module):
@@ -53,7 +62,9 @@ class ChunkRouting(nn.Module):
         before: Tensor,
         before_mask: Tensor,
         num_tokens: int,
-    ) -> tuple[RouterOutput, RoutingStats]:
+        *,
+        with_stats: bool,
+    ) -> tuple[RouterOutput, RoutingStats | None]:
         """Choose rows for each chunk of x.
 
         Args:
@@ -63,9 +74,10 @@ class ChunkRouting(nn.Module):
             before: those before them, [b, t, d], of which only the last c matter.
             before_mask: which of them count, bool [b, t].
             num_tokens: k.
+            with_stats: tell how saturated the gates are.
 
         Returns:
-            What the router chose, all with the dimensions [b, g, r], and how saturated the gates are.
+            What the router chose, all with the dimensions [b, g, r], and the statistics, or None.
         """
         b, n, d = x.shape
         chunks = math.ceil(n / self.chunk)
@@ -79,7 +91,12 @@ class ChunkRouting(nn.Module):
         )
         # Tokens that no later call can use.
         scores = router.scores_by(memory, tokens.flatten(1, 2), keep=False)
-        return choose(router, memory, torch.unflatten(scores, 1, (chunks, -1)), None, num_tokens)
+        there = None if memory.even else memory.mask[:, None, None]
+        gates, indices, stats = router.choose(
+            torch.unflatten(scores, 1, (chunks, -1)), num_tokens=num_tokens, mask=there, with_stats=with_stats
+        )
+        rows = memory.take_routed(indices)
+        return RouterOutput(indices, gates, rows, None if there is None else indices >= 0), stats
 
     def tokens(self, states: Tensor, mask: Tensor, start: Tensor) -> Tensor:
         """Routing tokens [b, g, r, d] of unit variance, from chunks [b, g, c, d].
@@ -103,7 +120,7 @@ class ChunkRouting(nn.Module):
 class TokenRouting(nn.Module):
     """Each token routes for itself: it reads the rows whose keys are most like its own.
 
-    Keys of rows and queries of tokens are the same projection of the normalised state, of unit length, so
+    Keys of rows and queries of tokens are the same projection of the state, of unit length, so
     that a token finds rows like itself before anything is learned. A row's score is √e x the cosine of the
     two, which spreads by about 1 over unlike rows. The gates are a soft top-k of the K best rows, K >= 2k,
     which are found without gradient and then scored again with it (Memorizing Transformers, arXiv
@@ -124,8 +141,8 @@ class TokenRouting(nn.Module):
         self.shortlist = shortlist
         self.projection = nn.Parameter(torch.randn(sets, key_dim, dim) * dim**-0.5)
 
-    def keys(self, memory: MemoryRows) -> Tensor:
-        """Those of all rows [b, r, m, e], without gradient."""
+    def keys(self, memory: MemoryRows) -> RoutingKeys:
+        """Those of all rows, without gradient."""
         keep: Keep = not torch.is_grad_enabled()
         if self.shortlist is not None and not keep:
             keep = "first"
@@ -135,10 +152,12 @@ class TokenRouting(nn.Module):
         self,
         router: CoordinateDescentRouter,
         memory: MemoryRows,
-        keys: Tensor,
+        keys: RoutingKeys,
         x: Tensor,
         num_tokens: int,
-    ) -> tuple[RouterOutput, RoutingStats]:
+        *,
+        with_stats: bool,
+    ) -> tuple[FoundRows, RoutingStats | None]:
         """Choose rows for each token.
 
         Args:
@@ -147,34 +166,38 @@ class TokenRouting(nn.Module):
             keys: those of the rows.
             x: states [b, n, d].
             num_tokens: k.
+            with_stats: tell how saturated the gates are.
 
         Returns:
-            What the router chose, all with the dimensions [b, n, r], and how saturated the gates are.
+            What was chosen, and the statistics [b, n, r], or None.
         """
         count = 2 * num_tokens
         if self.shortlist is not None and torch.is_grad_enabled():
             count = math.ceil(num_tokens * self.shortlist)
         projection = self.projection.to(memory.device)
         queries = routing_keys(x.to(memory.device), projection).transpose(1, 2)  # [b, r, n, e]
-        scores, found = search_topk(
-            queries.detach().to(keys.dtype).flatten(0, 1),
-            keys.flatten(0, 1),
-            count,
-            mask=None if memory.even else memory.mask.repeat_interleave(projection.shape[0], dim=0),
-            backend=pick_backend(router.use_triton, keys.device),
-        )
         b, r, n, e = queries.shape
-        scores, found = (torch.unflatten(t, 0, (b, r)) for t in (scores, found))  # [b, r, n, K]
+        backend = pick_backend(router.use_triton, memory.device)
+        cosines, found = keys.search(queries.detach(), count, backend=backend)  # [b, r, n, K]
         if torch.is_grad_enabled():
             rows, places = distinct(found.flatten(1), memory.shape[1])
-            row_keys = routing_keys(memory.take(rows), projection).transpose(1, 2)
-            row_keys = gather_rows(row_keys.flatten(0, 1), places.view(b * r, -1)).view(b, r, n, -1, e)
-            with torch.autocast(row_keys.device.type, enabled=False):
-                scores = torch.einsum("brne,brnke->brnk", queries.to(row_keys.dtype), row_keys)
+            row_keys = routing_keys(memory.take(rows), projection).transpose(1, 2)  # [b, r, u, e]
+            cosines = gathered_products(
+                queries.to(row_keys.dtype).reshape(b * r, n, 1, e),
+                row_keys.flatten(0, 1),
+                places.view(b * r, n, -1),
+                backend=backend,
+            ).view(found.shape)
             if found.shape[-1] > 2 * num_tokens:
-                scores, found = take_best(scores.masked_fill(found < 0, -math.inf), found, 2 * num_tokens)
-        scores = (scores * e**0.5).masked_fill(found < 0, -math.inf)
-        return choose(router, memory, scores.transpose(1, 2), found.transpose(1, 2), num_tokens)
+                cosines = cosines.masked_fill(found < 0, -math.inf)
+                cosines, found = take_best(cosines, found, 2 * num_tokens)
+        cosines, found = cosines.transpose(1, 2), found.transpose(1, 2)  # [b, n, r, K]
+        there = None if memory.even else found >= 0
+        scores = cosines * e**0.5 if there is None else (cosines * e**0.5).masked_fill(~there, -math.inf)
+        gates, chosen, stats = router.choose(scores, num_tokens=num_tokens, mask=there, with_stats=with_stats)
+        nowhere, chosen = chosen < 0, chosen.clamp(min=0)
+        indices = found.gather(-1, chosen).masked_fill(nowhere, -1)
+        return FoundRows(indices, gates, cosines.gather(-1, chosen).masked_fill(nowhere, 0)), stats
 
 
 def distinct(indices: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -183,39 +206,11 @@ def distinct(indices: Tensor, m: int) -> tuple[Tensor, Tensor]:
     Returns:
         Rows, int64 [b, u], ascending, behind them -1; and places in them, int64 [b, n]; -1 for -1.
     """
+    at = torch.where(indices < 0, m, indices)
     named = torch.zeros(len(indices), m + 1, dtype=torch.bool, device=indices.device)
-    named = named.scatter(1, torch.where(indices < 0, m, indices), True)[:, :m]
-    count = int(named.sum(1).max())
-    rows = named.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
-    places = F.pad(named.cumsum(1) - 1, (0, 1), value=-1).gather(1, torch.where(indices < 0, m, indices))
-    return torch.where(named.gather(1, rows), rows, -1), places
-
-
-def choose(
-    router: CoordinateDescentRouter,
-    memory: MemoryRows,
-    scores: Tensor,
-    candidates: Tensor | None,
-    num_tokens: int,
-) -> tuple[RouterOutput, RoutingStats]:
-    """Choose rows of a memory by given scores.
-
-    Args:
-        router: solves for the gates.
-        memory: m rows.
-        scores: [b, g, r, m], or those of the candidates.
-        candidates: rows [b, g, r, K], -1 for none; None for all m.
-        num_tokens: k.
-
-    Returns:
-        As `ChunkRouting`.
-    """
-    mask = None
-    if not memory.even:
-        mask = memory.mask[:, None, None] if candidates is None else candidates >= 0
-    gates, indices, stats = router.choose(scores, num_tokens=num_tokens, mask=mask, with_stats=True)
-    assert stats is not None
-    if candidates is not None:
-        indices = candidates.gather(-1, indices.clamp(min=0)).masked_fill(indices < 0, -1)
-    rows = memory.take_routed(indices)
-    return RouterOutput(indices, gates, rows, None if mask is None else indices >= 0), stats
+    named = named.scatter(1, at, True)[:, :m]
+    places, count = named.cumsum(1) - 1, int(named.sum(1).max())
+    # Those that nothing names go to a column that is cut off again.
+    to, every = torch.where(named, places, count), torch.arange(m, device=indices.device)
+    rows = indices.new_full((len(indices), count + 1), -1).scatter(1, to, every.expand_as(to))[:, :count]
+    return rows, F.pad(places, (0, 1), value=-1).gather(1, at)

@@ -14,6 +14,7 @@ from torch import Tensor
 from xlroute.beside import normed
 from xlroute.blocks import BlockContext, MemoryContext
 from xlroute.state import TransformerXLState
+from xlroute.token_memory import TokenRows
 
 if TYPE_CHECKING:
     from xlroute.transformer_xl import OpenMemory, RoutedTransformerXL
@@ -85,7 +86,9 @@ class OpenSegment:
             for i, block in enumerate(self.model.typed_blocks())
         ]
 
-    def _routed(self, i: int, x: Tensor, present: tuple[MemoryContext, ...]) -> tuple[MemoryContext, ...]:
+    def _routed(
+        self, i: int, x: Tensor, present: tuple[MemoryContext | TokenRows, ...]
+    ) -> tuple[MemoryContext | TokenRows, ...]:
         """What block i reads of the memory for a piece x [b, n, d]: as before if no chunk begins there."""
         memory = self.memories[i]
         if memory is None:

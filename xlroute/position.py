@@ -1,11 +1,12 @@
-"""Positions: rotary embedding for near keys, buckets of age for far memories."""
+"""Positions: rotary embedding for near keys, ages for far memories."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-AGE_BUCKETS = 48
+AGES = 48  # that have a bias of their own, from 1 to 11,863,283, two to a doubling
 
 
 def rotary_table(
@@ -65,13 +66,33 @@ def rotate(t: Tensor, table: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(t.dtype)
 
 
-def age_bucket(age: Tensor) -> Tensor:
-    """The bucket of an age: two buckets to a doubling, the last one for everything older.
+def age_place(age: Tensor) -> Tensor:
+    """Where an age lies between the ages that have a bias of their own.
 
     Args:
         age: int64, tokens between a memory row and the segment that reads it, at least 1.
 
     Returns:
-        int64 in 0 .. AGE_BUCKETS - 1, the shape of `age`.
+        float32 in [0, AGES - 1], the shape of `age`.
     """
-    return (2 * age.clamp(min=1).to(torch.float64).log2()).floor().to(torch.int64).clamp(max=AGE_BUCKETS - 1)
+    return (2 * age.clamp(min=1).to(torch.float64).log2()).clamp(max=AGES - 1).to(torch.float32)
+
+
+def age_bias(table: Tensor, places: Tensor) -> Tensor:
+    """Biases between those of the two nearest ages: a piecewise linear function of the age's logarithm.
+
+    So of two rows the newer one can be told, however close their ages are.
+
+    Args:
+        table: [AGES, r, h], of r sets of h heads.
+        places: [b, ..., r, k], see `age_place`.
+
+    Returns:
+        [b, ..., r, h, k], in the dtype of the table.
+    """
+    sets, heads = table.shape[1:]
+    younger = places.floor().clamp(max=AGES - 2)
+    beyond = (places - younger).to(table.dtype)[..., None]
+    index = sets * younger.long() + torch.arange(sets, device=places.device)[:, None]
+    flat = table.reshape(-1, heads)
+    return torch.lerp(F.embedding(index, flat), F.embedding(index + sets, flat), beyond).mT

@@ -14,8 +14,13 @@ from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 
 
 def route_shortlist(
-    router: CoordinateDescentRouter, memory: MemoryRows, num_tokens: int, shortlist: float
-) -> tuple[RouterOutput, RoutingStats]:
+    router: CoordinateDescentRouter,
+    memory: MemoryRows,
+    num_tokens: int,
+    shortlist: float,
+    *,
+    with_stats: bool,
+) -> tuple[RouterOutput, RoutingStats | None]:
     """Choose rows by the router's tokens, without scoring all rows anew.
 
     The K rows that were scored highest when they got their first scores are scored again by the tokens of
@@ -26,10 +31,11 @@ def route_shortlist(
         memory: m rows.
         num_tokens: k.
         shortlist: K / k, at least 2: else no gate would have a gradient.
+        with_stats: tell how saturated the gates are.
 
     Returns:
-        What a call of the router chooses out of the K rows, all with the dimensions [b, r], and how saturated
-        the gates are.
+        What a call of the router chooses out of the K rows, all with the dimensions [b, r], and the
+        statistics, or None.
     """
     tokens = router.routing_token
     assert tokens is not None
@@ -42,8 +48,7 @@ def route_shortlist(
     own = tokens[:, None].to(rows.device)  # each set of rows has its own token
     scores = router.scores_by(rows.flatten(0, 1), own.repeat(b, 1, 1)).view(candidates.shape)
     mask = None if memory.even else candidates >= 0
-    gates, places, stats = router.choose(scores, num_tokens=num_tokens, mask=mask, with_stats=True)
-    assert stats is not None
+    gates, places, stats = router.choose(scores, num_tokens=num_tokens, mask=mask, with_stats=with_stats)
     indices = candidates.gather(-1, places.clamp(min=0)).masked_fill(places < 0, -1)
     memory.count_routed(indices)
     chosen = gather_rows(rows.flatten(0, 1), places.flatten(0, 1), backend).view(*indices.shape, dim)

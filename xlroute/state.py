@@ -31,6 +31,7 @@ from xlroute.memory import (
     MemoryStoreError,
     StoreNotFoundError,
 )
+from xlroute.memory.commits import record_path
 from xlroute.memory.place import StorePath, store_path
 
 if TYPE_CHECKING:
@@ -111,8 +112,9 @@ class TransformerXLState:
 
         A memory on disk is committed where it is, with the fingerprint of the model's weights as they are
         now; a memory without a path is copied into the folder. Either way the commit is pinned, so it stays
-        readable until this folder's state is replaced. The state can be saved again and read on from. For
+        readable until this folder's state is replaced. The state can be saved again and read on from; for
         `routing_shortlist`, all rows then get their first scores and keys anew, as for one that is loaded.
+        The folder may be moved or copied, alone or together with the memory on disk.
 
         Args:
             folder: where the state goes; made if missing. A state saved there before is replaced.
@@ -273,11 +275,12 @@ def _save_memory(memory: MemoryStore, folder: Path) -> dict[str, Any]:
         commit = memory.copy_to(path)
         with MemoryStore.open(path) as copy:
             pin = copy.pin(commit)
-    inside = None
+    inside = beside = None
     if isinstance(path, Path):
         path, folder = path.resolve(), folder.resolve()
         inside = str(path.relative_to(folder)) if path.is_relative_to(folder) else None
-    return {"path": str(path), "inside": inside, "commit": commit, "pin": pin}
+        beside = os.path.relpath(path, folder)
+    return {"path": str(path), "inside": inside, "beside": beside, "commit": commit, "pin": pin}
 
 
 def _release(header: dict[str, Any], folder: Path) -> None:
@@ -307,6 +310,12 @@ def _release(header: dict[str, Any], folder: Path) -> None:
 def _find_store(named: dict[str, Any], folder: Path) -> StorePath:
     """Where the memory that a header names is; one that was moved together with the folder comes first."""
     candidates: list[StorePath] = [folder / named["inside"]] if named["inside"] is not None else []
+    beside = named.get("beside")  # states that were saved before there was this do not tell
+    if beside is not None:
+        neighbour = Path(os.path.normpath(folder.resolve() / beside))
+        # The folder may have been moved alone, to where there is another memory.
+        if record_path(neighbour, named["commit"]).exists():
+            candidates.append(neighbour)
     candidates.append(store_path(named["path"]))
     for path in candidates:
         if path.exists():

@@ -32,10 +32,13 @@ from xlroute.blocks import Block, RoutedRows
 from xlroute.causal_routing import QueryRouting, check_query_routing
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
 from xlroute.memory import Eviction, FingerprintError, MemoryStore, ReadOnlyError, S3Path
+from xlroute.memory.routing_keys import RoutingKeys
+from xlroute.memory.to_device import to_device
 from xlroute.open_segment import OpenSegment
-from xlroute.position import age_bucket
+from xlroute.position import age_place
 from xlroute.sampling import SamplingOptions, sample
 from xlroute.state import TransformerXLState, load_state
+from xlroute.token_memory import TokenRows
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -66,7 +69,7 @@ class OpenMemory(NamedTuple):
 
     rows: MemoryRows
     newer: Tensor  # int64 [b], rows between those and the segment, which are in the XL window
-    keys: list[Tensor | None]  # of each branch, the routing keys of the rows, if it needs them
+    keys: list[RoutingKeys | None]  # of each branch, the routing keys of the rows, if it needs them
 
 
 class RoutedTransformerXL(nn.Module):
@@ -312,7 +315,7 @@ class RoutedTransformerXL(nn.Module):
         router_options = {"eps": ROUTING_EPS, **(router_kwargs or {})}
         # Windows are small, and a chunk looks for few rows: blocks are for the memory of a whole segment.
         window_options = {name: value for name, value in router_options.items() if name != "route_block_size"}
-        memory_options = content_options = None
+        memory_options = chunk_options = token_options = None
         if memory_routing != "content":
             memory_options = {
                 "num_tokens_q": num_tokens_q,
@@ -322,14 +325,20 @@ class RoutedTransformerXL(nn.Module):
                 "random_route": memory_routing == "random",
                 "routing_shortlist": routing_shortlist,
             }
-        if by_content:
-            content_options = {
+        if by_content and routing_chunk == 1:
+            token_options = {
+                "num_tokens_kv": num_content_tokens_kv,
+                "sets": kv_routing_tokens,
+                "router_kwargs": window_options,
+                "key_dim": routing_key_dim,
+                "routing_shortlist": routing_shortlist,
+            }
+        elif by_content:
+            chunk_options = {
                 "num_tokens_kv": num_content_tokens_kv,
                 "kv_routing_tokens": kv_routing_tokens,
                 "router_kwargs": window_options,
                 "routing_chunk": routing_chunk,
-                "routing_key_dim": routing_key_dim,
-                "routing_shortlist": routing_shortlist,
             }
         half = max(heads // 2, 1)
         attention_options: dict[str, Any] = {"heads": heads, "light_window_size": None, "heavy_options": None}
@@ -359,7 +368,8 @@ class RoutedTransformerXL(nn.Module):
                 ff_mult=ff_mult,
                 memory_heads=heads // 2 if memory_routing == "both" else heads,
                 memory_options=memory_options if number in memory_layers else None,
-                content_options=content_options if number in memory_layers else None,
+                chunk_options=chunk_options if number in memory_layers else None,
+                token_options=token_options if number in memory_layers else None,
                 routing_window=self.routing_window,
                 query_routing=query_routing,
                 feedforward_options=feedforward_options if routed_feedforward else None,
@@ -654,9 +664,10 @@ class RoutedTransformerXL(nn.Module):
             rows = []
             if memory is not None:
                 for j in range(len(block.memories())):
-                    routed, routing = self.route(i, j, memory, x, window, mask)
+                    routed, routing = self.route(i, j, memory, x, window, mask, with_report=return_routing)
                     rows.append(routed)
-                    report.append(routing)
+                    if routing is not None:
+                        report.append(routing)
             inputs = (x, window, mask, rows, state.scores[i])
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, block_scores = checkpoint(block, *inputs, use_reentrant=False)
@@ -667,7 +678,7 @@ class RoutedTransformerXL(nn.Module):
         self._shift(state, torch.stack(entering), lengths, ends)
         state.scores = _slices(
             torch.cat((state.scores, torch.stack(scores)), dim=2), lengths, state.scores.shape[2]
-        ).masked_fill(ends.to(x.device)[:, None, None], -math.inf)
+        ).masked_fill(to_device(ends, x.device)[:, None, None], -math.inf)
         state.positions = torch.where(ends, 0, state.positions + lengths)
         state.attached = ()
         if states:
@@ -751,7 +762,7 @@ class RoutedTransformerXL(nn.Module):
     def window_mask(self, state: TransformerXLState) -> Tensor:
         """Which places of the XL window are in use, bool [b, w]; they are the last ones."""
         places = torch.arange(self.mem_len, device=state.window.device)
-        return places >= self.mem_len - state.window_lengths.to(places.device)[:, None]
+        return places >= self.mem_len - to_device(state.window_lengths, places.device)[:, None]
 
     def open_memories(self, state: TransformerXLState) -> list[OpenMemory | None]:
         """What the memory of a state holds for each block; None for a block that reads no memory."""
@@ -766,8 +777,16 @@ class RoutedTransformerXL(nn.Module):
         return opened
 
     def route(
-        self, i: int, j: int, memory: OpenMemory, x: Tensor, before: Tensor, before_mask: Tensor
-    ) -> tuple[RoutedRows, Routing]:
+        self,
+        i: int,
+        j: int,
+        memory: OpenMemory,
+        x: Tensor,
+        before: Tensor,
+        before_mask: Tensor,
+        *,
+        with_report: bool = False,
+    ) -> tuple[RoutedRows | TokenRows, Routing | None]:
         """The rows that branch j of block i reads of its memory.
 
         Args:
@@ -777,17 +796,19 @@ class RoutedTransformerXL(nn.Module):
             x: states [b, n, d] that enter the block for tokens of a segment, from the start of a chunk.
             before: states [b, t, d] of the tokens before them, of which the last are looked at.
             before_mask: which of them there are, bool [b, t].
+            with_report: tell which they are.
         """
         rows, newer, keys = memory
         branch = self.typed_blocks()[i].memories()[j]
-        routed, stats = branch.route_for(rows, keys[j], x, before, before_mask)
-        indices = routed.indices
-        positions = rows.positions(indices)
-        ages = rows.ages(indices) + newer.to(indices.device).view(-1, *[1] * (indices.ndim - 1))
-        found = RoutedRows(routed, _followers(rows, indices), age_bucket(ages).to(x.device))
-        gates, aged = routed.scores.detach(), branch.score_ages(rows, indices)
-        report = Routing(i + 1, indices, positions, positions >= 0, gates, *stats, aged)
-        return found.by_chunk(), report
+        routed, stats = branch.route_for(rows, keys[j], x, before, before_mask, with_stats=with_report)
+        indices, report = routed.indices, None
+        newer = to_device(newer, indices.device).view(-1, *[1] * (indices.ndim - 1))
+        found = branch.rows(rows, routed, age_place(rows.ages(indices) + newer).to(x.device))
+        if stats is not None:
+            positions = rows.positions(indices)
+            gates, aged = routed.scores.detach(), branch.score_ages(rows, indices)
+            report = Routing(i + 1, indices, positions, positions >= 0, gates, *stats, aged)
+        return found, report
 
     @torch.no_grad()
     def end_open_segment(self, state: TransformerXLState) -> None:
@@ -808,19 +829,24 @@ class RoutedTransformerXL(nn.Module):
         """Move states [L, b, n, d] of a segment into the XL window, and what leaves that into the memory."""
         used = state.window_lengths + lengths
         kept = used.clamp(max=self.mem_len).masked_fill(ends, 0)
-        both = torch.cat((state.window, states), dim=2)
         if state.memory is not None:
             leaving = (used - kept).masked_fill(ends, 0)
-            first = self.mem_len - state.window_lengths
-            inside = both[[number - 1 for number in self.memory_layers]]
             if leaving.any():
-                state.memory.append(_slices(inside, first, int(leaving.max())), lengths=leaving)
+                layers = [number - 1 for number in self.memory_layers]
+                both = torch.cat((state.window[layers], states[layers]), dim=2)
+                first = self.mem_len - state.window_lengths
+                state.memory.append(_slices(both, first, int(leaving.max())), lengths=leaving)
             if ends.any():
                 state.memory.reset(ends)
             state.note_memory()
-        state.window = _slices(both, lengths, self.mem_len)
+        n = states.shape[2]
+        if n >= self.mem_len and (lengths == n).all():
+            state.window = states[:, :, n - self.mem_len :].to(state.window.dtype).contiguous()
+        else:
+            state.window = _slices(torch.cat((state.window, states), dim=2), lengths, self.mem_len)
         state.window_lengths = kept
-        state.window = state.window.masked_fill(~self.window_mask(state)[:, :, None], 0)
+        if (kept < self.mem_len).any():
+            state.window = state.window.masked_fill(~self.window_mask(state)[:, :, None], 0)
 
     # ---- Checks ----
 
@@ -882,12 +908,9 @@ class RoutedTransformerXL(nn.Module):
             )
 
 
-def _followers(layer: MemoryRows, indices: Tensor) -> Tensor:
-    """The rows that were appended right after those at `indices` [b, ...], [b, ..., d]; 0 for none."""
-    return layer.take(layer.followers(indices))
-
-
 def _slices(t: Tensor, start: Tensor, length: int) -> Tensor:
     """`length` places of t [L, b, n, d] from start [b] on; places past the end repeat the last one."""
-    places = (start[:, None] + torch.arange(length)).clamp(max=t.shape[2] - 1).to(t.device)
+    places = (to_device(start, t.device)[:, None] + torch.arange(length, device=t.device)).clamp(
+        max=t.shape[2] - 1
+    )
     return t[:, torch.arange(t.shape[1], device=t.device)[:, None], places]

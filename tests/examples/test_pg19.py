@@ -1,8 +1,11 @@
 """examples/pg19.py at a tiny size: what it writes, that a killed run resumes exactly, and its error lines."""
 
+import dataclasses
 import importlib
 import importlib.util
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -23,10 +26,11 @@ import torch
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pg19.py"
 SAMPLE = ROOT.parent / "shared" / "data" / "pg19-sample"
+TOKENIZER = "tokenizer.json"
 STEPS = 24
-MODES = ("none", "xl", "routed")
+MODES = ("none", "xl", "learned")
 # What a resumed run may differ in: how long a step took.
-TIMINGS = {"tokens_per_second"}
+TIMINGS = {"tokens_per_second", "seconds"}
 SIZES = (
     f"--steps {STEPS} --streams 2 --segment-len 16 --mem-len 16 --dim 16 --depth 2 --heads 2 --dim-head 8 "
     "--memory-layers 2 --num-tokens-kv 4 --capacity 48 --dropout 0.1 --checkpoint-every 5"
@@ -106,7 +110,14 @@ def finished(books: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 def test_table(finished: tuple[Path, str], books: Path) -> None:
     _, stdout = finished
-    for label in ("bits per byte", "no memory", "XL memory", "XL + routed memory", "memory emptied"):
+    for label in (
+        "bits per byte",
+        "no memory",
+        "XL memory",
+        "XL + learned memory",
+        "memory emptied",
+        "words in sight",
+    ):
         assert label in stdout
     size = sum(path.stat().st_size for path in (books / "test").glob("*.txt"))
     assert f"test: all 2 books; {size:,} bytes" in stdout
@@ -120,23 +131,36 @@ def test_files(finished: tuple[Path, str], books: Path) -> None:
         (m, s + 1) for m in MODES for s in range(STEPS)
     ]
     assert all(np.isfinite(line["loss"]) for line in lines)
-    for name in ("curves.png", "routing.png"):
+    for name in ("curves.png", "learned/routing.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     sample = (out / "sample.txt").read_text(encoding="utf-8")
     assert sample.startswith("Book 5, a tale, continued")
     assert "---- the model goes on ----" in sample
 
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    rows = {row["mode"]: row for row in results["rows"]}
+    rows = results["rows"]
+    none, xl, learned, emptied = rows
     texts = [path.read_bytes() for path in (books / "test").glob("*.txt")]
-    assert list(rows) == [*MODES, "emptied"]
-    assert all(row["tokens"] == sum(map(len, texts)) for row in rows.values())
+    size = sum(map(len, texts))
+    assert [(row["mode"], row["emptied"]) for row in rows] == [(m, False) for m in MODES] + [
+        ("learned", True)
+    ]
+    assert all(row["tokens"] == size for row in rows)
     assert results["words"] == sum(len(text.split()) for text in texts)
-    assert rows["none"]["bits_per_byte"] != rows["xl"]["bits_per_byte"]
-    assert rows["routed"]["bits_per_byte"] != rows["emptied"]["bits_per_byte"]
-    assert rows["routed"]["memory_rows"] == 48
-    assert rows["none"]["memory_rows"] == rows["xl"]["memory_rows"] == rows["emptied"]["memory_rows"] == 0
+    assert none["bits_per_byte"] != xl["bits_per_byte"]
+    assert learned["bits_per_byte"] != emptied["bits_per_byte"]
+    assert learned["memory_rows"] == 48
+    assert none["memory_rows"] == xl["memory_rows"] == emptied["memory_rows"] == 0
     assert results["persistence"]["identical"]
+    for row in rows:
+        kinds = row["kinds"].values()
+        assert [(book["title"], book["split"]) for book in row["books"]] == [
+            ("Book 5, a tale", "test"),
+            ("Book 11, a tale", "test"),
+        ]
+        assert sum(kind["bytes"] for kind in kinds) == size
+        assert math.isclose(sum(kind["nats"] for kind in kinds), row["nats"])
+        assert all(kind["bytes"] > 0 for kind in kinds)
     assert not results["subset"]
 
 
@@ -160,7 +184,7 @@ def test_a_stopped_and_a_killed_run_resume_exactly(
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"mode": "rou')  # the part of a line that a kill can leave
+        file.write('{"mode": "lea')  # the part of a line that a kill can leave
 
     process = launch(books, out, "--resume")
     _, stderr = process.communicate(timeout=300)
@@ -176,7 +200,8 @@ def test_a_stopped_and_a_killed_run_resume_exactly(
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """Import the script, or one of its parts, into this process."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield importlib.import_module
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -203,22 +228,144 @@ def test_routed_layers(
 ) -> None:
     monkeypatch.setattr(modules("pg19_evaluate"), "SAMPLE_LEN", 5)
     out = tmp_path / "run"
-    switches = ("--routed-self-attention", "--routed-feedforward", "--modes", "routed", "--steps", "2")
-    content = ("--memory-routing", "content", "--routing-chunk", "4")
+    switches = ("--routed-self-attention", "--routed-feedforward", "--modes", "content", "--steps", "2")
     # The last of two options of one name counts.
-    code, error = main("--data", books, "--out", out, *SIZES, *switches, *content)
+    code, error = main("--data", books, "--out", out, *SIZES, *switches, "--routing-chunk", "4")
     assert code == 0, error
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["settings"]["routed_self_attention"]
     assert results["settings"]["routed_feedforward"]
-    assert results["settings"]["memory_routing"] == "content"
     assert results["persistence"]["identical"]
     plain = json.loads((finished[0] / "results.json").read_text(encoding="utf-8"))
-    dense = {row["mode"]: row for row in plain["rows"]}["routed"]
+    dense = plain["rows"][2]
     routed, emptied = results["rows"]
     assert routed["parameters"] > dense["parameters"]
     assert routed["multiply_adds"] < dense["multiply_adds"]
     assert emptied["multiply_adds"] is None
+
+
+def test_every_kind_of_memory(
+    modules: Callable[[str], Any], main: Main, books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, pictures, the proof of persistence also where rows are drawn at random; a BPE; kept weights."""
+    pytest.importorskip("tokenizers")
+    monkeypatch.setattr(modules("pg19_evaluate"), "SAMPLE_LEN", 5)
+    out = tmp_path / "run"
+    modes = ("content", "both", "random")
+    options = ("--heads", "4", "--steps", "4", "--routing-chunk", "4", "--num-content-tokens-kv", "3")
+    options += ("--modes", ",".join(modes), "--bpe", "280", "--keep-bf16")
+    code, error = main("--data", books, "--out", out, *SIZES, *options)
+    assert code == 0, error
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    rows = results["rows"]
+    assert [(row["mode"], row["emptied"]) for row in rows] == [(m, e) for m in modes for e in (False, True)]
+    for row, emptied in zip(rows[::2], rows[1::2], strict=True):
+        assert row["nats"] != emptied["nats"]
+        assert row["memory_rows"] == 48
+        assert row["tokens"] < results["bytes"] == sum(kind["bytes"] for kind in row["kinds"].values())
+        assert math.isclose(row["bits_per_byte"] * results["bytes"] * math.log(2), row["nats"])
+        assert (out / row["mode"] / "routing.png").read_bytes().startswith(b"\x89PNG")
+    assert (results["persistence"]["mode"], results["persistence"]["identical"]) == ("random", True)
+
+    from xlroute import RoutedTransformerXL
+
+    kept = RoutedTransformerXL.from_pretrained(out / "both" / "model-bf16")
+    whole = RoutedTransformerXL.from_pretrained(out / "both" / "model").to(torch.bfloat16)
+    assert kept.fingerprint() == whole.fingerprint()
+    # A resumed run takes its tokenizer as it is, and no other.
+    (out / "results.json").unlink()
+    (out / TOKENIZER).write_text((out / TOKENIZER).read_text(encoding="utf-8") + " ", encoding="utf-8")
+    code, error = main("--resume", "--out", out)
+    assert (code, error) == (2, f"error: {out / TOKENIZER} is not the tokenizer that {out} began with\n")
+
+
+def test_modes_start_with_equal_weights(modules: Callable[[str], Any]) -> None:
+    settings = modules("pg19_settings")
+    chosen = settings.Settings(dim=16, depth=2, memory_layers=(2,), heads=4, seed=random.randrange(1000))
+    train = modules("pg19_train")
+    weights = {mode: train.build_model(mode, chosen, 50).state_dict() for mode in settings.MODES}
+    for mode, other in itertools.permutations(weights, 2):
+        shared = [
+            name
+            for name, weight in weights[mode].items()
+            if name in weights[other] and weights[other][name].shape == weight.shape
+        ]
+        assert "embedding.weight" in shared
+        assert all(torch.equal(weights[mode][name], weights[other][name]) for name in shared)
+    assert weights["none"].keys() == weights["xl"].keys() < weights["learned"].keys()
+
+
+def test_training_for_a_time(
+    modules: Callable[[str], Any], main: Main, books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minutes bound each mode, its rates follow them, and they are kept by a checkpoint."""
+    monkeypatch.setattr(modules("pg19_evaluate"), "SAMPLE_LEN", 5)
+    train = modules("pg19_train")
+    step, interrupted = train.train_step, []
+
+    def train_step(*arguments: Any) -> Any:
+        if arguments[0].step == 4 and not interrupted:
+            interrupted.append(True)
+            signal.raise_signal(signal.SIGALRM)
+        return step(*arguments)
+
+    # Steps of 15 seconds each.
+    monkeypatch.setattr(train, "counted_seconds", lambda *arguments: 15.0)
+    monkeypatch.setattr(train, "train_step", train_step)
+    timers: list[float] = []
+    monkeypatch.setattr(signal, "setitimer", lambda which, seconds: timers.append(seconds))
+    out = tmp_path / "run"
+    options = ("--modes", "xl,learned", "--steps", "100", "--minutes", "2")
+    code, error = main("--data", books, "--out", out, *SIZES, *options, "--stop-after", "540")
+    assert code == 128 + signal.SIGALRM, error
+    assert f"--resume --out {out}" in error
+    assert timers == [540, 0]
+    assert (out / "xl" / "checkpoints" / "step-00000005").is_dir()
+    code, error = main("--resume", "--out", out)
+    assert code == 0, error
+    lines = metrics(out)
+    assert [(line["mode"], line["step"]) for line in lines] == [
+        (m, s + 1) for m in MODES[1:] for s in range(8)
+    ]
+    settings = modules("pg19_settings").load_settings(out / "settings.json")
+    rates = [train.learning_rate(12.5 * number, settings) for number in range(8)]
+    assert [line["learning_rate"] for line in lines] == rates * 2
+    rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["training_seconds"] for row in rows] == [120] * 3
+    assert [row["ms_per_step"] for row in rows] == [15_000, 15_000, None]
+
+
+def test_time_alone_bounds_a_training(modules: Callable[[str], Any]) -> None:
+    """Unless steps are asked for too: a mode whose steps are quick would have less time otherwise."""
+    parse, training = modules("pg19_settings").parse, modules("pg19_train").Training
+    for options, done in (
+        ("--steps 40", 30 / 40),
+        ("--steps 40 --minutes 2", 30 / 40),
+        ("--steps 400 --minutes 2", 15 / 120),
+        ("--minutes 2 --preset 10m", 15 / 120),
+    ):
+        settings = parse(options.split()).settings
+        assert training(None, None, None, step=30, seconds=15.0).place(settings) / settings.schedule == done
+
+
+def test_learning_rate(modules: Callable[[str], Any]) -> None:
+    rate = modules("pg19_train").learning_rate
+    settings = modules("pg19_settings").Settings(steps=200, learning_rate=1e-2)
+    rates = [rate(place / 4, settings) for place in range(800)]
+    highest = rates.index(max(rates))
+    assert highest / 4 == 19
+    assert math.isclose(rates[highest], 1e-2)
+    assert rates[: highest + 1] == sorted(rates[: highest + 1])
+    assert rates[highest:] == sorted(rates[highest:], reverse=True)
+    assert math.isclose(rates[-1], 1e-3, rel_tol=1e-3)
+
+
+def test_steps_that_compile_count_as_those_after_them(modules: Callable[[str], Any]) -> None:
+    train = modules("pg19_train")
+    seconds = [100.0] * train.UNTIMED_STEPS + [2.0] * 90
+    counted = [train.counted_seconds(each, number, "cuda") for number, each in enumerate(seconds)]
+    assert sum(counted) == 2.0 * len(seconds)
+    assert [train.counted_seconds(each, number, "cpu") for number, each in enumerate(seconds)] == seconds
 
 
 def test_memory_rows_that_are_trained(
@@ -247,7 +394,7 @@ def test_memory_rows_that_are_trained(
     out = tmp_path / "run"
     options = (
         "--modes",
-        "routed",
+        "learned",
         "--steps",
         "2",
         "--memory-grad-segments",
@@ -265,6 +412,32 @@ def test_memory_rows_that_are_trained(
     assert [line["tokens"] for line in metrics(out)] == [counts[0], sum(counts)]
 
 
+def test_books_are_told_apart(
+    modules: Callable[[str], Any], finished: tuple[Path, str], books: Path, tmp_path: Path
+) -> None:
+    """Whatever stream reads a book: as if each had been read alone."""
+    from xlroute import RoutedTransformerXL
+
+    data, evaluate = modules("pg19_data"), modules("pg19_evaluate").evaluate
+    model = RoutedTransformerXL.from_pretrained(finished[0] / "learned" / "model")
+    settings = modules("pg19_settings").load_settings(finished[0] / "settings.json")
+    corpus = data.load_corpus(str(books), split="both", seed=0)
+    assert [book.split for book in corpus.held_out] == ["validation", "test", "test"]
+    assert "validation and test: all 3 books" in corpus.describe()
+
+    def read(corpus: Any, streams: int) -> Any:
+        run = modules("pg19_train").Run(
+            dataclasses.replace(settings, streams=streams), corpus, data.ByteTokenizer(), tmp_path, 100, None
+        )
+        return evaluate("learned", model, run)
+
+    together = read(corpus, 2)
+    for number, book in enumerate(corpus.held_out):
+        alone = read(dataclasses.replace(corpus, held_out=[book]), 1)
+        assert together.kind_bytes[number].tolist() == alone.kind_bytes[0].tolist()
+        np.testing.assert_allclose(together.kind_nats[number], alone.kind_nats[0], rtol=1e-4)
+
+
 def test_a_finished_run_reports_again(main: Main, finished: tuple[Path, str]) -> None:
     before = metrics(finished[0])
     assert main("--resume", "--out", finished[0]) == (0, "")
@@ -276,7 +449,10 @@ def test_a_finished_run_reports_again(main: Main, finished: tuple[Path, str]) ->
     [
         ("--preset huge", "argument --preset: invalid choice: 'huge'"),
         ("--steps 0", "argument --steps: expected a whole number of 1 or more, got '0'"),
-        ("--modes xl,magic", "argument --modes: expected some of none,xl,routed, got 'xl,magic'"),
+        (
+            "--modes xl,magic",
+            "argument --modes: expected some of none,xl,learned,content,both,random, got 'xl,magic'",
+        ),
         ("--colour red", "unrecognized arguments: --colour red"),
         ("--data nowhere", "no such folder: nowhere"),
         ("--tokenizer nowhere.json", "no such file: nowhere.json"),
@@ -287,6 +463,12 @@ def test_a_finished_run_reports_again(main: Main, finished: tuple[Path, str]) ->
         ("--learning-rate 2", "--learning-rate: expected between 0 and 1, got 2.0"),
         ("--resume", "{out} holds no run to resume"),
         ("--resume --overwrite", "--resume and --overwrite exclude each other"),
+        ("--bpe 300 --tokenizer a.json", "--tokenizer and --bpe exclude each other"),
+        ("--minutes 0", "argument --minutes: expected a number above 0, got '0'"),
+        (
+            "--modes both --heads 2",
+            "no such model: heads: expected a multiple of 4 with memory_routing='both'",
+        ),
     ],
 )
 def test_bad_options(main: Main, tmp_path: Path, arguments: str, message: str) -> None:
@@ -360,7 +542,7 @@ def stopped(finished: tuple[Path, str], tmp_path: Path) -> Path:
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
     (out / "results.json").unlink()
-    (out / "routed" / "rows.json").unlink()
+    (out / "learned" / "rows.json").unlink()
     return out
 
 
@@ -387,7 +569,7 @@ def test_other_settings(main: Main, stopped: Path) -> None:
 def test_a_memory_of_other_weights(main: Main, stopped: Path) -> None:
     from xlroute import RoutedTransformerXL
 
-    folder = stopped / "routed" / "checkpoints" / f"step-{STEPS:08d}" / "model"
+    folder = stopped / "learned" / "checkpoints" / f"step-{STEPS:08d}" / "model"
     model = RoutedTransformerXL.from_pretrained(folder)
     with torch.no_grad():
         model.norm.weight.add_(1)
@@ -400,7 +582,7 @@ def test_a_memory_of_other_weights(main: Main, stopped: Path) -> None:
 
 
 def test_a_damaged_checkpoint(main: Main, stopped: Path) -> None:
-    path = stopped / "routed" / "checkpoints" / f"step-{STEPS:08d}" / "training.pt"
+    path = stopped / "learned" / "checkpoints" / f"step-{STEPS:08d}" / "training.pt"
     path.write_bytes(path.read_bytes()[:1000])
     code, stderr = main("--out", stopped, "--resume")
     assert (code, stderr.count("\n")) == (2, 1)
@@ -515,7 +697,7 @@ def test_the_sample_of_pg19(tmp_path: Path) -> None:
     for part in ("train", "validation", "test"):
         with tarfile.open(SAMPLE / f"{part}.tar.xz") as archive:
             archive.extractall(books, filter="data")
-    process = launch(books, tmp_path / "run", "--max-books", "2", "--max-bytes", "600", "--modes", "routed")
+    process = launch(books, tmp_path / "run", "--max-books", "2", "--max-bytes", "600", "--modes", "learned")
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "SUBSET of test: 2 of 6 books, at most the first 600 bytes of each; 1,200 bytes" in stdout

@@ -14,7 +14,13 @@ SIZES = ("total", "k", "per_set", "m", "n", "tiles", "other_from", "stride_m", "
 def cases(dtype: str, d: int) -> list[Case]:
     names = ("p_x", "p_rows", "p_grad", "p_result", "p_base", "p_drows")
     types = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(SIZES, "i32") | {"stride_b": "i64"}
-    types |= {"p_indices": "*i64", "p_gates": "*fp32", "p_chosen": "*fp32", "p_dgates": "*fp32"}
+    types |= {
+        "p_indices": "*i64",
+        "p_places": "*i64",
+        "p_gates": "*fp32",
+        "p_chosen": "*fp32",
+        "p_dgates": "*fp32",
+    }
     rows, width = kernels.gather_block(d)
     acc = tl.float64 if dtype == "fp64" else tl.float32
     gather = {"D": d, "BK": rows, "BD": width, "ACC": acc, "stride_d": 1}
@@ -28,6 +34,7 @@ def cases(dtype: str, d: int) -> list[Case]:
             gather | {"GATED": False, "STRAIGHT": False, "p_gates": None},
             4,
         ),
+        (kernels.gather_rows_apart_kernel, types, gather | {"VEC": 16 // int(dtype[-2:]) * 8}, 4),
         (kernels.gather_rows_bwd_kernel, types, {"D": d, "BK": kernels.INDICES, "BD": width, "ACC": acc}, 4),
         (kernels.scatter_rows_bwd_kernel, types, {"D": d, "BK": rows, "BD": width, "ACC": acc}, 4),
         (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xlroute.kernels import gather_gated_rows, gather_rows, scatter_rows
+from xlroute.kernels import gather_gated_rows, gather_rows, gather_rows_apart, scatter_rows
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 2, 4), (3, 0)], ids=str)
@@ -24,6 +24,19 @@ def test_equals_a_loop(shape: tuple[int, ...]) -> None:
     rows.backward(cotangent)
     assert x.grad is not None
     torch.testing.assert_close(x.grad, gradient)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 2, 4), (3, 0)], ids=str)
+def test_streams_that_lie_apart(shape: tuple[int, ...]) -> None:
+    streams = [torch.randn(m, 4) for m in (6, 0, 9)]
+    indices = torch.stack([torch.randint(-1, len(x), shape[1:]) for x in streams])
+    given = gather_rows_apart(streams, indices)
+    for x, index, rows in zip(streams, indices, given, strict=True):
+        assert torch.equal(rows, gather_rows(x[None], index[None])[0])
+    with pytest.raises(IndexError, match=r"\[-1, 0\)"):
+        gather_rows_apart(streams, torch.zeros(shape[0], 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="at least 1, got 2 and 3"):
+        gather_rows_apart(streams[:2], indices)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 2, 4), (3, 2, 1, 4)], ids=str)

@@ -13,6 +13,7 @@ from xlroute.kernels import (
     gather_gated_rows,
     gather_pinned_rows,
     gather_rows,
+    gather_rows_apart,
     gather_triton,
     row_scores,
     scatter_rows,
@@ -102,6 +103,30 @@ def test_gather(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.testing.assert_close(given[2], expected[2], rtol=16 * eps, atol=16 * eps)
     torch.testing.assert_close(given[3], expected[3])
     assert torch.equal(gather_rows(x, indices, "triton"), expected[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("d", "start"), [(32, 0), (33, 0), (32, 3), (5, 1), (1504, 2)])
+def test_gather_from_streams_that_lie_apart(d: int, start: int, dtype: torch.dtype) -> None:
+    """Some at addresses that are no multiple of 16 bytes from each other."""
+    streams = [randn(m + start * i, d, dtype=dtype)[start * i :] for i, m in enumerate((50, 0, 9, 1))]
+    indices = torch.stack([torch.randint(-1, max(len(x), 0), (2, 7), device=DEVICE) for x in streams])
+    given = gather_rows_apart(streams, indices, "triton")
+    assert torch.equal(given, gather_rows_apart(streams, indices, "torch"))
+    none = indices[:, :0]
+    assert gather_rows_apart(streams, none, "triton").shape == (4, 0, 7, d)
+
+
+@needs_gpu
+def test_streams_that_lie_apart_in_a_graph() -> None:
+    streams, indices = [randn(9, 8), randn(3, 8)], torch.randint(-1, 3, (2, 5), device=DEVICE)
+    gather_rows_apart(streams, indices)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        given = gather_rows_apart(streams, indices)
+    indices.copy_(torch.randint(-1, 3, (2, 5), device=DEVICE))
+    graph.replay()
+    assert torch.equal(given, gather_rows_apart(streams, indices, "torch"))
 
 
 def test_straight_through() -> None:

@@ -91,6 +91,8 @@ def test_opcheck_gather_and_scatter(dtype: torch.dtype) -> None:
     torch.library.opcheck(
         ops.gather_rows.default, (x.detach()[:, ::2, 1:], None, indices % 3, False, "torch")
     )
+    streams = [torch.randn(m, 5, dtype=dtype) for m in (3, 6)]
+    torch.library.opcheck(ops.gather_rows_apart.default, (streams, indices % 3, "torch"))
     rows = torch.randn(2, 3, 5, dtype=dtype, requires_grad=True)
     places = torch.tensor([[4, -1, 0], [5, 3, -1]])
     torch.library.opcheck(ops.gather_rows_backward.default, (rows, places, 6, "torch"))

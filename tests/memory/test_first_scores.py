@@ -58,7 +58,7 @@ class Model:
                     row["keys"] = routing_keys(row["row"], projection)
                     row["appended"] = self.appended[stream]
                 assert torch.equal(found_scores[stream, :, i], row["scores"])
-                torch.testing.assert_close(found_keys[stream, :, i], row["keys"])
+                torch.testing.assert_close(found_keys.of_stream(stream)[:, i], row["keys"])
                 assert all(each[stream, i] == self.appended[stream] - row["appended"] for each in ages)
             assert all((each[stream, len(rows) :] == -1).all() for each in ages)
 
@@ -115,7 +115,20 @@ def test_whoever_opens_a_store_scores_all_rows_anew_and_once(
         assert torch.equal(held, row_scores(rows, later, **HOW))
         store.append(torch.randn(1, 2, 4, DIM))
         assert torch.equal(store.layer(0).scores(first, keep="first", **HOW)[:, :, :9], held)
-        assert scored == [9, 9, 8]  # what is new of both streams at once
+        assert scored == [18, 8]  # what is new of both streams at once
+
+
+def test_rows_as_they_stood_before_have_the_same() -> None:
+    store = MemoryStore.create(**SIZES, capacity=9)
+    store.append(torch.randn(1, 2, 9, DIM))
+    first, later = torch.randn(2, 3, DIM, dtype=torch.float64)
+    before = store.layer(0)
+    held = before.scores(first, keep="first", **HOW)
+    store.append(torch.randn(1, 2, 2, DIM))
+    now = store.layer(0).scores(later, keep="first", **HOW)
+    assert torch.equal(now[:, :, :7], held[:, :, 2:])
+    assert torch.equal(before.scores(later, keep="first", **HOW), held)
+    assert torch.equal(store.layer(0).scores(first, keep="first", **HOW), now)
 
 
 def test_they_can_be_let_go_of(scored: list[int]) -> None:
@@ -128,7 +141,7 @@ def test_they_can_be_let_go_of(scored: list[int]) -> None:
     scored.clear()
     anew = store.layer(0).scores(later, keep="first", **HOW)
     assert torch.equal(store.layer(0).scores(now, **HOW), kept)
-    assert scored == [9, 9]
+    assert scored == [18]
     assert torch.equal(anew, row_scores(store.rows(0)[0], later, **HOW))
 
 

@@ -18,6 +18,8 @@ from xlroute.memory import MemoryStore
 from xlroute.memory.chunks import Chunks
 from xlroute.memory.routing_keys import routing_keys
 from xlroute.open_segment import OpenSegment
+from xlroute.position import age_bias, age_place
+from xlroute.token_memory import TokenMemoryAttention
 
 BuildModel = Callable[..., RoutedTransformerXL]
 
@@ -98,6 +100,53 @@ def test_a_token_reads_the_rows_whose_keys_are_most_like_its_own(build_model: Bu
     assert torch.equal(routing.positions, routing.indices)
 
 
+def test_a_token_weighs_what_followed_its_rows_by_cosines_and_ages(build_model: BuildModel) -> None:
+    model = build_model(
+        **KINDS["tokens"], num_content_tokens_kv=3, routing_key_dim=8, depth=2, memory_layers=(2,), mem_len=4,
+        kv_routing_tokens=2, heads=4, dim_head=4,
+    )  # fmt: skip
+    branch = model.typed_blocks()[1].content_memory
+    assert isinstance(branch, TokenMemoryAttention)
+    with torch.no_grad():
+        for parameter in (branch.age_bias.weight, branch.null_value, branch.row_gain, branch.log_scale):
+            parameter.copy_(torch.randn_like(parameter))
+    state = read(model, fresh(model), draw(2, 30), 10)[1]
+    assert state.memory is not None
+    rows = state.memory.rows(0)[0]
+    calls: list[tuple[Any, Tensor]] = []
+    original = branch.gated
+
+    def record(x: Tensor, *others: Any) -> Tensor:
+        out = original(x, *others)
+        calls.append((x, out))
+        return out
+
+    branch.gated = record  # type: ignore[method-assign]
+    entering: list[Tensor] = []
+    model.blocks[1].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    _, _, (routing,) = model(draw(2, 5), state, return_routing=True)
+    (_, out), x = calls[0], entering[0]
+    values = branch.to_v.weight.view(4, 4, -1)
+    newest = torch.zeros(16, dtype=torch.float64)
+    for b in range(2):
+        for t in range(5):
+            heads = []
+            for h in range(4):
+                projection = branch.content_routing.projection[h // 2]
+                found = routing.indices[b, t, h // 2].tolist()
+                query = unit(projection @ rms(x[b, t]))
+                cosines = torch.stack([query @ unit(projection @ rms(rows[b, i])) for i in found])
+                ages = torch.tensor([rows.shape[1] - i + model.mem_len for i in found])
+                table = branch.age_bias.weight[:, None, h : h + 1]
+                logits = cosines * branch.log_scale[h].exp() + age_bias(table, age_place(ages)[None])[0, 0]
+                weights = torch.cat((branch.null_logit[h], logits)).softmax(0)
+                after = [rms(rows[b, i + 1]) if i + 1 < rows.shape[1] else newest for i in found]
+                read_values = [values[h] @ (branch.row_gain * row) for row in after]
+                heads.append(weights @ torch.stack([branch.null_value[h], *read_values]))
+            expected = branch.memory_gate.tanh() * branch.to_out(torch.cat(heads))
+            torch.testing.assert_close(out[b, t], expected)
+
+
 def test_a_chunk_is_routed_by_tokens_made_of_the_chunk_before(build_model: BuildModel) -> None:
     model = build_model(
         memory_routing="content", routing_chunk=3, num_content_tokens_kv=4, depth=2, memory_layers=(2,),
@@ -145,9 +194,8 @@ def test_the_first_chunk_of_all_has_learned_routing_tokens(build_model: BuildMod
         assert routing.indices[0, 0, r].tolist() == scores.argsort(descending=True)[:2].tolist()
 
 
-@pytest.mark.parametrize("kind", ["tokens", "chunks"])
-def test_with_room_for_all_rows_it_is_attention_to_all_of_them(build_model: BuildModel, kind: str) -> None:
-    model = build_model(**KINDS[kind], num_content_tokens_kv=100)
+def test_with_room_for_all_rows_chunks_attend_to_all_of_them(build_model: BuildModel) -> None:
+    model = build_model(**KINDS["chunks"], num_content_tokens_kv=100)
     everything = build_model(num_tokens_kv=100)
     weights = {
         name.replace("content_memory", "memory"): value
@@ -303,7 +351,8 @@ def test_the_rows_of_a_memory_are_projected_once(
             layer.scores(learned, normalize="rms", scale=1.0)
             layer.keys(projection, keep=True)
             layer.scores(torch.randn(3, 16, dtype=torch.float64), normalize="rms", scale=1.0, keep=False)
-        assert counted == [(n, 3), (n, 16)]
+        held = int(memory.lengths)
+        assert counted == [(n, 3), (n, 16), (held, 3), (held, 3)]
         counted.clear()
 
 
@@ -324,12 +373,12 @@ def test_keys_are_the_same_kept_or_not_and_wherever_rows_are(place: str, tmp_pat
         rows, _ = read_from.rows(1)
         for _ in range(2):
             kept, anew = (layer.keys(projection, keep=keep) for keep in (True, False))
-            assert kept.shape == (2, 3, layer.shape[1], 8)
             for stream, length in enumerate(layer.lengths.tolist()):
-                torch.testing.assert_close(kept[stream, :, :length], anew[stream, :, :length])
+                expected = torch.empty(3, length, 8, dtype=torch.float64)
                 for j, row in enumerate(rows[stream, :length]):
-                    expected = torch.stack([unit(each @ rms(row)) for each in projection])
-                    torch.testing.assert_close(kept[stream, :, j], expected)
+                    expected[:, j] = torch.stack([unit(each @ rms(row)) for each in projection])
+                for keys in (kept, anew):
+                    torch.testing.assert_close(keys.of_stream(stream), expected)
     memory.close()
 
 
@@ -346,7 +395,8 @@ def test_rows_on_disk_are_read_once_for_all_projections(
         memory.append(torch.randn(1, 1, 3, 16))
         projection = torch.randn(2, 8, 16)
         keys = memory.layer(0).keys(projection, keep=False)
-        torch.testing.assert_close(keys, routing_keys(memory.rows(0)[0], projection).transpose(1, 2))
+        expected = routing_keys(memory.rows(0)[0][0], projection).transpose(0, 1)
+        torch.testing.assert_close(keys.of_stream(0), expected)
     memory.close()
 
 
@@ -444,8 +494,9 @@ def test_gradient_reaches_what_was_written(build_model: BuildModel, content: dic
 # The compiler looks at .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("forgetful_compiler")
-def test_a_block_compiles_to_one_graph(build_model: BuildModel) -> None:
-    model = build_model(**KINDS["both"], num_content_tokens_kv=2, depth=2, memory_layers=(2,))
+@pytest.mark.parametrize("kind", ["both", "both by tokens"])
+def test_a_block_compiles_to_one_graph(build_model: BuildModel, kind: str) -> None:
+    model = build_model(**KINDS[kind], num_content_tokens_kv=2, depth=2, memory_layers=(2,))
     tokens = draw(2, 16)
     _, state = model(tokens[:, :8], fresh(model))
     plain, _ = model(tokens[:, 8:], state.fork())

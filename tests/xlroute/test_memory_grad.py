@@ -15,7 +15,7 @@ from torch import Tensor
 from xlroute import RoutedTransformerXL, TransformerXLState
 from xlroute.attached import AttachedRows
 from xlroute.blocks import RoutedRows
-from xlroute.position import age_bucket
+from xlroute.position import age_place
 
 BuildModel = Callable[..., RoutedTransformerXL]
 VOCAB = 50
@@ -97,7 +97,7 @@ def read_dense(
                         after = F.pad(behind, (0, 0, 0, 1))
                         ages = behind.shape[1] + window.shape[1] - routed.indices
                         followers = after[0, routed.indices + 1]
-                        rows.append(RoutedRows(routed, followers, age_bucket(ages)))
+                        rows.append(RoutedRows(routed, followers, age_place(ages)))
                     lacking = model.mem_len - window.shape[1]
                     mask = torch.arange(model.mem_len)[None] >= lacking
                     window = F.pad(window, (0, 0, lacking, 0))

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import xlroute.memory.scores as stored_scores
 from xlroute import RoutedTransformerXL, Routing, TransformerXLState
 from xlroute.blocks import RoutedMemoryAttention
-from xlroute.kernels import soft_topk
+from xlroute.kernels import row_scores, soft_topk
 from xlroute.memory import MemoryLayer, MemoryStore
+from xlroute.token_memory import TokenMemoryAttention
 
 BuildModel = Callable[..., RoutedTransformerXL]
 VOCAB = 50
@@ -55,8 +55,9 @@ def begin(model: RoutedTransformerXL, path: Path | None = None, **options: Any) 
     return model.initial_state(streams=2, memory=memory)
 
 
-def the_branch(model: RoutedTransformerXL) -> RoutedMemoryAttention:
+def the_branch(model: RoutedTransformerXL) -> RoutedMemoryAttention | TokenMemoryAttention:
     [branch] = [branch for block in model.typed_blocks() for branch in block.memories()]
+    assert isinstance(branch, RoutedMemoryAttention | TokenMemoryAttention)
     return branch
 
 
@@ -204,7 +205,7 @@ def test_no_row_is_looked_at_again_but_those_of_the_shortlist(
     build_model: BuildModel, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_model(mem_len=2, routing_shortlist=2, **kind)
-    scored = count_rows(monkeypatch, "row_scores", "routing_keys")
+    scored = count_rows(monkeypatch)
     taken: list[int] = []
     take = MemoryLayer.take
 
@@ -229,19 +230,15 @@ def test_no_row_is_looked_at_again_but_those_of_the_shortlist(
         assert sum(taken) <= branches * 4 * 2 * 3 * 3 * (1 + 1 + 2)
 
 
-def count_rows(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[int]:
+def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each call has scored to keep it."""
     counts: list[int] = []
 
-    def count(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def counting(rows: Tensor, *arguments: Any, **options: Any) -> Tensor:
-            counts.append(rows.shape[0])
-            return original(rows, *arguments, **options)
+    def counting(rows: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        counts.append(rows.shape[0])
+        return row_scores(rows, *arguments, **options)
 
-        return counting
-
-    for name in names:
-        monkeypatch.setattr(stored_scores, name, count(getattr(stored_scores, name)))
+    monkeypatch.setattr("xlroute.memory.scores.row_scores", counting)
     return counts
 
 
@@ -269,7 +266,7 @@ def test_evaluation_scores_only_new_rows(
     build_model: BuildModel, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a shortlist or without: full streams too, whose rows get new buffers now and then."""
-    scored = count_rows(monkeypatch, "row_scores")
+    scored = count_rows(monkeypatch)
     model = build_model(mem_len=3, routing_shortlist=2, **kind)
     state = begin(model, capacity=20)
     branches = 2 if kind.get("memory_routing") == "both" else 1

@@ -73,6 +73,28 @@ def test_every_kind_of_memory_is_used(build_model: BuildModel) -> None:
     assert (without[:, 20:] - alone).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("n", [4, 6, 9])
+def test_windows_move_alike_beside_a_stream_that_ends_early(build_model: BuildModel, n: int) -> None:
+    """Whatever is copied of them, for segments shorter than the window, as long, and longer."""
+    model = build_model(mem_len=6)
+    states = [model.initial_state(streams=b, memory=model.create_memory(streams=b)) for b in (2, 3)]
+    for step in range(4):
+        tokens = torch.randint(50, (3, n))
+        ends = torch.tensor([step == 2, False, False])
+        _, states[0] = model(tokens[:2], states[0], ends=ends[:2])
+        _, states[1] = model(tokens, states[1], lengths=torch.tensor([n, n, n - 1]), ends=ends)
+        alone, beside = states
+        torch.testing.assert_close(alone.window, beside.window[:, :2])
+        assert torch.equal(alone.window_lengths, beside.window_lengths[:2])
+        assert alone.memory is not None
+        assert beside.memory is not None
+        for layer in range(2):
+            rows, mask = alone.memory.rows(layer)
+            others, theirs = beside.memory.rows(layer)
+            assert torch.equal(mask, theirs[:2, : mask.shape[1]])
+            torch.testing.assert_close(rows, others[:2, : mask.shape[1]])
+
+
 def test_routed_rows_come_with_the_rows_that_followed_them(build_model: BuildModel) -> None:
     model = build_model(num_tokens_kv=30)
     tokens = torch.randint(50, (2, 26))
@@ -83,10 +105,10 @@ def test_routed_rows_come_with_the_rows_that_followed_them(build_model: BuildMod
         memory = model.open_memories(state)[block]
         assert memory is not None
         x = torch.randn(2, 5, 16, dtype=torch.float64)
-        rows, routing = model.route(block, 0, memory, x, state.window[block], model.window_mask(state))
+        rows, _ = model.route(block, 0, memory, x, state.window[block], model.window_mask(state))
         held, _ = state.memory.rows(layer)
         for stream, length in enumerate((20, 6)):
-            for indices, followers in zip(routing.indices[stream], rows.followers[stream], strict=True):
+            for indices, followers in zip(rows.routed.indices[stream], rows.followers[stream], strict=True):
                 assert indices.max() == length - 1
                 for index, follower in zip(indices.tolist(), followers, strict=True):
                     if 0 <= index < length - 1:
