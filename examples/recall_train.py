@@ -28,8 +28,8 @@ FEWEST_SEGMENTS = 4  # of a training document
 # How the models start, see `build_model`.
 SHARPNESS = 30.0  # by which the biases of heads that look back are multiplied
 GATE = 0.5
-COSINE_SCALE, NULL_LOGIT = 1000.0, 400.0
-AGE_SLOPE = 0.8  # by which a row's logit falls from one bucket of ages to the next, two to a doubling
+COSINE_SCALE, NULL_LOGIT = 10_000.0, 4_000.0
+AGE_SLOPE = 8.0  # by which a row's logit falls from one age to the next that has a bias, two to a doubling
 
 
 @dataclass(frozen=True)
