@@ -48,7 +48,7 @@ class _Held(NamedTuple):
         shift: The column of a row's value, less the number of the row, see `StreamLog.oldest`.
         begin: The column of the first value.
         stop: The column behind the last.
-        ends: Where the stream ended, in numbers of rows, whenever some got their values; ascending.
+        ends: Where the stream ended, in numbers of rows, whenever some got their first values; ascending.
     """
 
     shift: int
@@ -124,7 +124,7 @@ class KeptValues:
         """The values of rows, of which those that are new are scored.
 
         None while a CUDA graph is captured, in which nothing can be compared or kept, unless all values are
-        there, and the tokens where they were.
+        there, and the tokens where they were; those do not matter for first values.
 
         Args:
             streams: The rows of each stream.
@@ -158,7 +158,7 @@ class KeptValues:
         return Columns(self._buffer.data[:, :, first:stop], begins, [count for _, count in spans])
 
     def ends(self, stream: int, log: StreamLog) -> list[int]:
-        """How many of the rows that a stream holds there were whenever some of them got values, ascending.
+        """How many of the rows that a stream holds there were whenever some got first values, ascending.
 
         A row got its own the first time that there were more than those before it.
         """
@@ -235,7 +235,8 @@ class KeptValues:
                 stop += values.shape[1]
             if counts[i]:
                 self._buffer.used[i] = stop
-                each = each._replace(stop=stop, ends=(*each.ends, log.end))
+                ends = (*each.ends, log.end) if self._first else ()
+                each = each._replace(stop=stop, ends=ends)
             result.append(each)
         return result
 

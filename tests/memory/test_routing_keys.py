@@ -103,6 +103,20 @@ def test_keys_are_searched_where_they_are(scored: list[int]) -> None:
     assert len(places) == 1
 
 
+def test_full_streams_and_forks_project_only_new_rows(scored: list[int]) -> None:
+    store = MemoryStore.create(layers=1, streams=1, dim=DIM, capacity=20)
+    projection = projected()
+    for _ in range(30):
+        append(store, 3)
+        store.layer(0).keys(projection, keep=True)
+    fork = store.fork()
+    for each in (store, fork):
+        append(each, 4)
+        store.layer(0).keys(projection, keep=True)
+        each.layer(0).keys(projection, keep=True)
+    assert scored == [3] * 30 + [4] * 2
+
+
 def change_in_place(projection: Tensor) -> Tensor:
     projection.data[0, 0, 0] += 1  # leaves the tensor's version as it was
     return projection
