@@ -59,6 +59,7 @@ class Settings:
     routing_tokens: int = 2
     routing_chunk: int = 64
     num_content_tokens_kv: int = 32
+    routing_shortlist: float | None = None
     capacity: int = 2048
     routed_self_attention: bool = False
     routed_feedforward: bool = False
@@ -216,6 +217,12 @@ def parse(arguments: list[str] | None = None) -> Command:
     add("--routing-tokens", type=_number(1), help="sets of memory rows; divides the heads")
     add("--routing-chunk", type=_number(1), help="tokens that share rows chosen by content (default: 64)")
     add("--num-content-tokens-kv", type=_number(1), help="memory rows that a chunk chooses in each set")
+    add(
+        "--routing-shortlist",
+        type=float,
+        metavar="F",
+        help="in training, choose memory rows, but those of chunks, out of F times as many (default: all)",
+    )
     add("--capacity", type=_number(1), help="memory rows kept of each stream and layer")
     for name, what in (
         ("self-attention", "attention to the near tokens, and of few to routed rows"),

@@ -62,6 +62,7 @@ def random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransf
     memory: dict[str, Any] = {"memory_layers": ()}
     if mode in ROUTINGS:
         memory = {"memory_layers": settings.memory_layers, "memory_routing": mode}
+    by_chunks = mode in ("content", "both") and settings.routing_chunk > 1
     torch.manual_seed(settings.seed)
     return RoutedTransformerXL(
         vocab_size=vocab_size,
@@ -75,6 +76,7 @@ def random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransf
         kv_routing_tokens=settings.routing_tokens,
         routing_chunk=settings.routing_chunk,
         num_content_tokens_kv=settings.num_content_tokens_kv,
+        routing_shortlist=None if by_chunks else settings.routing_shortlist,
         segment_len=settings.segment_len,
         dropout=settings.dropout,
         routed_self_attention=settings.routed_self_attention,

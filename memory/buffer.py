@@ -69,12 +69,6 @@ class Rows(Protocol):
             stored: Their scores, in the numbers of the log.
         """
 
-    def numbered(self) -> tuple[object, int]:
-        """What the rows are numbered in, and the number of the oldest one; those after it count on.
-
-        In there, a row keeps its number, and no other row ever gets it.
-        """
-
     def scores(self, scoring: Scoring, keep: bool = True) -> Tensor:
         """Scores against routing tokens, [r, m], as from `row_scores`.
 
@@ -173,10 +167,6 @@ class RowSpan:
     def prefetch(self, index: Tensor) -> None:
         """They are there."""
 
-    def numbered(self) -> tuple[object, int]:
-        """See `Rows`."""
-        return self._buffer, self._start
-
     def scores(self, scoring: Scoring, keep: bool = True) -> Tensor:
         """See `Rows`."""
         if not keep or scoring.differentiated:
@@ -202,18 +192,22 @@ class RowSpan:
 
         The rows go into the same buffer where this span is the last to have written there and they fit;
         otherwise (the buffer is full, or a fork has taken the place) into a new one twice as large as needed,
-        so that a row is copied a constant number of times on average.
+        so that a row is copied a constant number of times on average. Scores stay, whichever it is.
         """
         count = rows.shape[0]
         buffer, start, stop = self._buffer, self._start, self._stop
+        end = buffer.number + stop
+        stored = buffer.scores.extended(end, end + count)
         if buffer.used != stop or stop + count > buffer.data.shape[0]:
             live = len(self)
             old = buffer.data[start:stop]
             buffer = _Buffer(2 * (live + count), old.shape[1], old.dtype, old.device, buffer.pinned)
+            buffer.number = end - live
             start, stop = 0, live
             with torch.no_grad():
                 buffer.target[:live].copy_(old)
         with torch.no_grad():
             buffer.target[stop : stop + count].copy_(rows)
         buffer.used = stop + count
+        buffer.scores = stored
         return RowSpan(buffer, start, stop + count)

@@ -148,15 +148,6 @@ class ColdRows:
             return self._span.anew(log, room, stored)
         return ColdRows(self._files, self._layer, self.stream, log, self._device, stored)
 
-    def numbered(self) -> tuple[object, int]:
-        """See `Rows`. All rows are read, and stay in memory.
-
-        Raises:
-            CorruptionError: A row, or the file it is in, is damaged or missing.
-            CommitNotFoundError: The rows are gone because the commit was dropped.
-        """
-        return self.span().numbered()
-
     def scores(self, scoring: Scoring, keep: bool = True) -> Tensor:
         """See `Rows`. All rows are read where there are no scores of these tokens on disk.
 

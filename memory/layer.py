@@ -13,10 +13,14 @@ from torch import Tensor
 from xlroute.kernels import Backend, gather_rows_apart
 from xlroute.memory.buffer import Rows
 from xlroute.memory.cold import ColdRows
+from xlroute.memory.kept_values import KeptOfLayer
 from xlroute.memory.log import StreamLog
-from xlroute.memory.routing_keys import KeptKeys, RoutingKeys, project
+from xlroute.memory.routing_keys import RoutingKeys, project
 from xlroute.memory.scores import LatestScores, Scoring
 from xlroute.memory.to_device import to_device
+
+# Whether scores or keys are kept for the next call; "first" for those that each row got first.
+Keep = bool | Literal["first"]
 
 
 def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
@@ -100,14 +104,14 @@ class MemoryLayer:
         dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        kept_keys: KeptKeys,
+        kept: KeptOfLayer,
         latest_scores: list[LatestScores] | None,
         count_routed: Callable[[Tensor], None] | None,
     ) -> None:
         self._streams = tuple(streams)
         self._logs = tuple(logs)
         self._dim = dim
-        self._kept_keys = kept_keys
+        self._kept = kept
         # Where the store wants to know of each stream's scores, the highest of each row.
         self._latest_scores = latest_scores
         # Where the store wants to know which rows are routed.
@@ -283,7 +287,7 @@ class MemoryLayer:
         normalize: Literal["rms", "l2"] | None,
         scale: float,
         backend: Backend | None = None,
-        keep: bool = True,
+        keep: Keep = True,
     ) -> Tensor:
         """Scores every row against routing tokens: `scale * <normalize(row), token>`.
 
@@ -291,13 +295,19 @@ class MemoryLayer:
         the same, a call reads only rows that are new, and gives the same bits as one that reads all. A store
         with eviction "lowest_score" goes by what its layers were scored with last, if that was to be kept.
 
+        Where tokens change from call to call, as in training, each row can keep the scores that it got first,
+        from the first such call that found it, here or before the store was forked. These are kept besides,
+        in memory alone: after opening a store, and for rows that are written anew since others have left from
+        between them, the next call is the first one. `score_ages` tells how long ago it was.
+
         Args:
             tokens: Routing tokens, [r, d] for all streams or [b, r, d].
             normalize: How rows are normalised first: "rms", "l2" or None.
             scale: Factor on the scores.
             backend: As for `xlroute.kernels.row_scores`.
             keep: Keep the scores for the next call; False for tokens that will not come again, beside which
-                those that are kept stay.
+                those that are kept stay; "first" for the scores that rows got first, without gradient, by
+                tokens [r, d].
 
         Returns:
             Scores, [b, r, m], float32 (float64 for float64 rows), differentiable in `tokens`; columns beyond
@@ -307,53 +317,105 @@ class MemoryLayer:
             ValueError: `tokens` has another shape.
             CorruptionError: A row on disk is damaged.
         """
-        streams, longest, _ = self.shape
         per_stream = self.tokens_of_streams(tokens)
+        if keep == "first" and tokens.ndim == 3:
+            raise ValueError(
+                f"tokens: expected shape [r, {self._dim}] for first scores, got {[*tokens.shape]}"
+            )
 
         def scoring(tokens: Tensor) -> Scoring:
             return Scoring(tokens, normalize=normalize, scale=scale, backend=backend)
 
         alike = scoring(tokens)
-        if tokens.ndim == 2 and not alike.differentiated:
-            scorings = [alike] * streams
+        if keep == "first":
+            scores = self._first_scores(alike)
+        elif tokens.ndim == 2 and not alike.differentiated:
+            scores = self._side_by_side([rows.scores(alike, keep) for rows in self._streams])
         else:
-            scorings = [scoring(each) for each in per_stream]
-        scores = [rows.scores(each, keep) for rows, each in zip(self._streams, scorings, strict=True)]
+            pairs = zip(self._streams, per_stream, strict=True)
+            scores = self._side_by_side([rows.scores(scoring(each), keep) for rows, each in pairs])
         # What a CUDA graph computes is there only once it runs.
         capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         if keep and self._latest_scores is not None and not capturing:
-            self._latest_scores[:] = [each.detach().amax(0) for each in scores]
-        if streams == 1:
+            highest = scores.detach().amax(1)
+            self._latest_scores[:] = [
+                each[:length] for each, length in zip(highest, self.lengths.tolist(), strict=True)
+            ]
+        return scores
+
+    @torch.no_grad()
+    def _first_scores(self, scoring: Scoring) -> Tensor:
+        """The scores [b, r, m] that rows got first."""
+        found = self._kept.first_scores.of(self._read_whole(), self._logs, scoring, len(scoring.tokens))
+        if found is None:
+            return self._side_by_side([rows.scores(scoring, keep=False) for rows in self._streams])
+        if self.even and found.values.shape[2] == self.shape[1]:
+            return found.values[..., 0]
+        return self._side_by_side([found.of_stream(i)[..., 0] for i in range(len(self._streams))])
+
+    def _side_by_side(self, scores: list[Tensor]) -> Tensor:
+        """Those of each stream [r, m_i] in one tensor [b, r, m], 0 for no row."""
+        if len(scores) == 1:
             return scores[0][None]
         # Padding by nothing copies.
-        lacking = [longest - each.shape[-1] for each in scores]
+        lacking = [self.shape[1] - each.shape[-1] for each in scores]
         return torch.stack(
             [F.pad(each, (0, n)) if n else each for each, n in zip(scores, lacking, strict=True)]
         )
 
+    def _read_whole(self) -> list[Rows]:
+        """The rows of each stream; those on disk are read, and stay in memory."""
+        return [rows.span() if isinstance(rows, ColdRows) else rows for rows in self._streams]
+
     @torch.no_grad()
-    def keys(self, projection: Tensor, *, keep: bool) -> RoutingKeys:
+    def keys(self, projection: Tensor, *, keep: Keep) -> RoutingKeys:
         """Routing keys of every row, see `routing_keys`, in the type of the rows, without gradient.
 
         Args:
             projection: [r, e, d].
             keep: Keep the keys in memory: as long as the projection stays the same, a call projects only rows
                 that are new, and gives the same bits as one that projects all. False for a projection that is
-                about to change: products of matrices are faster.
+                about to change: products of matrices are faster. "first" for the keys that rows got first, as
+                for `scores`.
 
         Raises:
             CorruptionError: A row on disk is damaged.
         """
-        found = self._kept_keys.of(self._streams, projection) if keep else None
-        if found is not None:
-            return found
         (b, m, _), (r, e, _) = self.shape, projection.shape
+        streams = self._read_whole()
+        if keep:
+            kept = self._kept.first_keys if keep == "first" else self._kept.keys
+            # The products of a key are scores of its row.
+            scoring = Scoring(projection.flatten(0, 1), normalize=None, scale=1.0, backend=None)
+            found = kept.of(streams, self._logs, scoring, r)
+            if found is not None:
+                return RoutingKeys(*found)
         keys = torch.empty(b, r, m, e, dtype=self.dtype, device=self.device)
-        for rows, out in zip(self._streams, keys, strict=True):
-            if isinstance(rows, ColdRows):
-                rows = rows.span()
+        for rows, out in zip(streams, keys, strict=True):
             start = 0
             for block in rows.blocks(0, len(rows)):
                 project(block, projection, out[:, start : start + len(block)])
                 start += len(block)
         return RoutingKeys(keys, [0] * b, self.lengths.tolist())
+
+    def score_ages(self, indices: Tensor, kind: Literal["first scores", "first keys"]) -> Tensor:
+        """How many rows the stream has appended since each of these got its first scores or keys.
+
+        Args:
+            indices: int64 [b, ...], all in range, as for `take`, of rows that have some; -1 means no row.
+            kind: Which of both.
+
+        Returns:
+            int64 of the same shape, 0 for rows that were scored after the newest had come; -1 for no row.
+        """
+        kept = self._kept.first_scores if kind == "first scores" else self._kept.first_keys
+        ends = [kept.ends(stream, log) for stream, log in enumerate(self._logs)]
+        times = 1 + max(map(len, ends))
+        filled = [
+            each + [length] * (times - len(each))
+            for each, length in zip(ends, self.lengths.tolist(), strict=True)
+        ]
+        table = to_device(torch.tensor(filled), indices.device)  # [b, times], ascending
+        flat = indices.reshape(len(ends), -1)
+        ages = table[:, -1:] - table.gather(1, torch.searchsorted(table, flat, right=True))
+        return ages.masked_fill(flat < 0, -1).view(indices.shape)

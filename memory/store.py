@@ -23,13 +23,13 @@ from xlroute.memory.disk import Disk
 from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
 from xlroute.memory.eviction import by_scores, every_nth, rows_left
 from xlroute.memory.info import MemoryInfo, describe_commits
+from xlroute.memory.kept_values import KeptOfLayer
 from xlroute.memory.layer import MemoryLayer, checked_indices, counts_of, positions_of
 from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Eviction, Layout, check_positive
 from xlroute.memory.log import StreamLog
 from xlroute.memory.place import StorePath, store_path
 from xlroute.memory.repair import RepairReport, repair_store
 from xlroute.memory.routes import DocumentRoutes, RouteCounts
-from xlroute.memory.routing_keys import KeptKeys
 from xlroute.memory.s3 import S3Path
 from xlroute.memory.scores import KeptScores, LatestScores, StoredScores
 from xlroute.memory.shards import DEFAULT_LEVEL, LEVELS
@@ -90,8 +90,8 @@ class MemoryStore:
         self._closed = False
         self._logs = list(logs)
         self._rows = [list(streams) for streams in rows]
+        self._kept = [KeptOfLayer.nothing(layout.streams, self.dtype, device) for _ in range(layout.layers)]
         # For every layer and stream, what routing has scored rows with; only where that decides which leave.
-        self._keys = [KeptKeys(layout.streams, self.dtype, device) for _ in range(layout.layers)]
         self._latest: list[list[LatestScores]] | None = None
         if layout.eviction == "lowest_score":
             self._latest = [[None] * layout.streams for _ in range(layout.layers)]
@@ -629,7 +629,7 @@ class MemoryStore:
             dim=self.dim,
             dtype=self.dtype,
             device=self.device,
-            kept_keys=self._keys[layer],
+            kept=self._kept[layer],
             latest_scores=None if self._latest is None else self._latest[layer],
             count_routed=None if self._routes is None else self._routes.counter(layer, self._logs),
         )
@@ -716,6 +716,18 @@ class MemoryStore:
         if self._routes is not None:
             self._routes.reset(numbers)
         self.version += 1
+
+    def forget_first_scores(self) -> None:
+        """Lets go of the scores and keys that rows got first, see `MemoryLayer.scores`; rows get them anew.
+
+        Others who open a commit, or a copy, have none either. So what is read on from here is the same.
+
+        Raises:
+            StoreClosedError: The store was closed.
+        """
+        self._check_open()
+        for kept in self._kept:
+            kept.forget_first()
 
     def record_routes(self) -> RouteCounts:
         """Counts from now on how often routers fetch each row, and returns the counts.
@@ -861,7 +873,7 @@ class MemoryStore:
         row_bytes = self.layers * self._layout.row_bytes
         kept = [log.survivors.nbytes for log in self._logs if log.survivors is not None]
         kept += [each.nbytes for each in itertools.chain(*self._latest or ()) if isinstance(each, Tensor)]
-        kept += [keys.nbytes for keys in self._keys]
+        kept += [each.nbytes for each in itertools.chain(*self._kept)]
         if self._routes is not None:
             kept.append(self._routes.nbytes)
         return MemoryInfo(
@@ -903,7 +915,7 @@ class MemoryStore:
             routes=None if self._routes is None else self._routes.fork(),
         )
         fork._latest = None if self._latest is None else [list(streams) for streams in self._latest]
-        fork._keys = [keys.fork() for keys in self._keys]
+        fork._kept = [kept.fork() for kept in self._kept]
         return fork
 
     def copy_to(self, path: Location, durable: bool = False) -> str:

@@ -145,10 +145,6 @@ class TieredRows:
         hot = self._hot.dropped(max(0, len(self._hot) + new.shape[0] - most)).appended(new)
         return TieredRows(home, hot, length, self._oldest, stored)
 
-    def numbered(self) -> tuple[object, int]:
-        """See `Rows`."""
-        return self.stored, self._oldest
-
     def scores(self, scoring: Scoring, keep: bool = True) -> Tensor:
         """See `Rows`. Rows that have no scores yet pass through the device block by block."""
         if not keep or scoring.differentiated:

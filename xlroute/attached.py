@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xlroute.kernels import Backend, gather_rows, row_scores
 from xlroute.memory import MemoryLayer
+from xlroute.memory.layer import Keep
 from xlroute.memory.routing_keys import RoutingKeys
 from xlroute.memory.to_device import to_device
 
@@ -163,10 +164,12 @@ class AttachedLayer:
         normalize: Literal["rms", "l2"] | None,
         scale: float,
         backend: Backend | None = None,
-        keep: bool = True,
+        keep: Keep = True,
     ) -> Tensor:
-        """See `MemoryLayer`; differentiable in the rows that have a graph too."""
+        """See `MemoryLayer`; differentiable in the rows that have a graph too, but for their first scores."""
         scores = self._layer.scores(tokens, normalize=normalize, scale=scale, backend=backend, keep=keep)
+        if keep == "first":
+            return scores
         m, a = self.shape[1], self._rows.shape[1]
         lengths = to_device(self._layer.lengths, self.device)
         newest = lengths[:, None] - torch.arange(a, 0, -1, device=self.device)
@@ -183,9 +186,13 @@ class AttachedLayer:
         columns = torch.where(places < 0, m, newest)[:, None].expand_as(own)
         return F.pad(scores, (0, 1)).scatter(-1, columns, own)[..., :m]
 
-    def keys(self, projection: Tensor, *, keep: bool) -> RoutingKeys:
+    def keys(self, projection: Tensor, *, keep: Keep) -> RoutingKeys:
         """See `MemoryLayer`."""
         return self._layer.keys(projection, keep=keep)
+
+    def score_ages(self, indices: Tensor, kind: Literal["first scores", "first keys"]) -> Tensor:
+        """See `MemoryLayer`."""
+        return self._layer.score_ages(indices, kind)
 
     def _places(self, indices: Tensor) -> Tensor:
         """Where the rows at indices [b, ...] are among those that have a graph; -1 for the others."""

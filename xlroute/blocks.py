@@ -29,6 +29,7 @@ from xlroute.feedforward import ConditionalRoutedFeedForward, FeedForward
 from xlroute.memory.routing_keys import RoutingKeys
 from xlroute.position import AGES, age_bias, rotary_table, rotate
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats, route
+from xlroute.shortlist import route_shortlist
 from xlroute.token_memory import TokenMemoryAttention, TokenRows
 
 
@@ -96,6 +97,9 @@ class MemoryBranch(Protocol):
             before_mask: which of them there are, bool [b, t].
             with_stats: tell how saturated the gates are.
         """
+
+    def score_ages(self, memory: MemoryRows, indices: Tensor) -> Tensor:
+        """How many rows have come since rows at indices [b, ...] got what `route_for` has found them by."""
 
     def rows(self, memory: MemoryRows, routed: Any, age_places: Tensor) -> Any:
         """What is read of a memory of which rows are routed, of given ages; it has left the memory."""
@@ -246,6 +250,8 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         num_tokens_q: see `ConditionalRoutedCrossAttention`.
         random_route: choose rows at random, the negative control.
         routing_chunk: choose rows by content, for chunks of so many tokens; None for the learned tokens.
+        routing_shortlist: where gradient is recorded, choose for learned tokens out of so many x k rows,
+            taken by the scores that rows got first; None to score all rows anew. Chance needs no scores.
         **options: further ones of `ConditionalRoutedCrossAttention`.
     """
 
@@ -257,12 +263,14 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         num_tokens_q: int | float | None = None,
         random_route: bool = False,
         routing_chunk: int | None = None,
+        routing_shortlist: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(dim, num_tokens_q=num_tokens_q, heads=heads, share_qk=True, qk_norm=True, **options)
         self.memory_gate = nn.Parameter(torch.zeros(()))
         self.age_bias = nn.Embedding(AGES, heads)
         self.random_route = random_route
+        self.routing_shortlist = None if random_route else routing_shortlist
         self.content_routing: ChunkRouting | None = None
         if routing_chunk is not None:
             self.content_routing = ChunkRouting(dim, sets=self.sets, chunk=routing_chunk)
@@ -287,6 +295,9 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
     ) -> tuple[RouterOutput, RoutingStats | None]:
         """Choose the rows that tokens read: all [b, r, ...], or [b, g, r, ...] by content."""
         k = self.num_tokens_kv
+        if self.routing_shortlist is not None and torch.is_grad_enabled():
+            assert isinstance(k, int)
+            return route_shortlist(self.kv_router, memory, k, self.routing_shortlist, with_stats=with_stats)
         if self.content_routing is None:
             return route(
                 self.kv_router,
@@ -300,6 +311,12 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         return self.content_routing.route(
             self.kv_router, memory, x, before, before_mask, k, with_stats=with_stats
         )
+
+    def score_ages(self, memory: MemoryRows, indices: Tensor) -> Tensor:
+        """See `MemoryBranch`."""
+        if self.routing_shortlist is None or not torch.is_grad_enabled():
+            return indices.clamp(max=0)
+        return memory.score_ages(indices, "first scores")
 
     def begin_of_chunk(self, t: int) -> int:
         """All tokens of a segment share their rows where they are not routed by content."""

@@ -21,6 +21,8 @@ from xlroute.backend import pick_backend
 from xlroute.kernels import gathered_products
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
+from xlroute.kernels.search import take_best
+from xlroute.memory.layer import Keep
 from xlroute.memory.routing_keys import RoutingKeys, routing_keys
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
 
@@ -128,17 +130,23 @@ class TokenRouting(nn.Module):
         dim: d.
         sets: r, each with a projection of its own.
         key_dim: e.
+        shortlist: where gradient is recorded, the best are chosen out of so many x k rows, found by the keys
+            that rows got first; None to project all rows anew.
     """
 
     chunk = 1
 
-    def __init__(self, dim: int, *, sets: int, key_dim: int) -> None:
+    def __init__(self, dim: int, *, sets: int, key_dim: int, shortlist: float | None = None) -> None:
         super().__init__()
+        self.shortlist = shortlist
         self.projection = nn.Parameter(torch.randn(sets, key_dim, dim) * dim**-0.5)
 
     def keys(self, memory: MemoryRows) -> RoutingKeys:
         """Those of all rows, without gradient."""
-        return memory.keys(self.projection.detach().to(memory.device), keep=not torch.is_grad_enabled())
+        keep: Keep = not torch.is_grad_enabled()
+        if self.shortlist is not None and not keep:
+            keep = "first"
+        return memory.keys(self.projection.detach().to(memory.device), keep=keep)
 
     def route(
         self,
@@ -163,11 +171,14 @@ class TokenRouting(nn.Module):
         Returns:
             What was chosen, and the statistics [b, n, r], or None.
         """
+        count = 2 * num_tokens
+        if self.shortlist is not None and torch.is_grad_enabled():
+            count = math.ceil(num_tokens * self.shortlist)
         projection = self.projection.to(memory.device)
         queries = routing_keys(x.to(memory.device), projection).transpose(1, 2)  # [b, r, n, e]
         b, r, n, e = queries.shape
         backend = pick_backend(router.use_triton, memory.device)
-        cosines, found = keys.search(queries.detach(), 2 * num_tokens, backend=backend)  # [b, r, n, K]
+        cosines, found = keys.search(queries.detach(), count, backend=backend)  # [b, r, n, K]
         if torch.is_grad_enabled():
             rows, places = distinct(found.flatten(1), memory.shape[1])
             row_keys = routing_keys(memory.take(rows), projection).transpose(1, 2)  # [b, r, u, e]
@@ -177,6 +188,9 @@ class TokenRouting(nn.Module):
                 places.view(b * r, n, -1),
                 backend=backend,
             ).view(found.shape)
+            if found.shape[-1] > 2 * num_tokens:
+                cosines = cosines.masked_fill(found < 0, -math.inf)
+                cosines, found = take_best(cosines, found, 2 * num_tokens)
         cosines, found = cosines.transpose(1, 2), found.transpose(1, 2)  # [b, n, r, K]
         there = None if memory.even else found >= 0
         scores = cosines * e**0.5 if there is None else (cosines * e**0.5).masked_fill(~there, -math.inf)

@@ -28,6 +28,7 @@ from xlroute.kernels import (
     top_gates,
     top_indices,
 )
+from xlroute.memory.layer import Keep
 
 
 class RoutingStats(NamedTuple):
@@ -339,13 +340,14 @@ class CoordinateDescentRouter(nn.Module):
         _require(routing_tokens.shape == shape, "routing_tokens", str(shape), tuple(routing_tokens.shape))
         return routing_tokens
 
-    def scores_by(self, x: Tensor | MemoryRows, tokens: Tensor, *, keep: bool = True) -> Tensor:
+    def scores_by(self, x: Tensor | MemoryRows, tokens: Tensor, *, keep: Keep = True) -> Tensor:
         """Scores of rows by any routing tokens.
 
         Args:
             x: rows [b, m, d], or the layer of a memory.
             tokens: [r, d] or [b, r, d].
-            keep: whether a memory keeps the scores for the next call, see `MemoryLayer.scores`.
+            keep: whether a memory keeps the scores for the next call, or gives those that its rows got first,
+                see `MemoryLayer.scores`.
 
         Returns:
             [b, r, m], float32 unless the rows are float64.

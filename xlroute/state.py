@@ -112,8 +112,9 @@ class TransformerXLState:
 
         A memory on disk is committed where it is, with the fingerprint of the model's weights as they are
         now; a memory without a path is copied into the folder. Either way the commit is pinned, so it stays
-        readable until this folder's state is replaced. The state can be saved again and read on from. The
-        folder may be moved or copied, alone or together with the memory on disk.
+        readable until this folder's state is replaced. The state can be saved again and read on from; for
+        `routing_shortlist`, all rows then get their first scores and keys anew, as for one that is loaded.
+        The folder may be moved or copied, alone or together with the memory on disk.
 
         Args:
             folder: where the state goes; made if missing. A state saved there before is replaced.
@@ -156,6 +157,9 @@ class TransformerXLState:
             temporary.unlink(missing_ok=True)
             _release(header, folder)
             raise
+        if self.memory is not None:
+            # Whoever reads on from what is saved has none; so has this state from here on.
+            self.memory.forget_first_scores()
         if before is not None:
             if self.memory is not None and self.memory.path is None:
                 # Its rows may still have to be read from the copy that is let go of now.

@@ -64,6 +64,7 @@ class TokenMemoryAttention(nn.Module):
         sets: r.
         key_dim: width of the routing keys.
         router_kwargs: arguments of `CoordinateDescentRouter`, which solves for the gates.
+        routing_shortlist: see `TokenRouting`.
     """
 
     looks_back = False  # by itself, not by what was before it
@@ -79,6 +80,7 @@ class TokenMemoryAttention(nn.Module):
         sets: int,
         key_dim: int,
         router_kwargs: Mapping[str, Any],
+        routing_shortlist: float | None = None,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -86,7 +88,7 @@ class TokenMemoryAttention(nn.Module):
         self.num_tokens_kv = num_tokens_kv
         self.kv_router = CoordinateDescentRouter(dim, **router_kwargs)
         self.kv_router.routing_token = None
-        self.content_routing = TokenRouting(dim, sets=sets, key_dim=key_dim)
+        self.content_routing = TokenRouting(dim, sets=sets, key_dim=key_dim, shortlist=routing_shortlist)
         self.row_gain = nn.Parameter(torch.ones(dim))
         self.to_v = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
@@ -116,6 +118,12 @@ class TokenMemoryAttention(nn.Module):
         return self.content_routing.route(
             self.kv_router, memory, keys, x, self.num_tokens_kv, with_stats=with_stats
         )
+
+    def score_ages(self, memory: MemoryRows, indices: Tensor) -> Tensor:
+        """See `MemoryBranch`."""
+        if self.content_routing.shortlist is None or not torch.is_grad_enabled():
+            return indices.clamp(max=0)
+        return memory.score_ages(indices, "first keys")
 
     def begin_of_chunk(self, t: int) -> int:
         """Token t is a chunk by itself."""

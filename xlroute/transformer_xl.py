@@ -61,6 +61,7 @@ class Routing(NamedTuple):
     gates: Tensor  # [b, r, k]
     gate_sum: Tensor  # [b, r], the sum of all gates over the number of chosen rows
     gradient_share: Tensor  # [b, r], the share of chosen rows that carry gradient to the router
+    score_ages: Tensor  # int64 [b, r, k], rows that came since these were scored for a shortlist; -1 for none
 
 
 class OpenMemory(NamedTuple):
@@ -143,6 +144,12 @@ class RoutedTransformerXL(nn.Module):
         num_content_tokens_kv: k of that: rows that each of the r routing tokens of a chunk chooses, or a
             token in each of r sets. `num_tokens_kv` is that of the others.
         routing_key_dim: width of the keys for c = 1.
+        routing_shortlist: where gradient is recorded, and weights so change from step to step, choose the k
+            rows out of a shortlist of so many x k, at least 2. It is taken by the scores that rows got when
+            they were first looked at, right after they came, by the weights of then; or for c = 1 by the keys
+            that they got then. The shortlist alone is scored again, with gradient. None scores all rows by
+            the weights of now, as is done without gradient in any case: weights stay, and so do scores.
+            Routing by chunks of c > 1 has no shortlist; random routing needs no scores.
 
     Raises:
         ValueError: for arguments out of range.
@@ -185,6 +192,7 @@ class RoutedTransformerXL(nn.Module):
         routing_chunk: int = 64,
         num_content_tokens_kv: int = 32,
         routing_key_dim: int = 64,
+        routing_shortlist: float | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -229,6 +237,22 @@ class RoutedTransformerXL(nn.Module):
                 f"heads: expected a multiple of {2 * kv_routing_tokens} with memory_routing='both', two "
                 f"branches of kv_routing_tokens={kv_routing_tokens} sets each, got {heads}"
             )
+        if routing_shortlist is not None:
+            if not 2 <= routing_shortlist < math.inf:
+                raise ValueError(
+                    "routing_shortlist: expected None or at least 2, since gates of all rows that there are "
+                    f"to choose from have no gradient, got {routing_shortlist}"
+                )
+            if by_content and routing_chunk > 1:
+                raise ValueError(
+                    "routing_shortlist: expected None with routing_chunk > 1, whose routing tokens the text "
+                    f"makes anew, got {routing_shortlist}"
+                )
+            if (router_kwargs or {}).get("route_block_size") is not None:
+                raise ValueError(
+                    "routing_shortlist: expected None with route_block_size, which cuts up all rows, got "
+                    f"{routing_shortlist}"
+                )
         memory_layers = tuple(memory_layers)
         if memory_layers != tuple(sorted(set(memory_layers))) or not all(
             1 <= i <= depth for i in memory_layers
@@ -271,6 +295,7 @@ class RoutedTransformerXL(nn.Module):
             "routing_chunk": routing_chunk,
             "num_content_tokens_kv": num_content_tokens_kv,
             "routing_key_dim": routing_key_dim,
+            "routing_shortlist": routing_shortlist,
         }
         self.vocab_size = vocab_size
         self.dim = dim
@@ -298,6 +323,7 @@ class RoutedTransformerXL(nn.Module):
                 "kv_routing_tokens": kv_routing_tokens,
                 "router_kwargs": router_options,
                 "random_route": memory_routing == "random",
+                "routing_shortlist": routing_shortlist,
             }
         if by_content and routing_chunk == 1:
             token_options = {
@@ -305,6 +331,7 @@ class RoutedTransformerXL(nn.Module):
                 "sets": kv_routing_tokens,
                 "router_kwargs": window_options,
                 "key_dim": routing_key_dim,
+                "routing_shortlist": routing_shortlist,
             }
         elif by_content:
             chunk_options = {
@@ -779,7 +806,8 @@ class RoutedTransformerXL(nn.Module):
         found = branch.rows(rows, routed, age_place(rows.ages(indices) + newer).to(x.device))
         if stats is not None:
             positions = rows.positions(indices)
-            report = Routing(i + 1, indices, positions, positions >= 0, routed.scores.detach(), *stats)
+            gates, aged = routed.scores.detach(), branch.score_ages(rows, indices)
+            report = Routing(i + 1, indices, positions, positions >= 0, gates, *stats, aged)
         return found, report
 
     @torch.no_grad()

@@ -386,12 +386,22 @@ def test_memory_rows_that_are_trained(
             os.kill(os.getpid(), signal.SIGINT)
         read.append(segments)
         assert training.model.memory_grad_segments == 2
+        assert training.model.config["routing_shortlist"] == 2.5
         return step(training, settings, segments)
 
     monkeypatch.setattr(train, "training_segments", training_segments)
     monkeypatch.setattr(train, "train_step", train_step)
     out = tmp_path / "run"
-    options = ("--modes", "learned", "--steps", "2", "--memory-grad-segments", "2")
+    options = (
+        "--modes",
+        "learned",
+        "--steps",
+        "2",
+        "--memory-grad-segments",
+        "2",
+        "--routing-shortlist",
+        "2.5",
+    )
     code, _ = main("--data", books, "--out", out, *SIZES, *options)
     assert code == 128 + signal.SIGINT
     code, error = main("--resume", "--out", out)
@@ -449,6 +459,7 @@ def test_a_finished_run_reports_again(main: Main, finished: tuple[Path, str]) ->
         ("--device tpu", "--device: expected cpu or cuda, got 'tpu'"),
         ("--heads 3", "no such model: heads: expected a multiple of the 2 routing tokens, got 3"),
         ("--memory-layers 4", "no such model: memory_layers: expected increasing block numbers from 1 to 3"),
+        ("--routing-shortlist 1", "no such model: routing_shortlist: expected None or at least 2"),
         ("--learning-rate 2", "--learning-rate: expected between 0 and 1, got 2.0"),
         ("--resume", "{out} holds no run to resume"),
         ("--resume --overwrite", "--resume and --overwrite exclude each other"),

@@ -20,7 +20,6 @@ from xlroute import RoutedTransformerXL
 from xlroute.kernels import row_scores
 from xlroute.memory import MemoryIndex, MemoryStore, scores
 from xlroute.memory.cold import ColdRows
-from xlroute.transformer_xl import _followers
 
 LAYERS, STREAMS, DIM = 2, 2, 6
 ROW = DIM * 4
@@ -597,4 +596,5 @@ def test_a_model_reads_no_row_that_follows_only_because_others_have_left(
     indices = torch.tensor([[[0, 2, 3, 4, 6, -1]]])
     rows = memory.rows(0)[0][0]
     expected = torch.stack([*torch.zeros(2, 16), rows[4], rows[5], *torch.zeros(2, 16)])
-    assert torch.equal(_followers(memory.layer(0), indices)[0, 0], expected.to(rows.dtype))
+    layer = memory.layer(0)
+    assert torch.equal(layer.take(layer.followers(indices))[0, 0], expected.to(rows.dtype))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xlroute.memory import MemoryStore
+from xlroute.memory import MemoryStore, kept_values
 from xlroute.memory.routing_keys import RoutingKeys, project, routing_keys
 
 DIM, SETS, WIDTH = 16, 2, 8
@@ -44,7 +44,10 @@ def append(store: MemoryStore, *counts: int) -> None:
     store.append(torch.randn(1, len(counts), max(counts), DIM), counts)
 
 
-def test_rows_that_come_leave_and_begin_again() -> None:
+@pytest.mark.parametrize("together", [1 << 16, 12])
+def test_rows_that_come_leave_and_begin_again(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether few enough are new to be projected together, or not."""
+    monkeypatch.setattr(kept_values, "_MOST_TOGETHER", together)
     store = MemoryStore.create(layers=1, streams=3, dim=DIM, capacity=30)
     projection = projected()
     for step in range(14):
@@ -96,8 +99,22 @@ def test_keys_are_searched_where_they_are(scored: list[int]) -> None:
         assert keys.shape == (2, SETS, 40, WIDTH)
         assert keys.flatten(0, 1).data_ptr() == keys.data_ptr()
         places.add(keys.untyped_storage().data_ptr())
-        assert scored == [2, 2] * (step + 1)
+        assert scored == [4] * (step + 1)  # what is new of both streams at once
     assert len(places) == 1
+
+
+def test_full_streams_and_forks_project_only_new_rows(scored: list[int]) -> None:
+    store = MemoryStore.create(layers=1, streams=1, dim=DIM, capacity=20)
+    projection = projected()
+    for _ in range(30):
+        append(store, 3)
+        store.layer(0).keys(projection, keep=True)
+    fork = store.fork()
+    for each in (store, fork):
+        append(each, 4)
+        store.layer(0).keys(projection, keep=True)
+        each.layer(0).keys(projection, keep=True)
+    assert scored == [3] * 30 + [4] * 2
 
 
 def change_in_place(projection: Tensor) -> Tensor:

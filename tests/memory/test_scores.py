@@ -33,10 +33,24 @@ def test_only_new_rows_are_scored(scored: list[int], dtype: torch.dtype) -> None
     store.append(torch.randn(1, 1, 40, 12))
     check(store, tokens)
     check(store, tokens)
-    for count in (7, 1, 9):  # into the room that the buffer has
+    for count in (7, 1, 9, 60, 5):  # into the room that the buffer has, and with 60 into a larger one
         store.append(torch.randn(1, 1, count, 12))
         check(store, tokens)
-    assert scored == [40, 7, 1, 9]
+    assert scored == [40, 7, 1, 9, 60, 5]
+
+
+def test_full_streams_and_forks_score_only_new_rows(scored: list[int]) -> None:
+    store = MemoryStore.create(layers=1, streams=1, dim=8, capacity=20)
+    tokens = torch.randn(2, 8)
+    for _ in range(30):
+        store.append(torch.randn(1, 1, 3, 8))
+        check(store, tokens)
+    assert scored == [3] * 30
+    fork = store.fork()
+    for each in (store, fork):
+        each.append(torch.randn(1, 1, 4, 8))
+        check(each, tokens)
+    assert scored == [3] * 30 + [4] * 2
 
 
 def change_in_place(tokens: Tensor) -> Tensor:
