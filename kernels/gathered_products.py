@@ -42,8 +42,8 @@ def gathered_products(
     Raises:
         TypeError: for tensors that are not floating point or of different dtypes, or other indices.
         ValueError: the shapes do not fit, the devices differ, or the backend cannot run here.
-        IndexError: an index is outside [-1, m). Only checked on a CPU and outside torch.compile; elsewhere
-            it stands for no row.
+        IndexError: an index is outside [-1, m). Only checked on a CPU and outside torch.compile: elsewhere
+            the check would have to wait for the device, and Triton takes it for no row.
     """
     _check(rows, indices, "vectors", vectors)
     if vectors.ndim != 4 or vectors.shape[:2] != indices.shape[:2] or vectors.shape[-1] != rows.shape[-1]:

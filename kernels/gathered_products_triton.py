@@ -213,7 +213,8 @@ def row_sums(weights: Tensor, vectors: Tensor, indices: Tensor, m: int) -> Tenso
     b, n, h, d = vectors.shape
     k = indices.shape[-1]
     result = torch.zeros((b, m, d), dtype=vectors.dtype, device=vectors.device)
-    named, order = indices.flatten(1).sort(dim=1, stable=True)
+    # What is sorted keeps its strides.
+    named, order = indices.flatten(1).contiguous().sort(dim=1, stable=True)
     ends = torch.searchsorted(named, named, right=True)
     bd = min(triton.next_power_of_2(d), WIDEST)
     with torch.cuda.device_of(vectors):  # type: ignore[no-untyped-call]

@@ -114,6 +114,21 @@ def test_rows_that_are_a_view(op: Op) -> None:
 
 
 @OPS
+@pytest.mark.parametrize("shape", [(3, 9, 1, 2, 5, 16), (3, 9, 5, 2, 1, 16), (2, 9, 4, 2, 3, 16)], ids=str)
+def test_indices_that_are_a_view(op: Op, shape: tuple[int, ...]) -> None:
+    """Also where they lie stream beside stream, and what is computed of them may keep their strides."""
+    pytest.importorskip("triton")
+    first, rows, indices = with_gradients(inputs(op, *shape, dtype=torch.float32))
+    cotangent = torch.randn_like(op(first, rows, indices))
+    results = []
+    for given in (indices, indices.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
+        out = op(first, rows, given, backend="triton")
+        results.append((out, *torch.autograd.grad(out, (first, rows), cotangent)))
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+@OPS
 def test_an_index_out_of_range_stands_for_no_row(op: Op) -> None:
     """Where nothing checks them, as on a GPU: above all, no other stream is read, or given a gradient."""
     pytest.importorskip("triton")
