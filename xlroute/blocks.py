@@ -530,7 +530,12 @@ class Block(nn.Module):
         return routed, scores.detach()
 
     def forward(
-        self, x: Tensor, window: Tensor, window_mask: Tensor, rows: Sequence[RoutedRows], scores: Tensor
+        self,
+        x: Tensor,
+        window: Tensor,
+        window_mask: Tensor,
+        rows: Sequence[RoutedRows | TokenRows],
+        scores: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Read a whole segment x [b, n, d]: the output [b, n, d], and the scores [b, n, 2] of its tokens."""
         x, after = self.read(x, self.context(window, window_mask, x[:, :0], rows, scores))

@@ -24,7 +24,7 @@ from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
 from xlroute.memory.routing_keys import RoutingKeys
 from xlroute.position import AGES, age_bias
-from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
+from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats, router_options
 
 
 class TokenRows(NamedTuple):
@@ -65,6 +65,9 @@ class TokenMemoryAttention(nn.Module):
         key_dim: width of the routing keys.
         router_kwargs: arguments of `CoordinateDescentRouter`, which solves for the gates.
         routing_shortlist: see `TokenRouting`.
+
+    Raises:
+        ValueError: for heads that are no multiple of r, or options of the router that are decided here.
     """
 
     looks_back = False  # by itself, not by what was before it
@@ -83,10 +86,12 @@ class TokenMemoryAttention(nn.Module):
         routing_shortlist: float | None = None,
     ) -> None:
         super().__init__()
+        if heads % sets:
+            raise ValueError(f"heads: expected a multiple of the {sets} sets of rows, got {heads}")
         self.heads = heads
         self.sets = sets
         self.num_tokens_kv = num_tokens_kv
-        self.kv_router = CoordinateDescentRouter(dim, **router_kwargs)
+        self.kv_router = CoordinateDescentRouter(dim, **router_options(router_kwargs))
         self.kv_router.routing_token = None
         self.content_routing = TokenRouting(dim, sets=sets, key_dim=key_dim, shortlist=routing_shortlist)
         self.row_gain = nn.Parameter(torch.ones(dim))
@@ -147,14 +152,14 @@ class TokenMemoryAttention(nn.Module):
 
     def context(self, rows: TokenRows) -> TokenRows:
         """The same, with rows of unit variance."""
-        states = rows.rows.to(self.to_v.weight.dtype)
+        dtype = self.to_v.weight.dtype
+        states = rows.rows.to(dtype)
         device = states.device.type
         with torch.autocast(device, enabled=False):
             states = F.rms_norm(states.to(compute_dtype(states.dtype)), states.shape[-1:], eps=RMS_EPS)
-        autocast = torch.is_autocast_enabled(device)
-        return rows._replace(
-            rows=states.to(torch.get_autocast_dtype(device) if autocast else self.to_v.weight.dtype)
-        )
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
+            dtype = torch.get_autocast_dtype(device)
+        return rows._replace(rows=states.to(dtype))
 
     def weights(self, memory: TokenRows) -> Tensor:
         """How each head of each token weighs nothing and the rows, [b, n, h, 1 + k]; they add up to 1."""

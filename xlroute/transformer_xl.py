@@ -202,6 +202,7 @@ class RoutedTransformerXL(nn.Module):
             ("heads", heads, 1),
             ("dim_head", dim_head, 2),
             ("mem_len", mem_len, 0),
+            ("kv_routing_tokens", kv_routing_tokens, 1),
             ("segment_len", segment_len, 1),
             ("ff_mult", ff_mult, 1),
             ("routing_window", routing_window, 1),

@@ -580,6 +580,21 @@ def test_weights_and_memory_of_any_type(
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("rows", [torch.float64, torch.bfloat16], ids=str)
+def test_autocast_leaves_weights_in_float64(
+    build_model: BuildModel, content: dict[str, Any], rows: torch.dtype
+) -> None:
+    model = grown(build_model, content)
+    state = model.initial_state(streams=2, memory=model.create_memory(streams=2, dtype=rows))
+    tokens = draw(2, 14)
+    state = read(model, state, tokens[:, :7], 7)[1]
+    plain, _ = model(tokens[:, 7:], state.fork())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, _ = model(tokens[:, 7:], state)
+    torch.testing.assert_close(logits, plain)
+    logits.sum().backward()
+
+
 # ---- Random routing ----
 
 
@@ -640,6 +655,10 @@ def test_half_of_the_heads_each(build_model: BuildModel) -> None:
     [
         ({"memory_routing": "none"}, r"memory_routing: expected one of \('learned', .* got 'none'"),
         ({"routing_chunk": 0}, "routing_chunk: expected at least 1, got 0"),
+        (
+            {"memory_routing": "both", "kv_routing_tokens": 0},
+            "kv_routing_tokens: expected at least 1, got 0",
+        ),
         ({"num_content_tokens_kv": 0}, "num_content_tokens_kv: expected at least 1, got 0"),
         ({"routing_key_dim": 0}, "routing_key_dim: expected at least 1, got 0"),
         (
@@ -649,6 +668,17 @@ def test_half_of_the_heads_each(build_model: BuildModel) -> None:
         (
             {"memory_routing": "both", "heads": 6},
             "heads: expected a multiple of 4 with memory_routing='both', .* got 6",
+        ),
+        *(
+            ({"memory_routing": "content", "routing_chunk": chunk, **options}, message)
+            for chunk in (1, 3)
+            for options, message in (
+                ({"heads": 6, "kv_routing_tokens": 4}, "heads: expected a multiple of the 4 .*, got 6"),
+                (
+                    {"router_kwargs": {"num_routing_tokens": 3}},
+                    "router_kwargs: expected no num_routing_tokens",
+                ),
+            )
         ),
     ],
 )
