@@ -117,9 +117,10 @@ class RouteCounts:
     """How often routers have fetched each row of a store, by layer, stream and position.
 
     `MemoryStore.record_routes` begins to count, and `MemoryStore.routes` has what was counted. A row counts
-    as often as a router fetches it, by `MemoryLayer.take_routed`: with several routing tokens, once for each
-    that has chosen it. Rows that anybody gathers are not counted, nor those that a model reads because the
-    row before was routed. Padding is no row.
+    as often as a router chooses it, by `MemoryLayer.take_routed` or `count_routed`: with several routing
+    tokens, once for each that has chosen it, and by token, once for each token and set. Rows that anybody
+    gathers are not counted, nor those that a model reads because the row before was routed. Padding is no
+    row.
 
     A row keeps its count when it is evicted. When its stream is reset, the counts of the stream begin anew:
     they are those of the document that is being read. A row that was ever routed takes 16 bytes, and on disk
