@@ -82,7 +82,7 @@ def age_bias(table: Tensor, places: Tensor) -> Tensor:
     """Biases between those of the two nearest ages: a piecewise linear function of the age's logarithm.
 
     So of two rows the newer one can be told, as far as rounding lets it: any two ages up to 750,000 have
-    places of their own in float32. A table in half precision has some 256 biases between two of its ages.
+    places of their own. A table in half precision rounds them again.
 
     Args:
         table: [AGES, r, h], of r sets of h heads.
