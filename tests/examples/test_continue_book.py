@@ -77,6 +77,17 @@ def main(load: Load, capsys: pytest.CaptureFixture[str]) -> Main:
     return call
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Here and in other processes: products are added up in one order alone by as many threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def text() -> str:
     """A book: CRLF ends, not all ASCII, and a phrase that stands once."""
@@ -153,7 +164,6 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from continue_book_folder import BookFolder, load_model
-torch.set_num_threads(1)
 logits = []
 for out in sys.argv[4:]:
     folder = BookFolder(Path(out))
@@ -177,14 +187,11 @@ def test_another_process_goes_on_with_the_same_logits(
     subprocess.run([*command, ",".join(map(str, points)), *map(str, folders)], check=True, timeout=120)
     assert [contents(folder) for folder in folders] == before
     found = iter(torch.load(tmp_path / "logits.pt"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for routing in OPTIONS:
         model = RoutedTransformerXL.from_pretrained(models(routing))
         _, logits = straight(model, text, size + 1)
         for point in points:
             assert torch.equal(next(found), logits[point // model.segment_len]), (routing, point)
-    torch.set_num_threads(threads)
 
 
 def test_a_killed_reading_goes_on(
