@@ -23,7 +23,6 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 from continue_book_folder import (
@@ -39,23 +38,10 @@ from continue_book_folder import (
 from continue_book_report import report
 from continue_book_text import continue_at
 from pg19_data import UserError
+from pg19_settings import Parser, at_least
 
 from xlroute.memory import MemoryStoreError
 from xlroute.sampling import SamplingOptions
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
-
-
-def _number(least: int) -> Any:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, got {text!r}")
-        return int(text)
-
-    return parse
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -64,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: for options that do not exist or do not fit.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="continue_book.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -79,17 +65,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("book", help="a text file, or the name of one of Shakespeare's plays")
     add("--model", type=Path, required=True, help="folder of a model that examples/pg19.py trained")
     add("--tokenizer", type=Path, help="the tokenizers JSON it was trained with (default: bytes)")
-    add("--capacity", type=_number(1), help="memory rows that are read at most, the newest (default: all)")
-    add("--every", type=_number(1), metavar="N", help=f"segments between saved states (default: {EVERY})")
+    add(
+        "--capacity",
+        type=at_least(1),
+        help="memory rows that are read at most, the newest (default: all)",
+    )
+    add("--every", type=at_least(1), metavar="N", help=f"segments between saved states (default: {EVERY})")
     add = commands.choices["continue"].add_argument
     add("--at", required=True, help="where: a number of bytes, or a phrase to go on after")
-    add("--length", type=_number(1), default=400, metavar="N", help="tokens to write (default: 400)")
+    add("--length", type=at_least(1), default=400, metavar="N", help="tokens to write (default: 400)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     add("--top-p", type=float, default=0.95, help="share of the probability drawn from (default: 0.95)")
-    add("--seed", type=_number(0), default=0, help="of the random numbers (default: 0)")
+    add("--seed", type=at_least(0), default=0, help="of the random numbers (default: 0)")
     add(
         "--score",
-        type=_number(0),
+        type=at_least(0),
         default=2000,
         metavar="N",
         help="bytes of the book to foresee (default: 2000)",

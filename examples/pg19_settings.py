@@ -129,7 +129,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def _number(least: int) -> Any:
+def at_least(least: int) -> Any:
+    """An option that is a whole number of at least so much."""
+
     def parse(text: str) -> int:
         if not text.isascii() or not text.isdigit() or int(text) < least:
             raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, got {text!r}")
@@ -157,7 +159,7 @@ def _modes(text: str) -> tuple[str, ...]:
 
 
 def _layers(text: str) -> tuple[int, ...]:
-    return tuple(_number(1)(part) for part in text.split(","))
+    return tuple(at_least(1)(part) for part in text.split(","))
 
 
 def parse(arguments: list[str] | None = None) -> Command:
@@ -179,7 +181,7 @@ def parse(arguments: list[str] | None = None) -> Command:
     add("--overwrite", action="store_true", help="replace the run in the run folder")
     add(
         "--checkpoint-every",
-        type=_number(1),
+        type=at_least(1),
         metavar="N",
         help="steps between two checkpoints (default: 100; 10,000 with a larger preset)",
     )
@@ -195,35 +197,35 @@ def parse(arguments: list[str] | None = None) -> Command:
     add("--tokenizer", metavar="PATH", help="a tokenizers JSON (default: every byte is a token)")
     add(
         "--bpe",
-        type=_number(257),
+        type=at_least(257),
         metavar="N",
         help="train a byte-level BPE of N tokens on the training books, once, and use that",
     )
-    add("--max-books", type=_number(1), metavar="N", help="read the first N books of each split only")
-    add("--max-bytes", type=_number(4), metavar="N", help="read the first N bytes of each book only")
+    add("--max-books", type=at_least(1), metavar="N", help="read the first N books of each split only")
+    add("--max-bytes", type=at_least(4), metavar="N", help="read the first N bytes of each book only")
     add("--split", choices=HELD_OUT, help="what to evaluate on (default: test)")
     add("--modes", type=_modes, help=f"some of {','.join(MODES)} (default: {','.join(DEFAULT_MODES)})")
-    add("--seed", type=_number(0))
+    add("--seed", type=at_least(0))
     add("--device", help="cpu (default) or cuda")
-    add("--steps", type=_number(1), help="training steps of each mode")
+    add("--steps", type=at_least(1), help="training steps of each mode")
     add("--minutes", type=positive, help="of training for each mode, instead of steps or at most")
-    add("--streams", type=_number(1), help="documents read side by side in training")
-    add("--segment-len", type=_number(1), help="tokens of a document read at once")
-    add("--mem-len", type=_number(1), help="tokens in the XL window")
+    add("--streams", type=at_least(1), help="documents read side by side in training")
+    add("--segment-len", type=at_least(1), help="tokens of a document read at once")
+    add("--mem-len", type=at_least(1), help="tokens in the XL window")
     for name in ("dim", "depth", "heads", "dim-head"):
-        add(f"--{name}", type=_number(1))
+        add(f"--{name}", type=at_least(1))
     add("--memory-layers", type=_layers, metavar="N,N", help="blocks with routed memory, counted from 1")
-    add("--num-tokens-kv", type=_number(1), help="memory rows that each learned token chooses")
-    add("--routing-tokens", type=_number(1), help="sets of memory rows; divides the heads")
-    add("--routing-chunk", type=_number(1), help="tokens that share rows chosen by content (default: 64)")
-    add("--num-content-tokens-kv", type=_number(1), help="memory rows that a chunk chooses in each set")
+    add("--num-tokens-kv", type=at_least(1), help="memory rows that each learned token chooses")
+    add("--routing-tokens", type=at_least(1), help="sets of memory rows; divides the heads")
+    add("--routing-chunk", type=at_least(1), help="tokens that share rows chosen by content (default: 64)")
+    add("--num-content-tokens-kv", type=at_least(1), help="memory rows that a chunk chooses in each set")
     add(
         "--routing-shortlist",
         type=float,
         metavar="F",
         help="in training, choose memory rows, but those of chunks, out of F times as many (default: all)",
     )
-    add("--capacity", type=_number(1), help="memory rows kept of each stream and layer")
+    add("--capacity", type=at_least(1), help="memory rows kept of each stream and layer")
     for name, what in (
         ("self-attention", "attention to the near tokens, and of few to routed rows"),
         ("feedforward", "a light feedforward, and a heavy one for few tokens"),
@@ -236,7 +238,7 @@ def parse(arguments: list[str] | None = None) -> Command:
         )
     add(
         "--memory-grad-segments",
-        type=_number(0),
+        type=at_least(0),
         metavar="N",
         help="segments back through which memory rows are trained; a step then reads N + 1 (default: 0)",
     )
