@@ -45,6 +45,8 @@ memory: what the model does with it in a segment, alone: opening, routing, takin
 in training forward and backward. Chosen rows are read with those that followed them.
 floor: bytes that must be read over the copy rate, read plus written, and products over the product rate. Rows
 are read where they are scored anew, once more for the gradient of routing tokens; else their scores or keys.
+shortlist: training chooses out of twice as many rows as are read, found by the scores or keys that they got
+when they came.
 gradient: the share of chosen rows that carry gradient to the router, before training."""
 
 Kind = Literal["training", "evaluation", "memory, training", "memory, evaluation"]

@@ -6,6 +6,7 @@ g chunks of a segment that have rows of their own, l memory layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ MODES: dict[str, dict[str, Any]] = {
     "none": {"mem_len": 0, "memory_layers": ()},
     "xl": {"memory_layers": ()},
     "learned": {"memory_routing": "learned"},
+    "learned-shortlist": {"memory_routing": "learned", "routing_shortlist": 2.0},
     "content-64": {"memory_routing": "content", "routing_chunk": 64},
     "content-1": {"memory_routing": "content", "routing_chunk": 1},
+    "content-1-shortlist": {"memory_routing": "content", "routing_chunk": 1, "routing_shortlist": 2.0},
     "both": {"memory_routing": "both", "routing_chunk": 64, "kv_routing_tokens": 1},
 }
 BASELINE = "xl"
@@ -261,7 +264,8 @@ def memory_floor(reader: Reader, *, training: bool) -> Floor:
     """Of the memory's part: rows or keys or scores read, chosen rows read, and products.
 
     In training, rows are scored anew, and their scores' gradient needs them once more; a token's routing keys
-    have none. Products for which both factors have a gradient count three times.
+    have none. With a shortlist, older scores or keys are read, and the rows of the shortlist scored anew.
+    Products for which both factors have a gradient count three times.
     """
     model, memory = reader.model, reader.state.memory
     assert memory is not None
@@ -276,25 +280,35 @@ def memory_floor(reader: Reader, *, training: bool) -> Floor:
             assert isinstance(k, int)
             k = min(k, m)
             if isinstance(branch, TokenMemoryAttention):
-                width = branch.content_routing.projection.shape[1]
+                routing = branch.content_routing
+                width, shortlist = routing.projection.shape[1], routing.shortlist
                 # What followed the chosen rows, each once for all tokens; sums of those, values and output.
                 floor.read += (2 if training else 1) * min(b * n * r * k, b * m) * d * itemsize
                 attention = 2 * b * n * branch.heads * k * d + 4 * b * n * d * inner
                 floor.products += (3 if training else 1) * attention
                 floor.products += 2 * b * n * r * width * (d + m)  # queries, and the search
-                if training:
+                if training and shortlist is None:
                     reads = max(reads, 1)
                     floor.products += 2 * b * m * r * width * d
-                else:
-                    floor.read += b * r * m * width * itemsize
+                    continue
+                floor.read += b * r * m * width * itemsize
+                if training and shortlist is not None:
+                    listed = min(b * n * r * math.ceil(shortlist * k), b * m)
+                    floor.read += 2 * listed * d * itemsize
+                    floor.products += 3 * 2 * listed * r * width * d
                 continue
+            shortlist = branch.routing_shortlist
             chunks = 1 if branch.content_routing is None else -(-n // branch.content_routing.chunk)
             chosen = b * chunks * r * k
             floor.read += (2 if training else 1) * 2 * chosen * d * itemsize  # they, and what followed them
             attention = 4 * b * n * d * inner + 4 * chosen * d * inner // r + 4 * b * n * k * inner
             floor.products += (3 if training else 1) * attention
-            if branch.content_routing is None and not training:
+            if branch.content_routing is None and (shortlist is not None or not training):
                 floor.read += 4 * b * r * m  # scores are float32
+                if training and shortlist is not None:
+                    listed = b * r * math.ceil(shortlist * k)
+                    floor.read += 2 * listed * d * itemsize
+                    floor.products += 3 * 2 * listed * d
             else:
                 reads = max(reads, 2 if training else 1)
                 floor.products += (2 if training else 1) * 2 * b * m * chunks * r * d

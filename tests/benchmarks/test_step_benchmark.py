@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 Load = Callable[[str], ModuleType]
-MEMORY_MODES = ("learned", "content-64", "content-1", "both")
+MEMORY_MODES = (
+    "learned",
+    "learned-shortlist",
+    "content-64",
+    "content-1",
+    "content-1-shortlist",
+    "both",
+)
 KINDS = ("training", "evaluation", "memory, training", "memory, evaluation")
 
 
@@ -114,10 +121,12 @@ def test_the_products_of_the_floor_are_those_of_the_work(load: Load, mode: str) 
     ("mode", "training", "evaluation"),
     [
         # Of 2 streams with 80 rows of 64 bytes: all rows, and twice as many chosen ones, once or twice; by
-        # token, only what followed those.
+        # token, only what followed those. Shortlists of twice as many rows.
         ("learned", 2 * 10_240 + 2 * 2 * 2048, 2 * 2 * 80 * 4 + 2 * 2048),
+        ("learned-shortlist", 2 * 2 * 80 * 4 + 2 * 4096 + 2 * 2 * 2048, 2 * 2 * 80 * 4 + 2 * 2048),
         ("content-64", 2 * 10_240 + 2 * 2 * 768, 10_240 + 2 * 768),
         ("content-1", 10_240 + 2 * 9216, 2 * 2 * 80 * 8 * 4 + 9216),
+        ("content-1-shortlist", 2 * 2 * 80 * 8 * 4 + 2 * 10_240 + 2 * 9216, 2 * 2 * 80 * 8 * 4 + 9216),
         ("both", 2 * 10_240 + 2 * 2 * (1024 + 384), 10_240 + 2 * 80 * 4 + 2 * (1024 + 384)),
     ],
 )
