@@ -149,10 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     results: list[Result] = []
     progress = Progress()
     tiny = options.sizes == ["tiny"]
-    # Each number of streams is compiled for, and none falls back to running without.
-    compiling = torch._dynamo.config.patch(
-        automatic_dynamic_shapes=False, recompile_limit=64, fail_on_recompile_limit_hit=True
-    )
+    # None falls back to running without.
+    compiling = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
     with on_one_stream(device), compiling:
         machine = describe(device, Sizes(copy_bytes=1 << 20) if tiny else Sizes())
         rates = measured_rates(device, machine, 64 if tiny else PRODUCT_SIZE)
@@ -217,7 +215,9 @@ def steps(
                     floor=rates.milliseconds(memory_floor(reader, training=training)),
                 )
 
+    # Each number of streams is compiled for; how many distinct rows are read changes from step to step.
     for m, b in streams if remembers else [(0, b) for b in dict.fromkeys(b for _, b in streams)]:
+        torch._dynamo.reset()
         yield from of_reader(m, b)  # whose memory goes before the next comes
 
 

@@ -80,47 +80,65 @@ class Rows(Protocol):
         """The scores that are kept, if there are any."""
 
 
-class _Buffer:
-    """Room for rows, [size, d]; the first `used` of them belong to some span and are never written again."""
+class Block:
+    """Room for the rows of some streams side by side, [b, size, d]."""
 
     def __init__(
-        self, size: int, dim: int, dtype: torch.dtype, device: torch.device, pinned: bool = False
+        self,
+        streams: int,
+        size: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pinned: bool = False,
     ) -> None:
         self.pinned = pinned
         # A tensor made in inference mode could not be saved for backward later.
         with torch.inference_mode(False):
-            self.data = torch.empty(size, dim, dtype=dtype, device=device, pin_memory=pinned)
+            self.data = torch.empty(streams, size, dim, dtype=dtype, device=device, pin_memory=pinned)
             # An alias with a version counter of its own. Writing through `data`, or through `data.detach()`,
             # would raise the counter that all views of `data` share, and autograd would then refuse to run
             # backward over rows that it saved, although the write is beyond all of them.
             self.target = self.data.data
+
+
+class Buffer:
+    """Room for rows, [size, d]; the first `used` of them belong to some span and are never written again."""
+
+    def __init__(self, block: Block, place: int, scores: StoredScores, number: int = 0) -> None:
+        self.block = block
+        self.place = place
+        with torch.inference_mode(False):
+            self.data = block.data[place]
+            self.target = block.target[place]
         self.used = 0
-        self.scores = StoredScores(dtype, device)
-        self.number = 0  # of the first row, as the scores count
+        self.scores = scores
+        self.number = number  # of the first row, as the scores count
 
 
 class RowSpan:
     """Rows `start` to `stop` of a buffer: immutable, and cheap to keep."""
 
-    def __init__(self, buffer: _Buffer, start: int, stop: int) -> None:
-        self._buffer = buffer
-        self._start = start
-        self._stop = stop
+    def __init__(self, buffer: Buffer, start: int, stop: int) -> None:
+        self.buffer = buffer
+        self.start = start
+        self.stop = stop
 
     @classmethod
     def empty(
         cls, dim: int, dtype: torch.dtype, device: torch.device, *, room: int = 0, pinned: bool = False
     ) -> RowSpan:
         """A span of no rows, with room for `room` rows to come; in memory that a GPU reads fast if pinned."""
-        return cls(_Buffer(room, dim, dtype, device, pinned), 0, 0)
+        block = Block(1, room, dim, dtype, device, pinned)
+        return cls(Buffer(block, 0, StoredScores(dtype, device)), 0, 0)
 
     def __len__(self) -> int:
-        return self._stop - self._start
+        return self.stop - self.start
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffer, with its room for rows to come, and of the scores beside it."""
-        return self._buffer.data.nbytes + self._buffer.scores.nbytes
+        return self.buffer.data.nbytes + self.buffer.scores.nbytes
 
     def span(self) -> RowSpan:
         """The span itself."""
@@ -129,22 +147,24 @@ class RowSpan:
     @property
     def device(self) -> torch.device:
         """Where the rows are."""
-        return self._buffer.data.device
+        return self.buffer.data.device
 
     def alike(self, room: int) -> RowSpan:
         """A span of no rows of the same kind, with room for `room` rows to come."""
-        data = self._buffer.data
-        return RowSpan.empty(data.shape[1], data.dtype, data.device, room=room, pinned=self._buffer.pinned)
+        data = self.buffer.data
+        return RowSpan.empty(
+            data.shape[1], data.dtype, data.device, room=room, pinned=self.buffer.block.pinned
+        )
 
     def anew(self, log: StreamLog, room: int, stored: StoredScores) -> RowSpan:
         """See `Rows`."""
         span = self.alike(room)
-        span._buffer.scores, span._buffer.number = stored, log.end
+        span.buffer.scores, span.buffer.number = stored, log.end
         return span
 
     def at_hand(self) -> Tensor | None:
         """See `Rows`."""
-        return None if self._buffer.pinned else self.view()
+        return None if self.buffer.block.pinned else self.view()
 
     def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """See `Rows`."""
@@ -153,14 +173,14 @@ class RowSpan:
 
     def view(self) -> Tensor:
         """The rows, [m, d], without a copy. Reading only: the memory is shared."""
-        return self._buffer.data[self._start : self._stop]
+        return self.buffer.data[self.start : self.stop]
 
     def gather(self, index: Tensor) -> Tensor:
         """Copies of the rows at `index` (int64 [k]), [k, d]; zeros where it is -1.
 
         Of rows in pinned memory, they are on the device of the index.
         """
-        if self._buffer.pinned and index.is_cuda:
+        if self.buffer.block.pinned and index.is_cuda:
             return gather_pinned_rows(self.view(), index)
         return gather_rows(self.view()[None], index.to(self.device)[None])[0]
 
@@ -171,21 +191,21 @@ class RowSpan:
         """See `Rows`."""
         if not keep or scoring.differentiated:
             return scoring.of(self.view())
-        rows, number = self._buffer.target, self._buffer.number
+        rows, number = self.buffer.target, self.buffer.number
 
         def read(start: int, stop: int) -> tuple[Tensor]:
             return (rows[start - number : stop - number],)
 
-        return self._buffer.scores.of(number + self._start, number + self._stop, scoring, read)
+        return self.buffer.scores.of(number + self.start, number + self.stop, scoring, read)
 
     def kept_scores(self) -> KeptScores | None:
         """See `Rows`."""
-        number = self._buffer.number
-        return self._buffer.scores.kept(number + self._start, number + self._stop)
+        number = self.buffer.number
+        return self.buffer.scores.kept(number + self.start, number + self.stop)
 
     def dropped(self, count: int) -> RowSpan:
         """The span without its `count` oldest rows."""
-        return RowSpan(self._buffer, self._start + count, self._stop)
+        return RowSpan(self.buffer, self.start + count, self.stop)
 
     def appended(self, rows: Tensor) -> RowSpan:
         """The span followed by `rows` [n, d].
@@ -195,14 +215,15 @@ class RowSpan:
         so that a row is copied a constant number of times on average. Scores stay, whichever it is.
         """
         count = rows.shape[0]
-        buffer, start, stop = self._buffer, self._start, self._stop
+        buffer, start, stop = self.buffer, self.start, self.stop
         end = buffer.number + stop
         stored = buffer.scores.extended(end, end + count)
         if buffer.used != stop or stop + count > buffer.data.shape[0]:
             live = len(self)
             old = buffer.data[start:stop]
-            buffer = _Buffer(2 * (live + count), old.shape[1], old.dtype, old.device, buffer.pinned)
-            buffer.number = end - live
+            size, pinned = 2 * (live + count), buffer.block.pinned
+            block = Block(1, size, old.shape[1], old.dtype, old.device, pinned)
+            buffer = Buffer(block, 0, stored, end - live)
             start, stop = 0, live
             with torch.no_grad():
                 buffer.target[:live].copy_(old)

@@ -16,7 +16,8 @@ from torch import Tensor
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.memory.buffer import Rows
 from xlroute.memory.log import StreamLog
-from xlroute.memory.scores import Scoring
+from xlroute.memory.scores import KeptScores, Scoring
+from xlroute.memory.side_by_side import SideBySide
 
 _ROOM = 4  # in a buffer, room for values to come: one for so many that there are
 _MOST_TOGETHER = 1 << 16  # new rows of all streams that are copied to be scored together
@@ -57,8 +58,8 @@ class _Held(NamedTuple):
     ends: tuple[int, ...] = ()
 
     def has(self, log: StreamLog) -> bool:
-        """Whether the rows are among them that the stream holds at some time, the oldest ones at least."""
-        return self.begin <= log.oldest + self.shift <= self.stop
+        """Whether the oldest of the rows that the stream holds at some time is among them."""
+        return self.begin <= log.oldest + self.shift < self.stop
 
     def lacks(self, log: StreamLog) -> int:
         """How many of these rows, the newest, have no values yet."""
@@ -157,6 +158,17 @@ class KeptValues:
         begins = [begin - first if count else 0 for begin, count in spans]
         return Columns(self._buffer.data[:, :, first:stop], begins, [count for _, count in spans])
 
+    def kept(self, stream: int, log: StreamLog) -> KeptScores | None:
+        """The scores [r, n] that there are of the rows that a stream holds."""
+        held = self._held[stream]
+        if held is None or self._scoring is None or not held.has(log):
+            return None
+        first = log.oldest + held.shift
+        count = min(log.held, held.stop - first)
+        if not count:
+            return None
+        return KeptScores(self._scoring.stamp, 0, self._buffer.data[stream, :, first : first + count, 0])
+
     def ends(self, stream: int, log: StreamLog) -> list[int]:
         """How many of the rows that a stream holds there were whenever some got first values, ascending.
 
@@ -220,11 +232,23 @@ class KeptValues:
     ) -> list[_Held]:
         """Adds the values of the rows that have none; those of all streams at once where they are few."""
         counts = [each.lacks(log) for each, log in zip(held, logs, strict=True)]
+        b, stops, many = len(held), {each.stop for each in held}, sum(counts) > _MOST_TOGETHER
+        together = SideBySide.of(streams)
+        newest = None if together is None or many or len(stops) > 1 else together.newest(counts)
+        if newest is not None:
+            stop = max(stops) + counts[0]
+            values = self._values(newest.flatten(0, 1), scoring)
+            self._buffer.data[:, :, max(stops) : stop] = values.unflatten(1, (b, -1)).transpose(0, 1)
+            self._buffer.used = [stop] * b
+            return [
+                each._replace(stop=stop, ends=(*each.ends, log.end) if self._first else ())
+                for each, log in zip(held, logs, strict=True)
+            ]
         new = [rows.blocks(len(rows) - count, len(rows)) for rows, count in zip(streams, counts, strict=True)]
         found: Iterable[Iterable[Tensor]]
-        if sum(counts) <= _MOST_TOGETHER:
-            together = self._values(torch.cat([block for blocks in new for block in blocks]), scoring)
-            found = ([part] for part in torch.split(together, counts, dim=1))
+        if not many:
+            values = self._values(torch.cat([block for blocks in new for block in blocks]), scoring)
+            found = ([part] for part in torch.split(values, counts, dim=1))
         else:
             found = ((self._values(block, scoring) for block in blocks) for blocks in new)
         result = []
@@ -252,24 +276,32 @@ class KeptValues:
 
 
 class KeptOfLayer(NamedTuple):
-    """What is kept of the rows of a layer besides scores of the present tokens, in memory alone."""
+    """What is kept of the rows of a layer, those of all streams side by side, in memory alone."""
 
     keys: KeptValues  # routing keys, for as long as the projection stays the same
     first_keys: KeptValues  # the routing key that each row got first
     first_scores: KeptValues  # the scores that each row got first
+    scores: KeptValues | None  # scores of the present tokens; None where each stream keeps its own
 
     @classmethod
-    def nothing(cls, streams: int, dtype: torch.dtype, device: torch.device) -> KeptOfLayer:
+    def nothing(cls, streams: int, dtype: torch.dtype, device: torch.device, *, scores: bool) -> KeptOfLayer:
         """Nothing yet, of rows of a type."""
+        wide = compute_dtype(dtype)
         return cls(
             KeptValues(streams, dtype, device, unit=True, first=False),
             KeptValues(streams, dtype, device, unit=True, first=True),
-            KeptValues(streams, compute_dtype(dtype), device, unit=False, first=True),
+            KeptValues(streams, wide, device, unit=False, first=True),
+            KeptValues(streams, wide, device, unit=False, first=False) if scores else None,
         )
 
     def fork(self) -> KeptOfLayer:
         """The same, for a layer that goes on by itself."""
-        return KeptOfLayer(*(each.fork() for each in self))
+        return KeptOfLayer(
+            self.keys.fork(),
+            self.first_keys.fork(),
+            self.first_scores.fork(),
+            None if self.scores is None else self.scores.fork(),
+        )
 
     def forget_first(self) -> None:
         """Lets go of what rows got first."""

@@ -13,14 +13,17 @@ from torch import Tensor
 from xlroute.kernels import Backend, gather_rows_apart
 from xlroute.memory.buffer import Rows
 from xlroute.memory.cold import ColdRows
-from xlroute.memory.kept_values import KeptOfLayer
+from xlroute.memory.kept_values import KeptOfLayer, KeptValues
 from xlroute.memory.log import StreamLog
 from xlroute.memory.routing_keys import RoutingKeys, project
 from xlroute.memory.scores import LatestScores, Scoring
+from xlroute.memory.side_by_side import SideBySide
 from xlroute.memory.to_device import to_device
 
 # Whether scores or keys are kept for the next call; "first" for those that each row got first.
 Keep = bool | Literal["first"]
+
+_PROJECTED_AT_ONCE = 1 << 20  # rows whose routing keys are products at once
 
 
 def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
@@ -144,6 +147,11 @@ class MemoryLayer:
         """See `counts_of`; on the device."""
         return counts_of(self._logs, self.device)
 
+    @cached_property
+    def _side_by_side(self) -> SideBySide | None:
+        """The rows of all streams, where they are in one block."""
+        return SideBySide.of(self._streams)
+
     def views(self) -> list[Tensor]:
         """The rows of each stream, b tensors [m_i, d], oldest first, without a copy: for reading only."""
         return [rows.span().view() for rows in self._streams]
@@ -207,15 +215,19 @@ class MemoryLayer:
         Raises:
             CorruptionError: A row on disk is damaged.
         """
+        if self._side_by_side is not None:
+            found = self._side_by_side.take(indices.to(self.device))
+            if found is not None:
+                return found
         flat = indices.reshape(len(self._streams), -1)
         at_hand = [held for rows in self._streams if (held := rows.at_hand()) is not None]
         if len(at_hand) == len(self._streams) > 1:
             return gather_rows_apart(at_hand, indices.to(self.device))
-        found = [
+        parts = [
             rows.gather(index) if len(rows) else self._no_rows(index.shape[0])
             for rows, index in zip(self._streams, flat, strict=True)
         ]
-        taken = found[0][None] if len(found) == 1 else torch.stack(found)
+        taken = parts[0][None] if len(parts) == 1 else torch.stack(parts)
         return taken.view(*indices.shape, self._dim)
 
     def _no_rows(self, count: int) -> Tensor:
@@ -327,13 +339,18 @@ class MemoryLayer:
             return Scoring(tokens, normalize=normalize, scale=scale, backend=backend)
 
         alike = scoring(tokens)
+        together = None if self._side_by_side is None else self._side_by_side.even
         if keep == "first":
-            scores = self._first_scores(alike)
+            scores = self._kept_scores(self._kept.first_scores, alike)
+        elif keep and self._kept.scores is not None and tokens.ndim == 2 and not alike.differentiated:
+            scores = self._kept_scores(self._kept.scores, alike)
+        elif together is not None and (not keep or alike.differentiated):
+            scores = alike.of(together)
         elif tokens.ndim == 2 and not alike.differentiated:
-            scores = self._side_by_side([rows.scores(alike, keep) for rows in self._streams])
+            scores = self._in_columns([rows.scores(alike, keep) for rows in self._streams])
         else:
             pairs = zip(self._streams, per_stream, strict=True)
-            scores = self._side_by_side([rows.scores(scoring(each), keep) for rows, each in pairs])
+            scores = self._in_columns([rows.scores(scoring(each), keep) for rows, each in pairs])
         # What a CUDA graph computes is there only once it runs.
         capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         if keep and self._latest_scores is not None and not capturing:
@@ -344,16 +361,16 @@ class MemoryLayer:
         return scores
 
     @torch.no_grad()
-    def _first_scores(self, scoring: Scoring) -> Tensor:
-        """The scores [b, r, m] that rows got first."""
-        found = self._kept.first_scores.of(self._read_whole(), self._logs, scoring, len(scoring.tokens))
+    def _kept_scores(self, kept: KeptValues, scoring: Scoring) -> Tensor:
+        """The scores [b, r, m] of all rows, those that are kept and new ones."""
+        found = kept.of(self._read_whole(), self._logs, scoring, len(scoring.tokens))
         if found is None:
-            return self._side_by_side([rows.scores(scoring, keep=False) for rows in self._streams])
+            return self._in_columns([rows.scores(scoring, keep=False) for rows in self._streams])
         if self.even and found.values.shape[2] == self.shape[1]:
             return found.values[..., 0]
-        return self._side_by_side([found.of_stream(i)[..., 0] for i in range(len(self._streams))])
+        return self._in_columns([found.of_stream(i)[..., 0] for i in range(len(self._streams))])
 
-    def _side_by_side(self, scores: list[Tensor]) -> Tensor:
+    def _in_columns(self, scores: list[Tensor]) -> Tensor:
         """Those of each stream [r, m_i] in one tensor [b, r, m], 0 for no row."""
         if len(scores) == 1:
             return scores[0][None]
@@ -390,6 +407,13 @@ class MemoryLayer:
             found = kept.of(streams, self._logs, scoring, r)
             if found is not None:
                 return RoutingKeys(*found)
+        if self._side_by_side is not None:
+            columns = self._side_by_side.columns
+            keys = torch.empty(b, r, columns.shape[1], e, dtype=self.dtype, device=self.device)
+            step = max(1, _PROJECTED_AT_ONCE // b)
+            for start in range(0, columns.shape[1], step):
+                project(columns[:, start : start + step], projection, keys[:, :, start : start + step])
+            return RoutingKeys(keys, self._side_by_side.begins, self.lengths.tolist())
         keys = torch.empty(b, r, m, e, dtype=self.dtype, device=self.device)
         for rows, out in zip(streams, keys, strict=True):
             start = 0

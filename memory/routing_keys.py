@@ -37,11 +37,11 @@ def routing_keys(rows: Tensor, projection: Tensor) -> Tensor:
 
 
 def project(rows: Tensor, projection: Tensor, out: Tensor) -> None:
-    """Writes the keys that `routing_keys` gives of rows [m, d] to `out` [r, m, e], without gradient."""
+    """Writes the keys of rows [..., m, d] to `out` [..., r, m, e], as `routing_keys`, without gradient."""
     with torch.autocast(rows.device.type, enabled=False):
         products = _products(rows, projection)
         lengths = torch.linalg.vector_norm(products, dim=-1, keepdim=True, dtype=compute_dtype(rows.dtype))
-        torch.div(products, lengths.clamp_(min=_SHORTEST), out=out.transpose(0, 1))
+        torch.div(products, lengths.clamp_(min=_SHORTEST), out=out.transpose(-3, -2))
 
 
 def _products(rows: Tensor, projection: Tensor) -> Tensor:
@@ -49,7 +49,9 @@ def _products(rows: Tensor, projection: Tensor) -> Tensor:
     if rows.dtype == torch.float16:
         rows = rows.float()  # the products of which could overflow
     # Their lengths will be 1: there is no need to divide rows by their root mean square.
-    products = rows @ projection.flatten(0, 1).to(rows.dtype).mT
+    tokens = projection.flatten(0, 1).to(rows.dtype).mT
+    # A matrix product would copy rows that are part of a block.
+    products = torch.bmm(rows, tokens.expand(len(rows), -1, -1)) if rows.ndim == 3 else rows @ tokens
     return torch.unflatten(products, -1, projection.shape[:2])
 
 

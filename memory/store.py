@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from xlroute.memory.routes import DocumentRoutes, RouteCounts
 from xlroute.memory.s3 import S3Path
 from xlroute.memory.scores import KeptScores, LatestScores, StoredScores
 from xlroute.memory.shards import DEFAULT_LEVEL, LEVELS
+from xlroute.memory.side_by_side import grown
 from xlroute.memory.storage import chunk_bytes_at, copy_to, create_at, open_disk
 from xlroute.memory.survivors import Survivors
 from xlroute.memory.tiers import TieredRows, Tiers, rows_in_memory, rows_on_disk
@@ -90,7 +92,12 @@ class MemoryStore:
         self._closed = False
         self._logs = list(logs)
         self._rows = [list(streams) for streams in rows]
-        self._kept = [KeptOfLayer.nothing(layout.streams, self.dtype, device) for _ in range(layout.layers)]
+        # Scores of rows on disk, and of those that others leave from between, are kept with each stream.
+        with_scores = disk is None and tiers is None and layout.eviction == "oldest"
+        self._kept = [
+            KeptOfLayer.nothing(layout.streams, self.dtype, device, scores=with_scores)
+            for _ in range(layout.layers)
+        ]
         # For every layer and stream, what routing has scored rows with; only where that decides which leave.
         self._latest: list[list[LatestScores]] | None = None
         if layout.eviction == "lowest_score":
@@ -477,6 +484,8 @@ class MemoryStore:
         self._check_writable()
         counts = self._checked_counts(states, lengths)
         states = states.detach().to(self.dtype)
+        if self._append_side_by_side(states, counts):
+            return
         logs = list(self._logs)
         table = [list(rows) for rows in self._rows]
         latest = None if self._latest is None else [list(streams) for streams in self._latest]
@@ -498,6 +507,26 @@ class MemoryStore:
                 scores[stream] = _of_staying(scores[stream], stays)
         self._logs, self._rows, self._latest = logs, table, latest
         self.version += 1
+
+    def _append_side_by_side(self, states: Tensor, counts: Sequence[int]) -> bool:
+        """Appends rows, a layer's in one operation; False, with nothing done, if streams go on singly."""
+        capacity = math.inf if self.capacity is None else self.capacity
+        if self._disk is not None or self.eviction != "oldest" or not 0 < max(counts) <= capacity:
+            return False
+        logs, excess = [], []
+        for log, count in zip(self._logs, counts, strict=True):
+            excess.append(int(max(0, log.held + count - capacity)))
+            logs.append(log.dropped(excess[-1]).extended(count, 0, appended=count) if count else log)
+        table = []
+        for streams, rows in zip(self._rows, states, strict=True):
+            left = [held.dropped(n) if n else held for held, n in zip(streams, excess, strict=True)]
+            together = grown(left, rows.to(self.device), counts)
+            if together is None:
+                return False
+            table.append(together)
+        self._logs, self._rows = logs, table
+        self.version += 1
+        return True
 
     def _staying(
         self, stream: int, log: StreamLog, count: int, latest: list[list[LatestScores]] | None
@@ -823,7 +852,12 @@ class MemoryStore:
 
     def _kept_scores(self) -> list[list[KeptScores | None]]:
         """The scores that are kept of every layer and stream."""
-        return [[rows.kept_scores() for rows in streams] for streams in self._rows]
+        return [
+            [rows.kept_scores() for rows in streams]
+            if kept.scores is None
+            else [kept.scores.kept(stream, log) for stream, log in enumerate(self._logs)]
+            for streams, kept in zip(self._rows, self._kept, strict=True)
+        ]
 
     def _documents(self) -> Sequence[DocumentRoutes]:
         """What was counted of each stream of routings; empty if nothing was."""
@@ -873,7 +907,7 @@ class MemoryStore:
         row_bytes = self.layers * self._layout.row_bytes
         kept = [log.survivors.nbytes for log in self._logs if log.survivors is not None]
         kept += [each.nbytes for each in itertools.chain(*self._latest or ()) if isinstance(each, Tensor)]
-        kept += [each.nbytes for each in itertools.chain(*self._kept)]
+        kept += [each.nbytes for each in itertools.chain(*self._kept) if each is not None]
         if self._routes is not None:
             kept.append(self._routes.nbytes)
         return MemoryInfo(
