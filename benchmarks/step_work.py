@@ -123,7 +123,8 @@ class Reader:
         self.model = model
         self.rows = rows
         self.device = model.embedding.weight.device
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        fused = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
         shape = (segments, 2, streams, model.segment_len)
         self.text = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
         self.text = self.text.to(self.device)  # tokens, and what to predict

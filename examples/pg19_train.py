@@ -137,7 +137,8 @@ def optimizer_for(model: RoutedTransformerXL) -> torch.optim.AdamW:
         {"params": kept, "weight_decay": 0.0, "rate": 1.0},
         {"params": fast, "weight_decay": 0.0, "rate": FAST_RATE},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
+    on_gpu = model.embedding.weight.is_cuda  # where one kernel does it all
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=on_gpu)
 
 
 def learning_rate(place: float, settings: Settings) -> float:

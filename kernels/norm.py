@@ -29,7 +29,8 @@ def norm_beside(
 
     They get a tensor each, so that all of their gradients are known where that of the norm is taken, and are
     added in the pass that it takes anyway. Otherwise autograd adds them one by one, each time reading two
-    tensors of the size of x and writing one. (Under torch.compile, the compiler sees to it.)
+    tensors of the size of x and writing one. Under torch.compile, the compiler sees to it: it is given
+    PyTorch's own norm, which it joins with what is computed before and after it.
 
     "rms" is x / sqrt(mean(x²) + eps) weight (Zhang & Sennrich, arXiv 1910.07467), and "layer" that of x less
     its mean, plus the bias (Ba et al., arXiv 1607.06450). Triton computes in float32 and has no second
@@ -58,12 +59,15 @@ def norm_beside(
     backend = resolve_backend(backend, x)
     if backend == "torch" or x.dtype == torch.float64 or x.shape[-1] > WIDEST or x.numel() == 0:
         return (*[x] * readers, _reference(x, weight, bias, norm, eps))
+    wide = compute_dtype(x.dtype)
     if eps is None:
-        eps = 1e-5 if norm == "layer" else torch.finfo(compute_dtype(x.dtype)).eps
+        eps = 1e-5 if norm == "layer" else torch.finfo(wide).eps
+    if torch.compiler.is_compiling():
+        own = [None if each is None else each.to(wide) for each in (weight, bias)]
+        return (*[x] * readers, _reference(x.to(wide), own[0], own[1], norm, eps).to(x.dtype))
     arguments = (x, weight, bias, norm == "layer", eps)
-    if readers == 0 or not x.requires_grad or torch.compiler.is_compiling():
-        # There is nothing to add up, or the compiler adds up what it is given itself, all at once.
-        return (*[x] * readers, _forward(*arguments)[0])
+    if readers == 0 or not x.requires_grad:
+        return (*[x] * readers, _forward(*arguments)[0])  # there is nothing to add up
     beside: tuple[Tensor, ...] = _Beside.apply(*arguments, readers)  # type: ignore[no-untyped-call]
     return beside
 
@@ -92,7 +96,7 @@ def _check(
         raise ValueError(f"readers must be between 0 and {MOST_READERS}, got {readers}")
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: float | None) -> Tensor:
+def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float | None) -> Tensor:
     if norm == "rms":
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5 if eps is None else eps)

@@ -33,11 +33,11 @@ def search_topk(
     Triton keeps the highest score of each block of 128 adjacent keys (64 where a key takes more than 512
     bytes), from tensor cores, and scores the keys of the k + 8 best blocks again. The k best blocks hold the
     k best keys. So unless the maxima of more than 8 others come within 2 c of them, what is found is the best
-    to the last bit, by the scores that are returned. This takes at most 64 MiB beyond inputs and result, as
-    long as 4 bytes for each block of each stream fit into that, and k is at most 8,184: more blocks are
-    chosen by sorting. Keys in rows of no multiple of 16 bytes, or at no such address, are copied first.
-    float64, keys of more than 1,024 bytes, and so few of them that half of the blocks would be scored again,
-    run the reference.
+    to the last bit, by the scores that are returned. This takes at most 64 MiB a stream beyond inputs and
+    result, and 256 MiB in all, as long as 4 bytes for each block of each stream fit into that, and k is at
+    most 8,184: more blocks are chosen by sorting. Keys in rows of no multiple of 16 bytes, or at no such
+    address, are copied first. float64, keys of more than 1,024 bytes, and so few of them that half of the
+    blocks would be scored again, run the reference.
 
     Args:
         queries: [b, n, e].

@@ -37,7 +37,8 @@ PROGRAMS = 1056  # of the first pass, about: each of them takes as many blocks
 FEWEST_BLOCKS = 4  # for one program
 SCORED_WIDTH = 64  # elements of a key that the second pass multiplies at once
 FOUND = 256  # keys that are looked up at once
-SCRATCH = 48 << 20  # bytes of maxima, or of scores, and of what their selection takes
+SCRATCH = 48 << 20  # bytes of maxima, or of scores, and of what their selection takes; for one stream
+MOST_SCRATCH = 4  # times that, for as many streams or more: the host launches less
 
 DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _SIZES = ("first", "n", "total", "m", "k", "tiles", "spans", "span", "blocks", "chosen")
@@ -241,10 +242,11 @@ def scored_width(keys: Tensor) -> int:
     return min(SCORED_WIDTH, width)
 
 
-def rows_at_once(width: int, num: int) -> int:
-    """Rows of ``width`` scores that SCRATCH takes, with what selecting ``num`` of each takes."""
+def rows_at_once(width: int, num: int, streams: int) -> int:
+    """Rows of ``width`` scores that the scratch takes, with what selecting ``num`` of each takes."""
     selected: int = triton.next_power_of_2(num)
-    return max(1, SCRATCH // (4 * width + 12 * max(256, 8 * selected) + 8 * max(512, 4 * selected)))
+    scratch = min(streams, MOST_SCRATCH) * SCRATCH
+    return max(1, scratch // (4 * width + 12 * max(256, 8 * selected) + 8 * max(512, 4 * selected)))
 
 
 def search(queries: Tensor, keys: Tensor, k: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -255,9 +257,9 @@ def search(queries: Tensor, keys: Tensor, k: int, mask: Tensor | None) -> tuple[
     block, chosen = block_of(keys), k + EXTRA
     scores = torch.empty((b, n, k), dtype=torch.float32, device=queries.device)
     indices = torch.empty((b, n, k), dtype=torch.int64, device=queries.device)
-    step = max(1, rows_at_once(triton.cdiv(keys.shape[1], block), chosen) // b)
+    step = max(1, rows_at_once(triton.cdiv(keys.shape[1], block), chosen, b) // b)
     step -= step % MOST_QUERIES if step > MOST_QUERIES else 0
-    rows = rows_at_once(chosen * block, k)
+    rows = rows_at_once(chosen * block, k, b)
     with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
         for start in range(0, n, step):
             some = pad(queries[:, start : start + step], (0, missing)).contiguous()

@@ -238,7 +238,7 @@ class KeptValues:
         if newest is not None:
             stop = max(stops) + counts[0]
             values = self._values(newest.flatten(0, 1), scoring)
-            self._buffer.data[:, :, max(stops) : stop] = values.unflatten(1, (b, -1)).transpose(0, 1)
+            self._buffer.data[:, :, max(stops) : stop] = torch.unflatten(values, 1, (b, -1)).transpose(0, 1)
             self._buffer.used = [stop] * b
             return [
                 each._replace(stop=stop, ends=(*each.ends, log.end) if self._first else ())

@@ -203,13 +203,17 @@ class TokenRouting(nn.Module):
 def distinct(indices: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """The rows that indices [b, n] below m name, each once in a stream, and where each index is among them.
 
+    There is room for as many rows as could be named, on a GPU, for which the host so does not wait, and whose
+    compiler sees one size; elsewhere for as many as are named.
+
     Returns:
         Rows, int64 [b, u], ascending, behind them -1; and places in them, int64 [b, n]; -1 for -1.
     """
     at = torch.where(indices < 0, m, indices)
     named = torch.zeros(len(indices), m + 1, dtype=torch.bool, device=indices.device)
     named = named.scatter(1, at, True)[:, :m]
-    places, count = named.cumsum(1) - 1, int(named.sum(1).max())
+    places = named.cumsum(1) - 1
+    count = min(indices.shape[1], m) if indices.is_cuda else int(named.sum(1).max())
     # Those that nothing names go to a column that is cut off again.
     to, every = torch.where(named, places, count), torch.arange(m, device=indices.device)
     rows = indices.new_full((len(indices), count + 1), -1).scatter(1, to, every.expand_as(to))[:, :count]

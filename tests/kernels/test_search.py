@@ -153,16 +153,16 @@ def test_what_is_no_number_is_never_found(find: Search) -> None:
 
 
 def test_slices_of_queries_and_of_rows(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SCRATCH", 30_000)
-    assert kernels.rows_at_once(29, 14) == 4  # two queries of each stream
-    assert kernels.rows_at_once(14 * 16, 12) == 3  # their scores three rows at a time
+    monkeypatch.setattr(kernels, "SCRATCH", 15_000)
+    assert kernels.rows_at_once(29, 14, 2) == 4  # two queries of each stream
+    assert kernels.rows_at_once(14 * 16, 12, 2) == 3  # their scores three rows at a time
     queries, keys = whole_numbers(2, 3, 4), whole_numbers(2, 450, 4)
     _, indices = search_topk(queries, keys, 12, backend="triton")
     assert torch.equal(indices, by_sorting(queries, keys, 12, None)[1])
 
 
 def test_slices_of_queries_are_padded_alone(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "rows_at_once", lambda width, num: 2)
+    monkeypatch.setattr(kernels, "rows_at_once", lambda width, num, streams: 2)
     padded: list[torch.Size] = []
 
     def pad(t: Tensor, missing: tuple[int, int]) -> Tensor:
@@ -275,8 +275,9 @@ def test_scratch_of_the_kernels_is_bounded() -> None:
             if num <= width:
                 plan = selection.plan(width, num)
                 a_row = 4 * width + 8 * plan.folds * plan.chunks + 12 * plan.capacity + 8 * num
-                rows = kernels.rows_at_once(width, num)
-                assert rows == 1 or rows * a_row <= 60 << 20
+                for streams in (1, 3, 16):
+                    rows = kernels.rows_at_once(width, num, streams)
+                    assert rows == 1 or rows * a_row <= min(streams, 4) * 60 << 20
 
 
 def test_carries_no_graph() -> None:
