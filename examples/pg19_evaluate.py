@@ -20,8 +20,8 @@ from pg19_data import Book, Tokens, UserError, segments, with_start
 from pg19_settings import Settings, write_json
 from pg19_train import (
     Run,
+    StepClock,
     autocast,
-    counted_seconds,
     initial_state,
     memory_rows,
     random_model,
@@ -98,6 +98,7 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
         result.bin_bytes += np.bincount(places, weights=sizes, minlength=BINS).astype(np.int64)
     state = initial_state(model, settings, streams)
     first_book = True
+    clock = StepClock(settings.device)
     progress = tqdm(
         total=sum(len(document) for document in documents),
         desc=f"eval  {name:6}",
@@ -109,7 +110,7 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
     with progress:
         cut = {"streams": streams, "segment_len": settings.segment_len}
         cuts = zip(segments(iter(documents), tokenizer, **cut), read_documents(kinds, **cut), strict=True)
-        for number, ((tokens, targets, lengths, ends), (of_kind, _, _)) in enumerate(cuts):
+        for (tokens, targets, lengths, ends), (of_kind, _, _) in cuts:
             began = time.perf_counter()
             positions = state.positions
             with autocast(settings):
@@ -121,7 +122,7 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
             if forget:
                 state.clear_memory()
             seconds = time.perf_counter() - began
-            result.seconds += counted_seconds(seconds, number, settings.device)
+            result.seconds += clock.counted(seconds)
             result.nats += sum(nats)
             result.segment_nats += nats
             result.kind_nats += np.bincount(

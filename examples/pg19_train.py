@@ -8,12 +8,14 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
+from statistics import median
 from types import FrameType
 from typing import Any
 
@@ -151,21 +153,38 @@ def learning_rate(place: float, settings: Settings) -> float:
     return settings.learning_rate * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
 
 
-def counted_seconds(seconds: float, number: int, device: str) -> float:
-    """What a step adds to the time of a training, or an evaluation: step `number` in this process, from 0.
+class StepClock:
+    """What each step in this process adds to the time of a training, or of an evaluation.
 
-    On a GPU the first ones, in which the model is compiled, count as much as those that follow them.
+    On a GPU, the first steps, in which the model is compiled, count as much as those that follow them. So do
+    later ones in which it is compiled anew, as where the first book ends: one that takes over five times as
+    long as those before it counts as much as they do.
     """
-    if device == "cpu" or number >= 2 * UNTIMED_STEPS:
-        return seconds
-    return 0.0 if number < UNTIMED_STEPS else 2 * seconds
+
+    def __init__(self, device: str) -> None:
+        self._on_gpu = device != "cpu"
+        self._number = 0
+        self._last: deque[float] = deque(maxlen=UNTIMED_STEPS)
+
+    def counted(self, seconds: float) -> float:
+        """What a step that took so long adds."""
+        number, self._number = self._number, self._number + 1
+        if not self._on_gpu:
+            return seconds
+        if number >= UNTIMED_STEPS and seconds > 5 * median(self._last):
+            seconds = median(self._last)
+        self._last.append(seconds)
+        if number < UNTIMED_STEPS:
+            return 0.0
+        return 2 * seconds if number < 2 * UNTIMED_STEPS else seconds
 
 
 def token_nats(logits: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
     """Negative log-likelihood of each target, [b, n], 0 beyond the lengths."""
-    nats = F.cross_entropy(logits.transpose(1, 2).float(), targets.to(logits.device), reduction="none")
-    counted = torch.arange(targets.shape[1]) < lengths[:, None]
-    return nats.masked_fill(~counted.to(nats.device), 0)
+    device = logits.device
+    targets, lengths = (each.to(device, non_blocking=True) for each in (targets, lengths))
+    nats = F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none")
+    return nats.masked_fill(torch.arange(targets.shape[1], device=device) >= lengths[:, None], 0)
 
 
 class PeakMemory:
@@ -281,7 +300,7 @@ class Training:
     state: TransformerXLState
     step: int = 0  # steps done; tells where in the data to go on, which are a function of the seed
     tokens: int = 0  # that were trained on
-    seconds: float = 0.0  # spent in steps, see `counted_seconds`
+    seconds: float = 0.0  # spent in steps, see `StepClock`
     peak_bytes: int = 0
 
     def place(self, settings: Settings) -> float:
@@ -352,7 +371,7 @@ def train(mode: str, run: Run) -> Training:
         state = initial_state(model, settings, settings.streams)
         training = Training(model, optimizer_for(model), state)
         torch.manual_seed(settings.seed)
-    first = training.step
+    clock = StepClock(settings.device)
     compile_blocks(training.model, settings)
     metrics.cut_back(mode, training.step)
     peak = PeakMemory(settings.device)
@@ -383,7 +402,7 @@ def train(mode: str, run: Run) -> Training:
             began = time.perf_counter()
             loss, counted = train_step(training, settings, segments)
             seconds = time.perf_counter() - began
-            training.seconds += counted_seconds(seconds, training.step - first, settings.device)
+            training.seconds += clock.counted(seconds)
             training.step += 1
             training.tokens += counted
             training.peak_bytes = max(training.peak_bytes, peak.bytes())
@@ -425,7 +444,7 @@ def train_step(
     for tokens, targets, lengths, ends in segments:
         with autocast(settings):
             logits, training.state = training.model(
-                tokens.to(settings.device), training.state, lengths=lengths, ends=ends
+                tokens.to(settings.device, non_blocking=True), training.state, lengths=lengths, ends=ends
             )
         nats.append(token_nats(logits, targets, lengths).sum())
     counted = sum(int(lengths.sum()) for _, _, lengths, _ in segments)

@@ -95,7 +95,9 @@ class Block:
         self.pinned = pinned
         # A tensor made in inference mode could not be saved for backward later.
         with torch.inference_mode(False):
-            self.data = torch.empty(streams, size, dim, dtype=dtype, device=device, pin_memory=pinned)
+            # Whatever reads all streams at once also reads places where some have no row.
+            make = torch.empty if streams == 1 else torch.zeros
+            self.data = make(streams, size, dim, dtype=dtype, device=device, pin_memory=pinned)
             # An alias with a version counter of its own. Writing through `data`, or through `data.detach()`,
             # would raise the counter that all views of `data` share, and autograd would then refuse to run
             # backward over rows that it saved, although the write is beyond all of them.

@@ -339,13 +339,13 @@ class MemoryLayer:
             return Scoring(tokens, normalize=normalize, scale=scale, backend=backend)
 
         alike = scoring(tokens)
-        together = None if self._side_by_side is None else self._side_by_side.even
+        side_by_side = self._side_by_side
         if keep == "first":
             scores = self._kept_scores(self._kept.first_scores, alike)
         elif keep and self._kept.scores is not None and tokens.ndim == 2 and not alike.differentiated:
             scores = self._kept_scores(self._kept.scores, alike)
-        elif together is not None and (not keep or alike.differentiated):
-            scores = alike.of(together)
+        elif side_by_side is not None and (not keep or alike.differentiated):
+            scores = self._to_the_left(alike.of(side_by_side.columns), side_by_side.begins)
         elif tokens.ndim == 2 and not alike.differentiated:
             scores = self._in_columns([rows.scores(alike, keep) for rows in self._streams])
         else:
@@ -366,9 +366,17 @@ class MemoryLayer:
         found = kept.of(self._read_whole(), self._logs, scoring, len(scoring.tokens))
         if found is None:
             return self._in_columns([rows.scores(scoring, keep=False) for rows in self._streams])
-        if self.even and found.values.shape[2] == self.shape[1]:
-            return found.values[..., 0]
-        return self._in_columns([found.of_stream(i)[..., 0] for i in range(len(self._streams))])
+        return self._to_the_left(found.values[..., 0], found.begins)
+
+    def _to_the_left(self, scores: Tensor, begins: Sequence[int]) -> Tensor:
+        """Scores [b, r, c] of which those of a stream begin at some column, as [b, r, m], 0 for no row."""
+        m = self.shape[1]
+        if self.even and scores.shape[2] == m:
+            return scores
+        columns = to_device(torch.tensor(begins), scores.device)[:, None, None]
+        columns = (columns + torch.arange(m, device=scores.device)).clamp(max=scores.shape[2] - 1)
+        there = scores.gather(-1, columns.expand(-1, scores.shape[1], -1))
+        return there.masked_fill(~self.mask[:, None], 0.0)
 
     def _in_columns(self, scores: list[Tensor]) -> Tensor:
         """Those of each stream [r, m_i] in one tensor [b, r, m], 0 for no row."""

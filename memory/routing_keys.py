@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xlroute.kernels import Backend, search_topk
 from xlroute.kernels.arguments import compute_dtype
+from xlroute.kernels.norm import norm_beside
 from xlroute.memory.to_device import to_device
 
-_SHORTEST = 1e-12  # a projection shorter than this has a key shorter than 1, as by F.normalize
+_SHORTEST = 1e-12  # the key of a projection that is not much longer than this is shorter than 1
 
 
-def routing_keys(rows: Tensor, projection: Tensor) -> Tensor:
+def routing_keys(rows: Tensor, projection: Tensor, *, backend: Backend | None = None) -> Tensor:
     """Projections of rows, of unit length; differentiable in both.
 
     Products are those of the rows' type, float32 for float16: for rows in bfloat16, the projection is rounded
@@ -28,12 +28,17 @@ def routing_keys(rows: Tensor, projection: Tensor) -> Tensor:
     Args:
         rows: [..., d].
         projection: [r, e, d].
+        backend: "torch", "triton", or None to pick by device.
 
     Returns:
         [..., r, e], float32 unless the rows are float64, under autocast too.
     """
     with torch.autocast(rows.device.type, enabled=False):
-        return F.normalize(_products(rows, projection).to(compute_dtype(rows.dtype)), dim=-1)
+        products = _products(rows, projection).to(compute_dtype(rows.dtype))
+        e = products.shape[-1]
+        # A key is of unit length if its root mean square is that of e numbers which add up to 1 when squared.
+        to_unit = products.new_full((e,), e**-0.5)
+        return norm_beside(products, to_unit, eps=_SHORTEST**2 / e, readers=0, backend=backend)[0]
 
 
 def project(rows: Tensor, projection: Tensor, out: Tensor) -> None:

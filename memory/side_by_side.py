@@ -47,15 +47,11 @@ class SideBySide:
         return cls(block, [each.start for each in spans], [each.stop for each in spans])
 
     @property
-    def even(self) -> Tensor | None:
-        """All rows, [b, m, d], without a copy; None if streams hold other places than each other."""
-        if len({*self._starts}) > 1 or len({*self._stops}) > 1:
-            return None
-        return self._block.data[:, self._starts[0] : self._stops[0]]
-
-    @property
     def columns(self) -> Tensor:
-        """All places that hold rows of some stream, [b, c, d], without a copy; others mean nothing."""
+        """All places that hold rows of some stream, [b, c, d], without a copy.
+
+        In those where a stream has no row there is one that it had, or zeros.
+        """
         return self._block.data[:, min(self._starts) : max(self._stops)]
 
     @property

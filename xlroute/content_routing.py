@@ -175,13 +175,15 @@ class TokenRouting(nn.Module):
         if self.shortlist is not None and torch.is_grad_enabled():
             count = math.ceil(num_tokens * self.shortlist)
         projection = self.projection.to(memory.device)
-        queries = routing_keys(x.to(memory.device), projection).transpose(1, 2)  # [b, r, n, e]
-        b, r, n, e = queries.shape
         backend = pick_backend(router.use_triton, memory.device)
+        queries = routing_keys(x.to(memory.device), projection, backend=backend)
+        queries = queries.transpose(1, 2)  # [b, r, n, e]
+        b, r, n, e = queries.shape
         cosines, found = keys.search(queries.detach(), count, backend=backend)  # [b, r, n, K]
         if torch.is_grad_enabled():
             rows, places = distinct(found.flatten(1), memory.shape[1])
-            row_keys = routing_keys(memory.take(rows), projection).transpose(1, 2)  # [b, r, u, e]
+            row_keys = routing_keys(memory.take(rows), projection, backend=backend)
+            row_keys = row_keys.transpose(1, 2)  # [b, r, u, e]
             cosines = gathered_products(
                 queries.to(row_keys.dtype).reshape(b * r, n, 1, e),
                 row_keys.flatten(0, 1),

@@ -834,7 +834,8 @@ class RoutedTransformerXL(nn.Module):
             leaving = (used - kept).masked_fill(ends, 0)
             if leaving.any():
                 layers = [number - 1 for number in self.memory_layers]
-                both = torch.cat((state.window[layers], states[layers]), dim=2)
+                # A list as an index would have the host wait for a GPU.
+                both = torch.stack([torch.cat((state.window[i], states[i]), dim=1) for i in layers])
                 first = self.mem_len - state.window_lengths
                 state.memory.append(_slices(both, first, int(leaving.max())), lengths=leaving)
             if ends.any():
@@ -869,9 +870,9 @@ class RoutedTransformerXL(nn.Module):
             raise ValueError(
                 f"tokens: expected them on {state.window.device}, as the state, got {tokens.device}"
             )
-        low, high = tokens.aminmax()
+        low, high = torch.stack(tokens.aminmax()).tolist()  # one wait for a GPU
         if low < 0 or high >= self.vocab_size:
-            raise ValueError(f"tokens: expected 0 to {self.vocab_size - 1}, got {int(low)} to {int(high)}")
+            raise ValueError(f"tokens: expected 0 to {self.vocab_size - 1}, got {low} to {high}")
         n = tokens.shape[1]
         lengths = torch.full((b,), n, device="cpu") if lengths is None else torch.as_tensor(lengths).cpu()
         if lengths.shape != (b,) or lengths.is_floating_point() or lengths.dtype == torch.bool:

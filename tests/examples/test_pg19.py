@@ -310,7 +310,7 @@ def test_training_for_a_time(
         return step(*arguments)
 
     # Steps of 15 seconds each.
-    monkeypatch.setattr(train, "counted_seconds", lambda *arguments: 15.0)
+    monkeypatch.setattr(train.StepClock, "counted", lambda *arguments: 15.0)
     monkeypatch.setattr(train, "train_step", train_step)
     timers: list[float] = []
     monkeypatch.setattr(signal, "setitimer", lambda which, seconds: timers.append(seconds))
@@ -362,10 +362,13 @@ def test_learning_rate(modules: Callable[[str], Any]) -> None:
 
 def test_steps_that_compile_count_as_those_after_them(modules: Callable[[str], Any]) -> None:
     train = modules("pg19_train")
-    seconds = [100.0] * train.UNTIMED_STEPS + [2.0] * 90
-    counted = [train.counted_seconds(each, number, "cuda") for number, each in enumerate(seconds)]
-    assert sum(counted) == 2.0 * len(seconds)
-    assert [train.counted_seconds(each, number, "cpu") for number, each in enumerate(seconds)] == seconds
+    seconds = [100.0, 2.0] + [100.0] * 3 + [2.0] * 95
+    seconds[10] = seconds[60] = 50.0  # where it is compiled anew
+    seconds[70] = 8.0
+    clock = train.StepClock("cuda")
+    assert sum(map(clock.counted, seconds)) == 2.0 * len(seconds) + 6.0
+    clock = train.StepClock("cpu")
+    assert [clock.counted(each) for each in seconds] == seconds
 
 
 def test_memory_rows_that_are_trained(
