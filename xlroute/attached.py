@@ -67,7 +67,10 @@ class AttachedRows:
         self, segments: Sequence[AttachedSegment], newer: Tensor, *, most: int | None = None
     ) -> None:
         self._segments = segments
-        counts = [torch.zeros(len(newer), 0, dtype=torch.bool)]
+        self._width = 0
+        if not segments:
+            return
+        counts = []
         for states, lengths in segments:
             n = next(iter(states.values())).shape[1]
             counts.append(torch.arange(n) < lengths[:, None])
@@ -78,10 +81,9 @@ class AttachedRows:
         order = valid.int().argsort(dim=1, stable=True)
         ages = torch.arange(self._width, 0, -1)
         places = order.gather(1, (valid.shape[1] - newer[:, None] - ages).clamp(min=0))
-        self._places = places.masked_fill(ages > self._lengths[:, None], -1)
-        if segments:
-            device = next(iter(segments[0].states.values())).device
-            self._places = to_device(self._places, device)  # once for all blocks
+        places = places.masked_fill(ages > self._lengths[:, None], -1)
+        device = next(iter(segments[0].states.values())).device
+        self._places = to_device(places, device)  # once for all blocks
 
     def in_window(self, window: Tensor, block: int) -> Tensor:
         """The XL window [b, w, d] of a block, counted from 0, with these rows as its newest ones.
