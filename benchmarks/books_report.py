@@ -285,17 +285,15 @@ def _write_csv(path: Path, runs: list[Finished]) -> None:
 
 def _draw(path: Path, groups: dict[tuple[str, str], list[Finished]]) -> None:
     """Bits per byte by position in the book, means over seeds: for each size and tokenizer two panels."""
-    figure, panels = plt.subplots(
-        len(groups), 2, figsize=(14, 5 * len(groups)), layout="constrained", squeeze=False
-    )
-    for ((size, tokenizer), group), (absolute, compared) in zip(groups.items(), panels, strict=True):
+    figure = plt.figure(figsize=(14, 5 * len(groups)), layout="constrained")
+    parts = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
+    for ((size, tokenizer), group), part in zip(groups.items(), parts, strict=True):
+        absolute, compared = part.subplots(1, 2)
         draw_along(absolute, compared, [_mean_row(list(rows.values())) for rows in _by_kind(group).values()])
         absolute.set_title(f"{size}, {tokenizer}: held-out books")
-        absolute.legend(loc="upper right", fontsize="small", ncols=2)
-        low, high = absolute.get_ylim()
-        absolute.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
         for axes in (absolute, compared):
             axes.grid(alpha=0.3)
+        part.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

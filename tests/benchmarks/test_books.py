@@ -171,6 +171,48 @@ def check_csv(path: Path, out: Path) -> None:
         assert int(line["beyond_bytes"]) == row["kinds"]["beyond"]["bytes"]
 
 
+def test_legends_lie_beside_the_axes(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load("books")  # which finds the examples
+    report = load("books_report")
+
+    def finished(size: str, mode: str, option: str, *, memory: bool) -> Any:
+        rows = [
+            {
+                "mode": mode,
+                "emptied": emptied,
+                "bits_per_byte": random.uniform(1, 2),
+                "bin_width": 1000,
+                "bin_bits": [random.uniform(1, 2) for _ in range(24)],
+            }
+            for emptied in (False, True)[: 1 + memory]
+        ]
+        return report.Finished(report.GridRun(size, "bytes", mode, 0, option), tmp_path, {}, rows)
+
+    kinds = (
+        ("xl", "", False),
+        ("learned", "", True),
+        ("content", "routing-chunk=1", True),
+        ("both", "num-content-tokens-kv=16", True),
+    )
+    groups = {
+        (size, "bytes"): [finished(size, mode, option, memory=memory) for mode, option, memory in kinds]
+        for size in ("10m", "50m")
+    }
+    figures: list[Any] = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    report._draw(tmp_path / "books.png", groups)
+    monkeypatch.undo()
+    (figure,) = figures
+    legends = [legend.get_window_extent() for part in figure.subfigs for legend in part.legends]
+    axes = [each.get_tightbbox() for part in figure.subfigs for each in part.axes]
+    report.plt.close(figure)
+    assert (len(legends), len(axes)) == (2, 4)
+    for legend in legends:
+        assert not any(legend.overlaps(each) for each in axes)
+        assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= legend.y0 < legend.y1 <= figure.bbox.y1
+
+
 def test_weights_are_cut_in_parts(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load("books")  # which finds the examples
     report = load("books_report")
