@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     progress = Progress()
     tiny = options.sizes == ["tiny"]
     # None falls back to running without.
-    compiling = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+    compiling = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
     with on_one_stream(device), compiling:
         machine = describe(device, Sizes(copy_bytes=1 << 20) if tiny else Sizes())
         rates = measured_rates(device, machine, 64 if tiny else PRODUCT_SIZE)

@@ -90,8 +90,10 @@ def random_model(mode: str, settings: Settings, vocab_size: int) -> RoutedTransf
 def compile_blocks(model: RoutedTransformerXL, settings: Settings) -> None:
     """On a GPU, compile each block in place; the memory store is read outside of the blocks."""
     if settings.device == "cuda":
-        # What was compiled before, for other modes, counts towards a limit beyond which nothing is.
+        # What was compiled before, for other modes, counts towards a limit beyond which nothing is. All
+        # blocks are one function, and a memory is empty, grows, is full, as long in all streams or not.
         torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = 64
         for block in model.blocks:
             block.compile()
 
