@@ -16,7 +16,8 @@ from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.norm import norm_beside
 from xlroute.memory.to_device import to_device
 
-_SHORTEST = 1e-12  # the key of a projection that is not much longer than this is shorter than 1
+# The key of a projection that is not much longer is shorter than 1. Backward, its inverse is cubed.
+_SHORTEST = 1e-10
 
 
 def routing_keys(rows: Tensor, projection: Tensor, *, backend: Backend | None = None) -> Tensor:

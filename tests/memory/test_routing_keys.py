@@ -198,6 +198,22 @@ def test_keys_of_a_moment_are_rounded_as_the_rows_are(dtype: torch.dtype) -> Non
     assert (out == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_rows_of_zeros_have_keys_of_zeros_and_no_gradient(dtype: torch.dtype) -> None:
+    rows = torch.zeros(3, DIM, dtype=dtype)
+    rows[1] = 1
+    rows.requires_grad_()
+    projection = torch.randn(SETS, WIDTH, DIM, requires_grad=True)
+    keys = routing_keys(rows, projection)
+    assert (keys[[0, 2]] == 0).all()
+    keys[[0, 2]].sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.isfinite().all()
+    assert (rows.grad[1] == 0).all()
+    assert projection.grad is not None
+    assert (projection.grad == 0).all()
+
+
 def test_bytes_of_keys_are_counted() -> None:
     store = MemoryStore.create(layers=1, streams=2, dim=DIM)
     append(store, 20, 20)
