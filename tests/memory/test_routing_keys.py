@@ -203,7 +203,7 @@ def test_rows_of_zeros_have_keys_of_zeros_and_no_gradient(dtype: torch.dtype) ->
     rows = torch.zeros(3, DIM, dtype=dtype)
     rows[1] = 1
     rows.requires_grad_()
-    projection = torch.randn(SETS, WIDTH, DIM, requires_grad=True)
+    projection = torch.randn(SETS, 64, DIM, requires_grad=True)
     keys = routing_keys(rows, projection)
     assert (keys[[0, 2]] == 0).all()
     keys[[0, 2]].sum().backward()
