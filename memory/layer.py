@@ -373,6 +373,11 @@ class MemoryLayer:
         m = self.shape[1]
         if self.even and scores.shape[2] == m:
             return scores
+        if (
+            scores.is_cuda and torch.cuda.is_current_stream_capturing()
+        ):  # which could not learn of the columns
+            parts = zip(scores, begins, self.lengths.tolist(), strict=True)
+            return self._in_columns([each[:, begin : begin + length] for each, begin, length in parts])
         columns = to_device(torch.tensor(begins), scores.device)[:, None, None]
         columns = (columns + torch.arange(m, device=scores.device)).clamp(max=scores.shape[2] - 1)
         there = scores.gather(-1, columns.expand(-1, scores.shape[1], -1))
