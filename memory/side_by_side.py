@@ -103,10 +103,7 @@ def grown(streams: Sequence[Rows], rows: Tensor, counts: Sequence[int]) -> list[
     rows = rows[:, :n]
     at = _common_place(spans, n, counts)
     if at is None:
-        if all(
-            span.buffer.used == span.stop and span.stop + count <= len(span.buffer.data)
-            for span, count in zip(spans, counts, strict=True)
-        ):
+        if all(span.has_room(count) for span, count in zip(spans, counts, strict=True) if count):
             return None
         moved = _moved(spans, n)
         if moved is None:
@@ -147,8 +144,7 @@ def _common_place(spans: Sequence[RowSpan], n: int, counts: Sequence[int]) -> in
         return None
     for span, count in zip(spans, counts, strict=True):
         follows = span.stop == at or not len(span)
-        free = span.buffer.used == span.stop or (not len(span) and span.buffer.used <= at)
-        if count and not (follows and free):
+        if count and not (follows and span.buffer.used <= at):
             return None
     return at
 

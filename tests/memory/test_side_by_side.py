@@ -49,3 +49,14 @@ def test_what_is_saved_for_backward_outlives_later_appends(what: str, counts: tu
     early.backward()
     assert weights.grad is not None
     assert torch.equal(weights.grad, expected)
+
+
+def test_streams_that_take_turns_beside_an_empty_one_stay_where_they_are() -> None:
+    store = make(3)
+    append(store, 20, 20, 20)
+    store.reset([2])
+    places = []
+    for step in range(16):
+        append(store, step % 2, 1 - step % 2, 0)
+        places.append(store.layer(0).views()[0].untyped_storage().data_ptr())
+    assert len({*places}) == 1
