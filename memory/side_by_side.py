@@ -14,9 +14,8 @@ from xlroute.kernels import gather_rows
 from xlroute.memory.buffer import Block, Buffer, Rows, RowSpan
 from xlroute.memory.to_device import to_device
 
-_LARGEST = (
-    4 << 30
-)  # bytes of a block: for moments there are two of them, and streams by themselves move singly
+# Bytes of a block: for moments there are two of them, and streams by themselves move singly.
+_LARGEST = 4 << 30
 
 
 class SideBySide:
@@ -105,7 +104,7 @@ def grown(streams: Sequence[Rows], rows: Tensor, counts: Sequence[int]) -> list[
     if at is None:
         if all(span.has_room(count) for span, count in zip(spans, counts, strict=True) if count):
             return None
-        moved = _moved(spans, n)
+        moved = _moved(spans, n, counts)
         if moved is None:
             return None
         spans, at = moved
@@ -149,11 +148,14 @@ def _common_place(spans: Sequence[RowSpan], n: int, counts: Sequence[int]) -> in
     return at
 
 
-def _moved(spans: Sequence[RowSpan], n: int) -> tuple[list[RowSpan], int] | None:
-    """The streams in a new block with room for as many rows again and n more, and where all of them stop."""
+def _moved(spans: Sequence[RowSpan], n: int, counts: Sequence[int]) -> tuple[list[RowSpan], int] | None:
+    """The streams in a new block with twice the room that the longest needs, and where all of them stop.
+
+    None if the block were too large, or more than twice as large as what streams need by themselves.
+    """
     b, live, old = len(spans), max(map(len, spans)), spans[0].buffer.data
     size = 2 * (live + n)
-    wasted = b * (live + n) > 2 * sum(len(span) + n for span in spans)
+    wasted = b * (live + n) > 2 * (sum(map(len, spans)) + sum(counts))
     if wasted or b * size * old.shape[1] * old.dtype.itemsize > _LARGEST:
         return None
     block = Block(b, size, old.shape[1], old.dtype, old.device)
