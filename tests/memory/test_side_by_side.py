@@ -180,11 +180,17 @@ class Machine(RuleBasedStateMachine):
         store.reset(streams)
         model.reset(streams)
 
-    @rule(number=numbers)
+    @rule(number=numbers, n=st.integers(1, 4))
     @precondition(lambda self: len(self.stores) < 3)
-    def fork(self, number: int) -> None:
+    def fork(self, number: int, n: int) -> None:
         store, model = self._chosen(number)
         self.stores.append((store.fork(), model.copy()))
+        both = number, len(self.stores) - 1
+        for each in both:
+            self._append(*self._chosen(each), [n] * STREAMS)
+            self.look(each, False)
+        for each in both:
+            self.look(each, False)
 
     @rule(number=numbers)
     def keep_layer(self, number: int) -> None:
@@ -222,7 +228,7 @@ def test_streams_side_by_side_are_what_they_are_alone(tmp_path: Path) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 
@@ -283,12 +289,44 @@ def test_streams_that_grow_alike_are_in_one_block() -> None:
             # Rows begin apart, and the newest stay side by side.
             store.reset([1])
             append(store, 4, 0, 4)
-            append(store, 3, 3, 3)
+            states = torch.randn(1, 3, 3, DIM)
+            store.append(states)
+            assert torch.equal(store.layer(0).views()[1], states[0, 1])
             found = block(store)
             assert found is not None
             assert found.even is None
-            assert found.newest([3] * 3) is not None
+            newest = found.newest([3] * 3)
+            assert newest is not None
+            assert torch.equal(newest, states[0])
             store.reset([0, 1, 2])
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("counts", [(2, 0, 2), (0, 2, 2)])
+def test_streams_of_one_block_that_end_apart(counts: tuple[int, ...]) -> None:
+    store = make(3)
+    append(store, 8, 8, 8)
+    append(store, *counts)
+    assert block(store) is not None
+    check(store.layer(0), store.layer(0).views(), torch.randn(2, 2, DIM))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_rows_come_together_again_before_what_is_kept_of_them() -> None:
+    store = make(3)
+    tokens = torch.randn(1, 2, DIM).expand(2, -1, -1)
+    append(store, 40, 40, 40)
+    check(store.layer(0), store.layer(0).views(), tokens)
+    store.reset([0])
+    append(store, 3, 0, 0)
+    check(store.layer(0), store.layer(0).views(), tokens)
+    fork = store.fork()
+    for each in (store, fork):
+        append(each, 1, 1, 1)
+    found = block(fork)
+    assert found is not None
+    assert found.newest([1, 1, 1]) is not None
+    check(fork.layer(0), fork.layer(0).views(), tokens)
 
 
 @pytest.mark.parametrize("ends", ["raises", "goes on singly"])
@@ -348,3 +386,16 @@ def test_blocks_are_no_larger_than_the_limit(monkeypatch: pytest.MonkeyPatch) ->
     assert block(store) is None
     append(store, 1, 1)
     assert [len(view) for view in store.layer(0).views()] == [18, 18]
+
+
+def test_a_copy_has_the_scores_of_all_streams(tmp_path: Path, scored: list[int]) -> None:
+    store = make(2)
+    append(store, 40, 40)
+    append(store, 2, 0)
+    tokens = torch.randn(2, DIM)
+    expected = store.layer(0).scores(tokens, **HOW)
+    store.copy_to(tmp_path / "copy")
+    scored.clear()
+    with MemoryStore.open(tmp_path / "copy") as copy:
+        assert torch.equal(copy.layer(0).scores(tokens, **HOW), expected)
+    assert scored == [16, 16]  # samples, to compare
