@@ -183,9 +183,10 @@ class Machine(RuleBasedStateMachine):
     @rule(number=numbers, n=st.integers(1, 4))
     @precondition(lambda self: len(self.stores) < 3)
     def fork(self, number: int, n: int) -> None:
-        store, model = self._chosen(number)
+        number %= len(self.stores)
+        store, model = self.stores[number]
+        both = number, len(self.stores)
         self.stores.append((store.fork(), model.copy()))
-        both = number, len(self.stores) - 1
         for each in both:
             self._append(*self._chosen(each), [n] * STREAMS)
             self.look(each, False)
