@@ -129,6 +129,13 @@ def grown(streams: Sequence[Rows], rows: Tensor, counts: Sequence[int]) -> list[
     return result
 
 
+def bytes_left_behind(streams: Sequence[Rows]) -> int:
+    """Bytes of blocks that streams are in, in the places of others that are in them no more."""
+    buffers = [rows.buffer for rows in streams if isinstance(rows, RowSpan)]
+    blocks = {id(buffer.block): buffer.block.data for buffer in buffers}
+    return sum(data.nbytes for data in blocks.values()) - sum(buffer.data.nbytes for buffer in buffers)
+
+
 def _spans(streams: Sequence[Rows]) -> list[RowSpan] | None:
     spans = [rows for rows in streams if isinstance(rows, RowSpan)]
     return spans if len(spans) == len(streams) else None

@@ -70,6 +70,16 @@ def test_bytes_in_memory_are_those_of_the_tensors() -> None:
     assert store.info().memory_bytes == info.memory_bytes + 3 * 8 * 2 * (5 + 2)
 
 
+def test_bytes_of_a_block_count_for_as_long_as_a_stream_is_in_it() -> None:
+    store = MemoryStore.create(layers=2, streams=4, dim=8)
+    store.append(torch.randn(2, 4, 8, 8))
+    for _ in range(10):
+        store.append(torch.randn(2, 4, 2, 8), [2, 1, 0, 0])
+    buffers = {view.untyped_storage().data_ptr(): view.untyped_storage().nbytes() for view in _views(store)}
+    assert len(buffers) == 2 * 3
+    assert store.info().memory_bytes == sum(buffers.values())
+
+
 def test_what_a_policy_keeps_and_evicts_is_accounted_for() -> None:
     store = MemoryStore.create(layers=2, streams=3, dim=8, capacity=12, eviction="lowest_score")
     states = torch.arange(12.0).flip(0)[None, None, :, None].expand(2, 3, 12, 8)  # the oldest score highest
