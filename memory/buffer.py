@@ -209,6 +209,10 @@ class RowSpan:
         """The span without its `count` oldest rows."""
         return RowSpan(self.buffer, self.start + count, self.stop)
 
+    def has_room(self, count: int) -> bool:
+        """Whether as many rows fit in behind the span, and no fork has taken their place."""
+        return self.buffer.used <= self.stop <= len(self.buffer.data) - count
+
     def appended(self, rows: Tensor) -> RowSpan:
         """The span followed by `rows` [n, d].
 
@@ -220,7 +224,7 @@ class RowSpan:
         buffer, start, stop = self.buffer, self.start, self.stop
         end = buffer.number + stop
         stored = buffer.scores.extended(end, end + count)
-        if buffer.used != stop or stop + count > buffer.data.shape[0]:
+        if not self.has_room(count):
             live = len(self)
             old = buffer.data[start:stop]
             size, pinned = 2 * (live + count), buffer.block.pinned

@@ -73,6 +73,8 @@ class _Buffer:
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self.data = torch.empty(shape, dtype=dtype, device=device)
+            # As in `Block`: autograd may have saved values that were handed out.
+            self.target = self.data.data
         self.used = [0] * shape[0]
 
 
@@ -220,7 +222,7 @@ class KeptValues:
         for i, (each, log) in enumerate(zip(held, logs, strict=True)):
             known = log.held - each.lacks(log)
             begin, old = longest - log.held, log.oldest + each.shift
-            buffer.data[i, :, begin : begin + known] = self._buffer.data[i, :, old : old + known]
+            buffer.target[i, :, begin : begin + known] = self._buffer.data[i, :, old : old + known]
             buffer.used[i] = begin + known
             ends = tuple(min(end, log.oldest + known) for end in each.ends if end > log.oldest)
             moved.append(_Held(longest - log.end, begin, begin + known, ends))
@@ -238,7 +240,7 @@ class KeptValues:
         if newest is not None:
             stop = max(stops) + counts[0]
             values = self._values(newest.flatten(0, 1), scoring)
-            self._buffer.data[:, :, max(stops) : stop] = torch.unflatten(values, 1, (b, -1)).transpose(0, 1)
+            self._buffer.target[:, :, max(stops) : stop] = torch.unflatten(values, 1, (b, -1)).transpose(0, 1)
             self._buffer.used = [stop] * b
             return [
                 each._replace(stop=stop, ends=(*each.ends, log.end) if self._first else ())
@@ -255,7 +257,7 @@ class KeptValues:
         for i, (each, log, parts) in enumerate(zip(held, logs, found, strict=True)):
             stop = each.stop
             for values in parts:
-                self._buffer.data[i, :, stop : stop + values.shape[1]] = values
+                self._buffer.target[i, :, stop : stop + values.shape[1]] = values
                 stop += values.shape[1]
             if counts[i]:
                 self._buffer.used[i] = stop

@@ -14,9 +14,8 @@ from xlroute.kernels import gather_rows
 from xlroute.memory.buffer import Block, Buffer, Rows, RowSpan
 from xlroute.memory.to_device import to_device
 
-_LARGEST = (
-    4 << 30
-)  # bytes of a block: for moments there are two of them, and streams by themselves move singly
+# Bytes of a block: for moments there are two of them, and streams by themselves move singly.
+_LARGEST = 4 << 30
 
 
 class SideBySide:
@@ -99,12 +98,9 @@ def grown(streams: Sequence[Rows], rows: Tensor, counts: Sequence[int]) -> list[
     rows = rows[:, :n]
     at = _common_place(spans, n, counts)
     if at is None:
-        if all(
-            span.buffer.used == span.stop and span.stop + count <= len(span.buffer.data)
-            for span, count in zip(spans, counts, strict=True)
-        ):
+        if all(span.has_room(count) for span, count in zip(spans, counts, strict=True) if count):
             return None
-        moved = _moved(spans, n)
+        moved = _moved(spans, n, counts)
         if moved is None:
             return None
         spans, at = moved
@@ -129,6 +125,13 @@ def grown(streams: Sequence[Rows], rows: Tensor, counts: Sequence[int]) -> list[
     return result
 
 
+def bytes_left_behind(streams: Sequence[Rows]) -> int:
+    """Bytes of blocks that streams are in, in the places of others that are in them no more."""
+    buffers = [rows.buffer for rows in streams if isinstance(rows, RowSpan)]
+    blocks = {id(buffer.block): buffer.block.data for buffer in buffers}
+    return sum(data.nbytes for data in blocks.values()) - sum(buffer.data.nbytes for buffer in buffers)
+
+
 def _spans(streams: Sequence[Rows]) -> list[RowSpan] | None:
     spans = [rows for rows in streams if isinstance(rows, RowSpan)]
     return spans if len(spans) == len(streams) else None
@@ -143,17 +146,19 @@ def _common_place(spans: Sequence[RowSpan], n: int, counts: Sequence[int]) -> in
         return None
     for span, count in zip(spans, counts, strict=True):
         follows = span.stop == at or not len(span)
-        free = span.buffer.used == span.stop or (not len(span) and span.buffer.used <= at)
-        if count and not (follows and free):
+        if count and not (follows and span.buffer.used <= at):
             return None
     return at
 
 
-def _moved(spans: Sequence[RowSpan], n: int) -> tuple[list[RowSpan], int] | None:
-    """The streams in a new block with room for as many rows again and n more, and where all of them stop."""
+def _moved(spans: Sequence[RowSpan], n: int, counts: Sequence[int]) -> tuple[list[RowSpan], int] | None:
+    """The streams in a new block with twice the room that the longest needs, and where all of them stop.
+
+    None if the block were too large, or more than twice as large as what streams need by themselves.
+    """
     b, live, old = len(spans), max(map(len, spans)), spans[0].buffer.data
     size = 2 * (live + n)
-    wasted = b * (live + n) > 2 * sum(len(span) + n for span in spans)
+    wasted = b * (live + n) > 2 * (sum(map(len, spans)) + sum(counts))
     if wasted or b * size * old.shape[1] * old.dtype.itemsize > _LARGEST:
         return None
     block = Block(b, size, old.shape[1], old.dtype, old.device)

@@ -34,7 +34,7 @@ from xlroute.memory.routes import DocumentRoutes, RouteCounts
 from xlroute.memory.s3 import S3Path
 from xlroute.memory.scores import KeptScores, LatestScores, StoredScores
 from xlroute.memory.shards import DEFAULT_LEVEL, LEVELS
-from xlroute.memory.side_by_side import grown
+from xlroute.memory.side_by_side import bytes_left_behind, grown
 from xlroute.memory.storage import chunk_bytes_at, copy_to, create_at, open_disk
 from xlroute.memory.survivors import Survivors
 from xlroute.memory.tiers import TieredRows, Tiers, rows_in_memory, rows_on_disk
@@ -908,6 +908,7 @@ class MemoryStore:
         kept = [log.survivors.nbytes for log in self._logs if log.survivors is not None]
         kept += [each.nbytes for each in itertools.chain(*self._latest or ()) if isinstance(each, Tensor)]
         kept += [each.nbytes for each in itertools.chain(*self._kept) if each is not None]
+        kept += [bytes_left_behind(streams) for streams in self._rows]
         if self._routes is not None:
             kept.append(self._routes.nbytes)
         return MemoryInfo(

@@ -65,10 +65,19 @@ def test_bytes_in_memory_are_those_of_the_tensors() -> None:
     buffers = {view.untyped_storage().data_ptr(): view.untyped_storage().nbytes() for view in _views(store)}
     assert len(buffers) == 4
     assert info.memory_bytes == sum(buffers.values()) >= 2 * (5 + 3) * 8 * 8
-    room = [size // (8 * 8) for size in buffers.values()]
     store.layer(0).scores(torch.randn(3, 8), normalize=None, scale=1.0)
-    # Three float64 scores for every row that the buffers of the layer have room for.
-    assert store.info().memory_bytes == info.memory_bytes + 3 * 8 * sum(room[:2])
+    # Three float64 scores for each row of the longest stream and a quarter more, of both streams.
+    assert store.info().memory_bytes == info.memory_bytes + 3 * 8 * 2 * (5 + 2)
+
+
+def test_bytes_of_a_block_count_for_as_long_as_a_stream_is_in_it() -> None:
+    store = MemoryStore.create(layers=2, streams=4, dim=8)
+    store.append(torch.randn(2, 4, 8, 8))
+    for _ in range(10):
+        store.append(torch.randn(2, 4, 2, 8), [2, 1, 0, 0])
+    buffers = {view.untyped_storage().data_ptr(): view.untyped_storage().nbytes() for view in _views(store)}
+    assert len(buffers) == 2 * 3
+    assert store.info().memory_bytes == sum(buffers.values())
 
 
 def test_what_a_policy_keeps_and_evicts_is_accounted_for() -> None:
