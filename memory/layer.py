@@ -366,7 +366,8 @@ class MemoryLayer:
         found = kept.of(self._read_whole(), self._logs, scoring, len(scoring.tokens))
         if found is None:
             return self._in_columns([rows.scores(scoring, keep=False) for rows in self._streams])
-        return self._to_the_left(found.values[..., 0], found.begins)
+        # A copy: what is kept stays as it is, whatever becomes of the result.
+        return self._to_the_left(found.values[..., 0].clone(), found.begins)
 
     def _to_the_left(self, scores: Tensor, begins: Sequence[int]) -> Tensor:
         """Scores [b, r, c] of which those of a stream begin at some column, as [b, r, m], 0 for no row."""

@@ -281,8 +281,8 @@ def test_streams_that_grow_alike_are_in_one_block() -> None:
         store.append(states)
         found = block(store)
         assert found is not None
-        assert found.even is not None
-        assert torch.equal(found.even, store.rows(0)[0])
+        assert found.begins == [0, 0, 0]
+        assert torch.equal(found.columns, store.rows(0)[0])
         newest = found.newest([4] * 3)
         assert newest is not None
         assert torch.equal(newest, states[0])
@@ -295,7 +295,7 @@ def test_streams_that_grow_alike_are_in_one_block() -> None:
             assert torch.equal(store.layer(0).views()[1], states[0, 1])
             found = block(store)
             assert found is not None
-            assert found.even is None
+            assert found.begins[1] > found.begins[0] == found.begins[2] == 0
             newest = found.newest([3] * 3)
             assert newest is not None
             assert torch.equal(newest, states[0])
@@ -400,3 +400,37 @@ def test_a_copy_has_the_scores_of_all_streams(tmp_path: Path, scored: list[int])
     with MemoryStore.open(tmp_path / "copy") as copy:
         assert torch.equal(copy.layer(0).scores(tokens, **HOW), expected)
     assert scored == [16, 16]  # samples, to compare
+
+
+def test_scores_that_were_handed_out_may_be_written_to() -> None:
+    store = MemoryStore.create(layers=1, streams=2, dim=4)
+    store.append(torch.randn(1, 2, 6, 4))
+    tokens = torch.randn(3, 4)
+    for keep in (True, "first"):
+        first = store.layer(0).scores(tokens, normalize=None, scale=1.0, keep=keep)
+        expected = first.clone()
+        first.zero_()
+        assert torch.equal(store.layer(0).scores(tokens, normalize=None, scale=1.0, keep=keep), expected)
+
+
+def test_gradient_of_scores_of_streams_that_begin_apart() -> None:
+    store = MemoryStore.create(layers=1, streams=3, dim=DIM, dtype=torch.float64)
+    store.append(torch.randn(1, 3, 5, DIM))
+    store.reset([1])
+    append(store, 4, 0, 4)
+    store.append(torch.randn(1, 3, 4, DIM))
+    layer = store.layer(0)
+    assert block(store) is not None
+    assert len({*layer.lengths.tolist()}) > 1
+    tokens = torch.randn(2, DIM, dtype=torch.float64, requires_grad=True)
+    scores = layer.scores(tokens, **HOW)
+    cotangent = torch.randn_like(scores)
+    expected = torch.zeros_like(tokens)
+    for i, rows in enumerate(layer.views()):
+        alone = row_scores(rows, tokens, **HOW)
+        assert torch.equal(scores[i, :, : len(rows)], alone)
+        assert not scores[i, :, len(rows) :].any()
+        (gradient,) = torch.autograd.grad(alone, tokens, cotangent[i, :, : len(rows)])
+        expected += gradient
+    (gradient,) = torch.autograd.grad(scores, tokens, cotangent)
+    torch.testing.assert_close(gradient, expected)
