@@ -137,6 +137,7 @@ class Reader:
             dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             memory = self.model.create_memory(streams=streams, capacity=self.rows, dtype=dtype)
         state: TransformerXLState
+        torch.compiler.cudagraph_mark_step_begin()
         with autocast(self.device):
             fresh = self.model.initial_state(streams=streams, memory=memory)
             _, state = self.model(self.text[0, 0], fresh)
@@ -152,12 +153,13 @@ class Reader:
 
     def train(self) -> Tensor:
         """One step of the optimizer: the loss."""
+        torch.compiler.cudagraph_mark_step_begin()
         loss = torch.zeros((), device=self.device)
         for tokens, targets in self.text:
             with autocast(self.device):
                 logits, self.state = self.model(tokens, self.state)
             loss = loss + F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad()  # gradients stay until then, for whoever wants to see them
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
         self.optimizer.step()
@@ -166,6 +168,7 @@ class Reader:
     @torch.no_grad()
     def evaluate(self) -> Tensor:
         """The logits of one segment."""
+        torch.compiler.cudagraph_mark_step_begin()
         with autocast(self.device):
             logits: Tensor
             logits, self.state = self.model(self.text[0, 0], self.state)
@@ -183,6 +186,7 @@ class Reader:
     @torch.no_grad()
     def gradient_share(self) -> float:
         """The share of chosen rows that carry gradient to the router, on average."""
+        torch.compiler.cudagraph_mark_step_begin()
         with autocast(self.device):
             _, _, routings = self.model(self.text[0, 0], self.state.fork(), return_routing=True)
         return float(torch.stack([each.gradient_share.mean() for each in routings]).mean())

@@ -22,6 +22,7 @@ from pg19_train import (
     Run,
     StepClock,
     autocast,
+    begin_step,
     initial_state,
     memory_rows,
     random_model,
@@ -113,6 +114,7 @@ def evaluate(name: str, model: RoutedTransformerXL, run: Run, *, forget: bool = 
         for (tokens, targets, lengths, ends), (of_kind, _, _) in cuts:
             began = time.perf_counter()
             positions = state.positions
+            begin_step()
             with autocast(settings):
                 logits, state, routing = model(
                     tokens.to(settings.device), state, lengths=lengths, ends=ends, return_routing=True

@@ -124,6 +124,27 @@ class BlockContext(NamedTuple):
     scores: Tensor  # [b, v + t, 2], of the tokens before as memory queries and for the feedforward, or empty
 
 
+class SegmentView(NamedTuple):
+    """Where the tokens of a segment and the rows before them stand, and which of them a token sees.
+
+    It is the same for all blocks.
+    """
+
+    table: Tensor  # [2, w + n, e / 2], see `rotary_table`
+    bias: Tensor  # [b, 1, n, w + n], for the logits: 0 where a token sees a row, -inf elsewhere
+
+    @classmethod
+    def of(cls, mask: Tensor, tokens: int, dim_head: int, dtype: torch.dtype) -> SegmentView:
+        """That of some tokens behind rows of which there are those of the mask [b, w], for logits of a dtype."""
+        w = mask.shape[1]
+        # Positions count from the first row. Only differences matter, so the same numbers serve every segment.
+        table = rotary_table(w + tokens, dim_head, device=mask.device, dtype=dtype)
+        causal = torch.ones(tokens, w + tokens, dtype=torch.bool, device=mask.device).tril(w)
+        seen = F.pad(mask, (0, tokens), value=True)[:, None] & causal
+        bias = torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, -math.inf)
+        return cls(table, bias[:, None])
+
+
 class SelfAttention(nn.Module):
     """Causal attention over earlier rows and the tokens themselves, with rotary positions.
 
@@ -162,15 +183,21 @@ class SelfAttention(nn.Module):
         )
         return kv[0] + self.k_bias.to(kv.dtype), kv[1]
 
-    def forward(self, x: Tensor, context: BlockContext) -> tuple[Tensor, BlockContext]:
-        """Attend from x [b, n, d] to the context and to x up to each token.
+    def forward(
+        self, x: Tensor, context: BlockContext, view: SegmentView | None
+    ) -> tuple[Tensor, BlockContext]:
+        """Attend from x [b, n, d] to the context and to x up to each token, as seen in the view.
+
+        With `window_size`, the view is None.
 
         Returns:
             The output [b, n, d], and the context with the keys and values of x in it.
         """
-        return self.beside(x, context)[1]
+        return self.beside(x, context, view)[1]
 
-    def beside(self, x: Tensor, context: BlockContext) -> tuple[Tensor, tuple[Tensor, BlockContext]]:
+    def beside(
+        self, x: Tensor, context: BlockContext, view: SegmentView | None
+    ) -> tuple[Tensor, tuple[Tensor, BlockContext]]:
         """See `xlroute.beside`."""
         x, rows = normed_beside(self.norm, x)
         q = rearrange(self.to_q(rows), "b n (h e) -> b h n e", h=self.heads)
@@ -181,22 +208,19 @@ class SelfAttention(nn.Module):
             values=torch.cat((context.values.to(values.dtype), values), dim=2),
             mask=F.pad(context.mask, (0, x.shape[1]), value=True),
         )
-        attend_from = self._attend if self.window_size is None else self._attend_nearby
-        out = attend_from(q, context.keys, context.values, context.mask)
+        if view is None:
+            out = self._attend_nearby(q, context.keys, context.values, context.mask)
+        else:
+            out = self._attend(q, context.keys, context.values, view)
         return x, (self.to_out(rearrange(out, "b h n e -> b n (h e)")), context)
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, view: SegmentView) -> Tensor:
         """Attend from queries [b, h, n, e] to all rows [b, h, w + n, e] up to each token."""
-        n, w = q.shape[2], keys.shape[2] - q.shape[2]
-        # Positions count from the first place of the window. Only differences matter, so the same numbers
-        # serve every segment.
-        table = rotary_table(w + n, q.shape[-1], device=q.device, dtype=q.dtype)
-        causal = torch.ones(n, w + n, dtype=torch.bool, device=q.device).tril(w)
         return attend(
-            rotate(q, table[:, w:]),
-            rotate(keys, table),
+            rotate(q, view.table[:, -q.shape[2] :]),
+            rotate(keys, view.table),
             values,
-            mask=(mask[:, None] & causal)[:, None],
+            bias=view.bias,
             dropout=self.dropout if self.training else 0.0,
         )
 
@@ -484,9 +508,11 @@ class Block(nn.Module):
             scores[:, -(self.routing_window + t % self.routing_window) :],
         )
 
-    def read(self, x: Tensor, context: BlockContext) -> tuple[Tensor, BlockContext]:
+    def read(
+        self, x: Tensor, context: BlockContext, view: SegmentView | None
+    ) -> tuple[Tensor, BlockContext]:
         """Read tokens x [b, n, d]: the output [b, n, d], and what to look at after them."""
-        x, (out, after) = call_beside(self.attention, SelfAttention, x, context)
+        x, (out, after) = call_beside(self.attention, SelfAttention, x, context, view)
         if self.heavy_attention is not None:
             heavy, cache = self.heavy_attention.read_on(x, context.heavy)
             out, after = out + heavy, after._replace(heavy=cache)
@@ -534,9 +560,10 @@ class Block(nn.Module):
         x: Tensor,
         window: Tensor,
         window_mask: Tensor,
+        view: SegmentView | None,
         rows: Sequence[RoutedRows | TokenRows],
         scores: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Read a whole segment x [b, n, d]: the output [b, n, d], and the scores [b, n, 2] of its tokens."""
-        x, after = self.read(x, self.context(window, window_mask, x[:, :0], rows, scores))
+        x, after = self.read(x, self.context(window, window_mask, x[:, :0], rows, scores), view)
         return x, after.scores[:, -x.shape[1] :]

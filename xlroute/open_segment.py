@@ -62,10 +62,12 @@ class OpenSegment:
         if not self.contexts:
             self._open_contexts()
         x = self.model.embedding(tokens)
+        view = self.model.segment_view(F.pad(self.mask, (0, self.length), value=True), tokens.shape[1])
         entering, contexts = [], []
         for i, (block, context) in enumerate(zip(self.model.typed_blocks(), self.contexts, strict=True)):
             entering.append(x)
-            x, context = block.read(x, context._replace(memories=self._routed(i, x, context.memories)))
+            memories = self._routed(i, x, context.memories)
+            x, context = block.read(x, context._replace(memories=memories), view)
             contexts.append(context)
         logits = self.model.to_logits(normed(self.model.norm, x))
         # Nothing is kept before all blocks have read the piece.

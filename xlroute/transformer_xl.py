@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xlroute.attached import AttachedRows, AttachedSegment, MemoryRows, attach, still_attached
 from xlroute.beside import normed
-from xlroute.blocks import Block, RoutedRows
+from xlroute.blocks import Block, RoutedRows, SegmentView
 from xlroute.causal_routing import QueryRouting, check_query_routing
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
 from xlroute.memory import Eviction, FingerprintError, MemoryStore, ReadOnlyError, S3Path
@@ -652,6 +652,7 @@ class RoutedTransformerXL(nn.Module):
         self.end_open_segment(state)
         x = self.dropout(self.embedding(tokens))
         mask = self.window_mask(state)
+        view = self.segment_view(mask, x.shape[1])
         attached, states = still_attached(state.attached), {}
         near = AttachedRows(attached if self.mems_grad else (), torch.zeros_like(lengths), most=self.mem_len)
         keeps = self.memory_grad_segments > 0 and torch.is_grad_enabled()
@@ -669,7 +670,7 @@ class RoutedTransformerXL(nn.Module):
                     rows.append(routed)
                     if routing is not None:
                         report.append(routing)
-            inputs = (x, window, mask, rows, state.scores[i])
+            inputs = (x, window, mask, view, rows, state.scores[i])
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, block_scores = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -764,6 +765,16 @@ class RoutedTransformerXL(nn.Module):
         """Which places of the XL window are in use, bool [b, w]; they are the last ones."""
         places = torch.arange(self.mem_len, device=state.window.device)
         return places >= self.mem_len - to_device(state.window_lengths, places.device)[:, None]
+
+    def segment_view(self, mask: Tensor, tokens: int) -> SegmentView | None:
+        """How all blocks see some tokens behind rows of a mask [b, w]; None if they see those nearby alone."""
+        attention, device = self.typed_blocks()[0].attention, mask.device.type
+        if attention.window_size is not None:
+            return None
+        dtype = attention.to_q.weight.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which it leaves as it is
+            dtype = torch.get_autocast_dtype(device)
+        return SegmentView.of(mask, tokens, attention.q_bias.shape[-1], dtype)
 
     def open_memories(self, state: TransformerXLState) -> list[OpenMemory | None]:
         """What the memory of a state holds for each block; None for a block that reads no memory."""
