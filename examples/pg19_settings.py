@@ -18,7 +18,7 @@ from xlroute.transformer_xl import MemoryRouting
 # that `RoutedTransformerXL` knows.
 ROUTINGS = get_args(MemoryRouting)
 MODES = ("none", "xl", *ROUTINGS)
-DEFAULT_MODES = ("none", "xl", "learned")
+DEFAULT_MODES = ("none", "xl", "content")
 
 TIMED_SCHEDULE = 1000  # what stands for the number of steps where that is not known before
 # Steps between two checkpoints. On a GPU steps are quick, and memories large.
@@ -54,11 +54,11 @@ class Settings:
     depth: int = 3
     heads: int = 4
     dim_head: int = 32
-    memory_layers: tuple[int, ...] = (3,)
+    memory_layers: tuple[int, ...] = (2, 3)
     num_tokens_kv: int = 256
-    routing_tokens: int = 2
-    routing_chunk: int = 64
-    num_content_tokens_kv: int = 32
+    routing_tokens: int = 1
+    routing_chunk: int = 1
+    num_content_tokens_kv: int = 8
     routing_shortlist: float | None = None
     capacity: int = 2048
     routed_self_attention: bool = False
@@ -84,7 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "depth": 6,
         "heads": 8,
         "dim_head": 64,
-        "memory_layers": (4,),
+        "memory_layers": (3, 5),
         "num_tokens_kv": 512,
         "capacity": 65_536,
         "learning_rate": 1e-3,
@@ -98,7 +98,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "depth": 14,
         "heads": 8,
         "dim_head": 64,
-        "memory_layers": (8,),
+        "memory_layers": (5, 9),
         "num_tokens_kv": 512,
         "capacity": 65_536,
         "learning_rate": 6e-4,
@@ -217,8 +217,12 @@ def parse(arguments: list[str] | None = None) -> Command:
     add("--memory-layers", type=_layers, metavar="N,N", help="blocks with routed memory, counted from 1")
     add("--num-tokens-kv", type=at_least(1), help="memory rows that each learned token chooses")
     add("--routing-tokens", type=at_least(1), help="sets of memory rows; divides the heads")
-    add("--routing-chunk", type=at_least(1), help="tokens that share rows chosen by content (default: 64)")
-    add("--num-content-tokens-kv", type=at_least(1), help="memory rows that a chunk chooses in each set")
+    add("--routing-chunk", type=at_least(1), help="tokens that share rows chosen by content (default: 1)")
+    add(
+        "--num-content-tokens-kv",
+        type=at_least(1),
+        help="memory rows that a token, or a chunk, chooses in each set",
+    )
     add(
         "--routing-shortlist",
         type=float,

@@ -86,7 +86,9 @@ def build_model() -> Callable[..., RoutedTransformerXL]:
             "mem_len": 6,
             "memory_layers": (2, 3),
             "num_tokens_kv": 3,
+            "kv_routing_tokens": 2,
             "segment_len": 5,
+            "memory_routing": "learned",
         }
         model = RoutedTransformerXL(**{**small, **options}).to(dtype).eval()
         for name, parameter in model.named_parameters():

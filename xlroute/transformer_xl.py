@@ -75,12 +75,12 @@ class OpenMemory(NamedTuple):
 class RoutedTransformerXL(nn.Module):
     """A Transformer-XL with a routed long-term memory.
 
-    What a segment reads of the memory is chosen by learned routing tokens, which keep what is salient
-    whatever is asked for; or by content (`memory_routing`). That is decided without a look ahead for each
-    chunk of c tokens, counted from the segment's start: by r routing tokens computed from the states that
-    enter the block in the chunk before, which for the first chunk lie in the XL window, as far as it holds
-    them. With c = 1, each token reads the rows whose keys are most like its own, a learned projection of the
-    state. All chunks' routing tokens score the memory in one read.
+    What is read of the memory is chosen by content: each token reads the rows whose keys are most like its
+    own, a learned projection of the state. Or chunks of c tokens, counted from the segment's start, share
+    their rows (`routing_chunk`): r routing tokens choose them, which are computed without a look ahead, from
+    the states that enter the block in the chunk before. For the first chunk these lie in the XL window, as
+    far as it holds them. All chunks' routing tokens score the memory in one read. Or learned routing tokens
+    choose, which keep what is salient whatever is asked for (`memory_routing`).
 
     Tokens may be routed too: as queries of the memory (`num_tokens_q`), of self-attention, or to the heavy
     feedforward. None of it looks ahead. A segment is cut into routing windows of v tokens, of which the last
@@ -101,9 +101,9 @@ class RoutedTransformerXL(nn.Module):
             0 for none.
         memory_layers: blocks, counted from 1, that attend to the long-term memory; store layer i holds the
             states that enter block `memory_layers[i]`.
-        num_tokens_kv: k, rows that each routing token chooses.
+        num_tokens_kv: k, rows that each routing token chooses; of learned routing.
         num_tokens_q: queries that attend to them in each routing window; a float in (0, 1] is a share of it.
-            None: every query does, without a router for them.
+            None: every query does, without a router for them, as by content.
         kv_routing_tokens: r; the heads are shared out over the sets of rows.
         segment_len: tokens in a segment, where `generate` cuts.
         ff_mult: width of the feedforward over `dim`, of its heavy branch if it has two.
@@ -166,7 +166,7 @@ class RoutedTransformerXL(nn.Module):
         memory_layers: Sequence[int] = (4, 6),
         num_tokens_kv: int = 1024,
         num_tokens_q: int | float | None = None,
-        kv_routing_tokens: int = 2,
+        kv_routing_tokens: int = 1,
         segment_len: int = 512,
         *,
         ff_mult: int = 4,
@@ -188,9 +188,9 @@ class RoutedTransformerXL(nn.Module):
         num_heavy_ff_tokens: int | float = 1 / 8,
         memory_grad_segments: int = 0,
         mems_grad: bool = False,
-        memory_routing: MemoryRouting = "learned",
-        routing_chunk: int = 64,
-        num_content_tokens_kv: int = 32,
+        memory_routing: MemoryRouting = "content",
+        routing_chunk: int = 1,
+        num_content_tokens_kv: int = 8,
         routing_key_dim: int = 64,
         routing_shortlist: float | None = None,
     ) -> None:
@@ -580,6 +580,12 @@ class RoutedTransformerXL(nn.Module):
         model = cls(**config)
         if config["tie_embeddings"]:
             weights["to_logits.weight"] = weights["embedding.weight"]
+        odd = sorted(model.state_dict().keys() ^ weights.keys())
+        if odd:
+            raise ValueError(
+                f"{folder / CONFIG_FILE}: expected the options of the weights in {WEIGHTS_FILE}, got others: "
+                f"{odd[0]} is in one of them alone"
+            )
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(weights[name].dtype)
         # Copied, not assigned: the file's tensors lie at odd addresses, and the bits of a matrix product can
@@ -767,7 +773,7 @@ class RoutedTransformerXL(nn.Module):
         return places >= self.mem_len - to_device(state.window_lengths, places.device)[:, None]
 
     def segment_view(self, mask: Tensor, tokens: int) -> SegmentView | None:
-        """How all blocks see some tokens behind rows of a mask [b, w]; None if they see those nearby alone."""
+        """How all blocks see tokens behind rows of a mask [b, w]; None if they see those nearby alone."""
         attention, device = self.typed_blocks()[0].attention, mask.device.type
         if attention.window_size is not None:
             return None

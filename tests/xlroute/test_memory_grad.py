@@ -102,7 +102,8 @@ def read_dense(
                     mask = torch.arange(model.mem_len)[None] >= lacking
                     window = F.pad(window, (0, 0, lacking, 0))
                     window = window if mems_grad else window.detach()
-                    x, _ = block(x, window, mask, rows, x.new_empty(1, 0, 0))
+                    view = model.segment_view(mask, n)
+                    x, _ = block(x, window, mask, view, rows, x.new_empty(1, 0, 0))
                 loss = loss + (model.to_logits(model.norm(x)) * cotangent[stream : stream + 1, :n]).sum()
             if ends[stream]:
                 history = [[] for _ in model.blocks]
