@@ -264,7 +264,7 @@ def measured(
 
 
 def compile_blocks(model: RoutedTransformerXL) -> None:
-    """On a GPU, compile each block in place, into CUDA graphs but for rows that carry gradient, which stay."""
+    """On a GPU, compile each block in place, as CUDA graphs but for rows that carry gradient, which stay."""
     if model.embedding.weight.is_cuda:
         for block in model.blocks:
             block.compile(mode="default" if model.memory_grad_segments else "reduce-overhead")

@@ -135,9 +135,9 @@ class SegmentView(NamedTuple):
 
     @classmethod
     def of(cls, mask: Tensor, tokens: int, dim_head: int, dtype: torch.dtype) -> SegmentView:
-        """That of some tokens behind rows of which there are those of the mask [b, w], for logits of a dtype."""
+        """That of some tokens behind the rows that a mask [b, w] has, for logits of a dtype."""
         w = mask.shape[1]
-        # Positions count from the first row. Only differences matter, so the same numbers serve every segment.
+        # Positions count from the first row. Only differences matter, so the same numbers serve all segments.
         table = rotary_table(w + tokens, dim_head, device=mask.device, dtype=dtype)
         causal = torch.ones(tokens, w + tokens, dtype=torch.bool, device=mask.device).tril(w)
         seen = F.pad(mask, (0, tokens), value=True)[:, None] & causal
@@ -508,9 +508,7 @@ class Block(nn.Module):
             scores[:, -(self.routing_window + t % self.routing_window) :],
         )
 
-    def read(
-        self, x: Tensor, context: BlockContext, view: SegmentView | None
-    ) -> tuple[Tensor, BlockContext]:
+    def read(self, x: Tensor, context: BlockContext, view: SegmentView | None) -> tuple[Tensor, BlockContext]:
         """Read tokens x [b, n, d]: the output [b, n, d], and what to look at after them."""
         x, (out, after) = call_beside(self.attention, SelfAttention, x, context, view)
         if self.heavy_attention is not None:

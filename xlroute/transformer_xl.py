@@ -767,7 +767,7 @@ class RoutedTransformerXL(nn.Module):
         return places >= self.mem_len - to_device(state.window_lengths, places.device)[:, None]
 
     def segment_view(self, mask: Tensor, tokens: int) -> SegmentView | None:
-        """How all blocks see some tokens behind rows of a mask [b, w]; None if they see those nearby alone."""
+        """How all blocks see some tokens behind rows of a mask [b, w]; None if they see only those nearby."""
         attention, device = self.typed_blocks()[0].attention, mask.device.type
         if attention.window_size is not None:
             return None
