@@ -21,7 +21,7 @@ mpl.use("Agg")  # before pyplot: it must not look for a screen
 import matplotlib.pyplot as plt
 import torch
 from pg19_data import UserError
-from pg19_report import draw_along, label, word_perplexity
+from pg19_report import LABELS, draw_along, label, word_perplexity
 from pg19_settings import MODES, PRESETS
 
 from xlroute import RoutedTransformerXL
@@ -284,13 +284,23 @@ def _write_csv(path: Path, runs: list[Finished]) -> None:
 
 
 def _draw(path: Path, groups: dict[tuple[str, str], list[Finished]]) -> None:
-    """Bits per byte by position in the book, means over seeds: for each size and tokenizer two panels."""
+    """Bits per byte by position in the book, means over seeds: for each size and tokenizer two panels.
+
+    Differences are to XL memory, or the first kind of model, with the same seeds.
+    """
     figure = plt.figure(figsize=(14, 5 * len(groups)), layout="constrained")
     parts = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
     for ((size, tokenizer), group), part in zip(groups.items(), parts, strict=True):
         absolute, compared = part.subplots(1, 2)
-        draw_along(absolute, compared, [_mean_row(list(rows.values())) for rows in _by_kind(group).values()])
+        kinds = _by_kind(group)
+        reference = XL if XL in kinds else next(iter(kinds))
+        rows = [_mean_row(list(of_seed.values())) for of_seed in kinds.values()]
+        same_seeds = [
+            [row for seed, row in kinds[reference].items() if seed in of_seed] for of_seed in kinds.values()
+        ]
+        draw_along(absolute, compared, rows, [_mean_row(each) if each else None for each in same_seeds])
         absolute.set_title(f"{size}, {tokenizer}: held-out books")
+        compared.set_title(f"compared with {LABELS[reference[0]]} of the same seeds (below 0 is better)")
         for axes in (absolute, compared):
             axes.grid(alpha=0.3)
         part.legend(loc="outside lower center", ncols=3, fontsize="small")

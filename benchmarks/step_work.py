@@ -109,6 +109,11 @@ def autocast(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def begin_step() -> None:
+    """Tell CUDA graphs that nothing of the step before is needed."""
+    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+
 class Reader:
     """A model that reads on, from call to call, with a full XL window and a full memory of random rows.
 
@@ -137,7 +142,7 @@ class Reader:
             dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             memory = self.model.create_memory(streams=streams, capacity=self.rows, dtype=dtype)
         state: TransformerXLState
-        torch.compiler.cudagraph_mark_step_begin()
+        begin_step()
         with autocast(self.device):
             fresh = self.model.initial_state(streams=streams, memory=memory)
             _, state = self.model(self.text[0, 0], fresh)
@@ -153,7 +158,7 @@ class Reader:
 
     def train(self) -> Tensor:
         """One step of the optimizer: the loss."""
-        torch.compiler.cudagraph_mark_step_begin()
+        begin_step()
         loss = torch.zeros((), device=self.device)
         for tokens, targets in self.text:
             with autocast(self.device):
@@ -168,7 +173,7 @@ class Reader:
     @torch.no_grad()
     def evaluate(self) -> Tensor:
         """The logits of one segment."""
-        torch.compiler.cudagraph_mark_step_begin()
+        begin_step()
         with autocast(self.device):
             logits: Tensor
             logits, self.state = self.model(self.text[0, 0], self.state)
@@ -186,7 +191,7 @@ class Reader:
     @torch.no_grad()
     def gradient_share(self) -> float:
         """The share of chosen rows that carry gradient to the router, on average."""
-        torch.compiler.cudagraph_mark_step_begin()
+        begin_step()
         with autocast(self.device):
             _, _, routings = self.model(self.text[0, 0], self.state.fork(), return_routing=True)
         return float(torch.stack([each.gradient_share.mean() for each in routings]).mean())

@@ -160,7 +160,9 @@ def draw_curves(
         xlabel="minutes in steps" if timed else "step",
         ylabel="bits per byte",
     )
-    draw_along(middle, right, rows)
+    reference = next((row for row in rows if row["mode"] == "xl"), rows[0])
+    draw_along(middle, right, rows, [reference] * len(rows))
+    right.set_title(f"compared with {LABELS[reference['mode']]} (below 0 is better)")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
     figure.legend(*middle.get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -168,27 +170,29 @@ def draw_curves(
     plt.close(figure)
 
 
-def draw_along(absolute: Axes, compared: Axes, rows: list[dict[str, Any]]) -> None:
-    """Bits per byte by position in the held-out books, and the difference to XL memory, or the first row."""
-    reference = next((row for row in rows if row["mode"] == "xl"), rows[0])
-    for row in rows:
+def draw_along(
+    absolute: Axes, compared: Axes, rows: list[dict[str, Any]], references: Sequence[dict[str, Any] | None]
+) -> None:
+    """Bits per byte by position in the held-out books, and the difference of each row to its reference."""
+    for row, reference in zip(rows, references, strict=True):
         counted = [i for i, bits in enumerate(row["bin_bits"]) if bits is not None]
         places = [(i + 0.5) * row["bin_width"] for i in counted]
         bits = [row["bin_bits"][i] for i in counted]
-        difference = [row["bin_bits"][i] - reference["bin_bits"][i] for i in counted]
+        plain, emptied = ("--", "-.") if row.get("option") else ("-", ":")
         style: dict[str, Any] = {
             "color": COLOURS[row["mode"]],
-            "linestyle": ":" if row["emptied"] else "--" if row.get("option") else "-",
+            "linestyle": emptied if row["emptied"] else plain,
             "marker": ".",
             "markersize": 4,
         }
         absolute.plot(places, bits, **style, label=f"{label(row)}: {row['bits_per_byte']:.4f}")
-        compared.plot(places, difference, **style)
+        if reference is not None:
+            compared.plot(places, [row["bin_bits"][i] - reference["bin_bits"][i] for i in counted], **style)
     absolute.set(title="held-out books", ylabel="bits per byte")
-    compared.set(title=f"compared with {LABELS[reference['mode']]} (below 0 is better)")
     compared.set(ylabel="difference in bits per byte")
     for axes in (absolute, compared):
         axes.set(xlabel="tokens of the book read before")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _smooth(values: list[float], window: int = 25) -> npt.NDArray[np.float64]:

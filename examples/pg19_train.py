@@ -104,7 +104,7 @@ def compile_blocks(model: RoutedTransformerXL, settings: Settings) -> None:
 
 def begin_step() -> None:
     """Tell CUDA graphs that nothing of the step before is needed."""
-    torch.compiler.cudagraph_mark_step_begin()
+    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
 def autocast(settings: Settings) -> AbstractContextManager[None]:

@@ -171,38 +171,77 @@ def check_csv(path: Path, out: Path) -> None:
         assert int(line["beyond_bytes"]) == row["kinds"]["beyond"]["bytes"]
 
 
+def finished(report: ModuleType, run: Any) -> Any:
+    """A run of random results, read with its memory, if it has one, and with that emptied."""
+    rows = [
+        {
+            "mode": run.mode,
+            "emptied": emptied,
+            "bits_per_byte": random.uniform(1, 2),
+            "bin_width": 1000,
+            "bin_bits": [random.uniform(1, 2) for _ in range(24)],
+        }
+        for emptied in (False, True)[: 1 if run.mode in ("none", "xl") else 2]
+    ]
+    return report.Finished(run, Path(run.name), {}, rows)
+
+
+def drawn(report: ModuleType, groups: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The figure of a report, not closed yet."""
+    figures: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(report.plt, "close", figures.append)
+        report._draw(path, groups)
+    (figure,) = figures
+    return figure
+
+
+def test_differences_are_to_the_same_seeds(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load("books")  # which finds the examples
+    report = load("books_report")
+    xl = [finished(report, report.GridRun("10m", "bytes", "xl", seed)) for seed in (0, 1, 2)]
+    content = [finished(report, report.GridRun("10m", "bytes", "content", seed)) for seed in (1, 2)]
+    chunks = finished(report, report.GridRun("10m", "bytes", "content", 0, "routing-chunk=64"))
+    alone = finished(report, report.GridRun("10m", "bytes", "both", 3))
+    groups = {("10m", "bytes"): [*xl, *content, chunks, alone]}
+    figure = drawn(report, groups, tmp_path / "books.png", monkeypatch)
+    absolute, compared = figure.subfigs[0].axes
+    report.plt.close(figure)
+
+    def mean_bits(runs: list[Any], *, emptied: bool = False) -> list[float]:
+        return [mean(bits) for bits in zip(*(run.rows[emptied]["bin_bits"] for run in runs), strict=True)]
+
+    expected: list[list[float]] = [[0.0] * 24]
+    for runs, same in ((content, xl[1:]), ([chunks], xl[:1])):  # there is none for the run of seed 3
+        for emptied in (False, True):
+            pairs = zip(mean_bits(runs, emptied=emptied), mean_bits(same), strict=True)
+            expected.append([bits - reference for bits, reference in pairs])
+    lines = [list(line.get_ydata()) for line in compared.lines]
+    assert lines == [pytest.approx(line, abs=1e-12) for line in expected]
+    assert "of the same seeds" in compared.get_title()
+    # No two lines of a panel look alike.
+    styles = {(line.get_color(), line.get_linestyle()) for line in absolute.lines}
+    assert len(styles) == len(absolute.lines) == 7
+
+
 def test_legends_lie_beside_the_axes(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load("books")  # which finds the examples
     report = load("books_report")
-
-    def finished(size: str, mode: str, option: str, *, memory: bool) -> Any:
-        rows = [
-            {
-                "mode": mode,
-                "emptied": emptied,
-                "bits_per_byte": random.uniform(1, 2),
-                "bin_width": 1000,
-                "bin_bits": [random.uniform(1, 2) for _ in range(24)],
-            }
-            for emptied in (False, True)[: 1 + memory]
-        ]
-        return report.Finished(report.GridRun(size, "bytes", mode, 0, option), tmp_path, {}, rows)
-
     kinds = (
-        ("xl", "", False),
-        ("learned", "", True),
-        ("content", "routing-chunk=1", True),
-        ("both", "num-content-tokens-kv=16", True),
+        ("xl", ""),
+        ("learned", ""),
+        ("content", "routing-chunk=1"),
+        ("both", "num-content-tokens-kv=16"),
     )
     groups = {
-        (size, "bytes"): [finished(size, mode, option, memory=memory) for mode, option, memory in kinds]
+        (size, "bytes"): [
+            finished(report, report.GridRun(size, "bytes", mode, 0, option)) for mode, option in kinds
+        ]
         for size in ("10m", "50m")
     }
-    figures: list[Any] = []
-    monkeypatch.setattr(report.plt, "close", figures.append)
-    report._draw(tmp_path / "books.png", groups)
-    monkeypatch.undo()
-    (figure,) = figures
+    figure = drawn(report, groups, tmp_path / "books.png", monkeypatch)
     legends = [legend.get_window_extent() for part in figure.subfigs for legend in part.legends]
     axes = [each.get_tightbbox() for part in figure.subfigs for each in part.axes]
     report.plt.close(figure)
