@@ -5,7 +5,7 @@
 
 A run is SIZE:TOKENIZER:MODE:SEED: a preset and a mode of examples/pg19.py, and "bytes" or "bpeN", a BPE of N
 tokens, which is trained on the training books once for all runs. Commas make several runs of one, in order:
-10m:bytes:xl,content:0,1,2. A fifth part is an option of these alone: 10m:bytes:content:0:routing-chunk=1. All
+10m:bytes:xl,content:0,1,2. A fifth part is an option of these alone: 10m:bytes:content:0:routing-chunk=64. All
 other options are those of examples/pg19.py, the same for all runs.
 
 Each run has a folder in --out, as examples/pg19.py makes it, but without the proof of persistence and the
@@ -91,7 +91,7 @@ def find_runs(texts: list[str], option: str) -> list[GridRun]:
                 ("bytes, or bpe and a number above 256", tokenizer == "bytes" or _is_number(tokens, 257)),
                 (f"a mode of {', '.join(MODES)}", mode in MODES),
                 ("a seed of 0 or more", _is_number(seed, 0)),
-                ("an option like routing-chunk=1", all(re.fullmatch(r"[a-z-]+=[\w.]+", o) for o in own)),
+                ("an option like routing-chunk=64", all(re.fullmatch(r"[a-z-]+=[\w.]+", o) for o in own)),
             ):
                 if not known:
                     raise UserError(f"{option}: expected {what}, got {text!r}")

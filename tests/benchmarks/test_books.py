@@ -278,7 +278,7 @@ def test_weights_are_cut_in_parts(load: Load, tmp_path: Path, monkeypatch: pytes
             "--runs: expected a mode of none, xl, learned, content, both, random",
         ),
         ("--runs 10m:bytes:xl:0,-1", "--runs: expected a seed of 0 or more"),
-        ("--runs 10m:bytes:xl:0:chunk", "--runs: expected an option like routing-chunk=1"),
+        ("--runs 10m:bytes:xl:0:chunk", "--runs: expected an option like routing-chunk=64"),
         ("--runs 10m:bytes:xl:0 --seed 1", "--seed: --runs says it"),
         ("--runs 10m:bytes:xl:0 --colour red", "unrecognized arguments: --colour red"),
         ("--runs 10m:bytes:xl:0 --data nowhere", "no such folder: nowhere"),
