@@ -75,6 +75,7 @@ SIZES = {
                 "segment_len": 12,
                 "memory_layers": (2,),
                 "num_tokens_kv": 8,
+                "kv_routing_tokens": 2,
                 "num_content_tokens_kv": 3,
                 "routing_key_dim": 8,
             },

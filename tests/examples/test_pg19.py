@@ -28,7 +28,7 @@ SCRIPT = ROOT / "examples" / "pg19.py"
 SAMPLE = ROOT.parent / "shared" / "data" / "pg19-sample"
 TOKENIZER = "tokenizer.json"
 STEPS = 24
-MODES = ("none", "xl", "learned")
+MODES = ("none", "xl", "content")
 # What a resumed run may differ in: how long a step took.
 TIMINGS = {"tokens_per_second", "seconds"}
 SIZES = (
@@ -114,7 +114,7 @@ def test_table(finished: tuple[Path, str], books: Path) -> None:
         "bits per byte",
         "no memory",
         "XL memory",
-        "XL + learned memory",
+        "XL + content memory",
         "memory emptied",
         "words in sight",
     ):
@@ -131,7 +131,7 @@ def test_files(finished: tuple[Path, str], books: Path) -> None:
         (m, s + 1) for m in MODES for s in range(STEPS)
     ]
     assert all(np.isfinite(line["loss"]) for line in lines)
-    for name in ("curves.png", "learned/routing.png"):
+    for name in ("curves.png", "content/routing.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     sample = (out / "sample.txt").read_text(encoding="utf-8")
     assert sample.startswith("Book 5, a tale, continued")
@@ -139,17 +139,17 @@ def test_files(finished: tuple[Path, str], books: Path) -> None:
 
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     rows = results["rows"]
-    none, xl, learned, emptied = rows
+    none, xl, content, emptied = rows
     texts = [path.read_bytes() for path in (books / "test").glob("*.txt")]
     size = sum(map(len, texts))
     assert [(row["mode"], row["emptied"]) for row in rows] == [(m, False) for m in MODES] + [
-        ("learned", True)
+        ("content", True)
     ]
     assert all(row["tokens"] == size for row in rows)
     assert results["words"] == sum(len(text.split()) for text in texts)
     assert none["bits_per_byte"] != xl["bits_per_byte"]
-    assert learned["bits_per_byte"] != emptied["bits_per_byte"]
-    assert learned["memory_rows"] == 48
+    assert content["bits_per_byte"] != emptied["bits_per_byte"]
+    assert content["memory_rows"] == 48
     assert none["memory_rows"] == xl["memory_rows"] == emptied["memory_rows"] == 0
     assert results["persistence"]["identical"]
     for row in rows:
@@ -315,7 +315,7 @@ def test_training_for_a_time(
     timers: list[float] = []
     monkeypatch.setattr(signal, "setitimer", lambda which, seconds: timers.append(seconds))
     out = tmp_path / "run"
-    options = ("--modes", "xl,learned", "--steps", "100", "--minutes", "2")
+    options = ("--modes", "xl,content", "--steps", "100", "--minutes", "2")
     code, error = main("--data", books, "--out", out, *SIZES, *options, "--stop-after", "540")
     assert code == 128 + signal.SIGALRM, error
     assert f"--resume --out {out}" in error
@@ -422,7 +422,7 @@ def test_books_are_told_apart(
     from xlroute import RoutedTransformerXL
 
     data, evaluate = modules("pg19_data"), modules("pg19_evaluate").evaluate
-    model = RoutedTransformerXL.from_pretrained(finished[0] / "learned" / "model")
+    model = RoutedTransformerXL.from_pretrained(finished[0] / "content" / "model")
     settings = modules("pg19_settings").load_settings(finished[0] / "settings.json")
     corpus = data.load_corpus(str(books), split="both", seed=0)
     assert [book.split for book in corpus.held_out] == ["validation", "test", "test"]
@@ -432,7 +432,7 @@ def test_books_are_told_apart(
         run = modules("pg19_train").Run(
             dataclasses.replace(settings, streams=streams), corpus, data.ByteTokenizer(), tmp_path, 100, None
         )
-        return evaluate("learned", model, run)
+        return evaluate("content", model, run)
 
     together = read(corpus, 2)
     for number, book in enumerate(corpus.held_out):
@@ -460,7 +460,7 @@ def test_a_finished_run_reports_again(main: Main, finished: tuple[Path, str]) ->
         ("--data nowhere", "no such folder: nowhere"),
         ("--tokenizer nowhere.json", "no such file: nowhere.json"),
         ("--device tpu", "--device: expected cpu or cuda, got 'tpu'"),
-        ("--heads 3", "no such model: heads: expected a multiple of the 2 routing tokens, got 3"),
+        ("--routing-tokens 3", "no such model: heads: expected a multiple of the 3 routing tokens, got 4"),
         ("--memory-layers 4", "no such model: memory_layers: expected increasing block numbers from 1 to 3"),
         ("--routing-shortlist 1", "no such model: routing_shortlist: expected None or at least 2"),
         ("--learning-rate 2", "--learning-rate: expected between 0 and 1, got 2.0"),
@@ -469,8 +469,8 @@ def test_a_finished_run_reports_again(main: Main, finished: tuple[Path, str]) ->
         ("--bpe 300 --tokenizer a.json", "--tokenizer and --bpe exclude each other"),
         ("--minutes 0", "argument --minutes: expected a number above 0, got '0'"),
         (
-            "--modes both --heads 2",
-            "no such model: heads: expected a multiple of 4 with memory_routing='both'",
+            "--modes both --heads 3",
+            "no such model: heads: expected a multiple of 2 with memory_routing='both'",
         ),
     ],
 )
@@ -545,7 +545,7 @@ def stopped(finished: tuple[Path, str], tmp_path: Path) -> Path:
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
     (out / "results.json").unlink()
-    (out / "learned" / "rows.json").unlink()
+    (out / "content" / "rows.json").unlink()
     return out
 
 
@@ -572,7 +572,7 @@ def test_other_settings(main: Main, stopped: Path) -> None:
 def test_a_memory_of_other_weights(main: Main, stopped: Path) -> None:
     from xlroute import RoutedTransformerXL
 
-    folder = stopped / "learned" / "checkpoints" / f"step-{STEPS:08d}" / "model"
+    folder = stopped / "content" / "checkpoints" / f"step-{STEPS:08d}" / "model"
     model = RoutedTransformerXL.from_pretrained(folder)
     with torch.no_grad():
         model.norm.weight.add_(1)
@@ -585,7 +585,7 @@ def test_a_memory_of_other_weights(main: Main, stopped: Path) -> None:
 
 
 def test_a_damaged_checkpoint(main: Main, stopped: Path) -> None:
-    path = stopped / "learned" / "checkpoints" / f"step-{STEPS:08d}" / "training.pt"
+    path = stopped / "content" / "checkpoints" / f"step-{STEPS:08d}" / "training.pt"
     path.write_bytes(path.read_bytes()[:1000])
     code, stderr = main("--out", stopped, "--resume")
     assert (code, stderr.count("\n")) == (2, 1)
