@@ -5,8 +5,8 @@
 
 A run is SIZE:TOKENIZER:MODE:SEED: a preset and a mode of examples/pg19.py, and "bytes" or "bpeN", a BPE of N
 tokens, which is trained on the training books once for all runs. Commas make several runs of one, in order:
-10m:bytes:xl,content:0,1,2. A fifth part is an option of these alone: 10m:bytes:content:0:routing-chunk=64. All
-other options are those of examples/pg19.py, the same for all runs.
+10m:bytes:xl,content:0,1,2. A fifth part is an option of these alone: 10m:bytes:content:0:routing-chunk=64.
+All other options are those of examples/pg19.py, the same for all runs.
 
 Each run has a folder in --out, as examples/pg19.py makes it, but without the proof of persistence and the
 sample of text. Once --stop-after seconds have passed, or on Ctrl-C, the run at work is checkpointed; the exit
