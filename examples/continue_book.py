@@ -1,7 +1,7 @@
 """Read a whole book into a memory, then continue it from any place, with the memory and without it.
 
     python examples/pg19.py
-    python examples/continue_book.py read macbeth --model run/learned/model --capacity 2048 --out run-macbeth
+    python examples/continue_book.py read macbeth --model run/content/model --capacity 2048 --out run-macbeth
     python examples/continue_book.py continue --out run-macbeth --at "Is this a dagger which I see before me"
 
 The first command trains a model, with 2,048 memory rows. The second reads a book, one of Shakespeare's plays
