@@ -1,4 +1,4 @@
-# make pg19    train, evaluate and prove the memory on Shakespeare's plays; about four minutes on two cores
+# make pg19    train, evaluate and prove the memory on Shakespeare's plays; less than seven minutes on one core
 # make recall  ask models for facts from long ago, with and without a memory; about two minutes on two cores
 # make test    run the tests
 # make check   lint, types, and what the wheel holds
