@@ -19,8 +19,8 @@ from routing_settings import normal
 from torch import Tensor, nn
 
 from xlroute import RoutedTransformerXL, TransformerXLState
-from xlroute.blocks import MemoryBranch, RoutedMemoryAttention, RoutedRows
-from xlroute.token_memory import TokenMemoryAttention, TokenRows
+from xlroute.blocks import MemoryBranch, RoutedMemoryAttention, UnreadRows, read_rows
+from xlroute.token_memory import TokenMemoryAttention
 
 FILLED_AT_ONCE = 8192  # rows of each stream
 VOCABULARY = 256  # bytes
@@ -209,15 +209,16 @@ class Reader:
         entering = [x.requires_grad_(training) for x in entering]
         leaving = torch.stack(entering).detach()
 
-        def attend(branch: MemoryBranch, rows: RoutedRows | TokenRows, x: Tensor) -> Tensor:
-            return branch.gated(x, branch.context(rows), None)
+        def attend(branch: MemoryBranch, rows: UnreadRows, x: Tensor) -> Tensor:
+            return branch.gated(x, branch.context(read_rows(branch, rows, x)), None)
 
         if device.type == "cuda":
-            attend = torch.compile(attend)
+            attend = torch.compile(attend, mode="reduce-overhead")
 
         def call() -> Tensor:
             state, found = self.state, []
             assert state.memory is not None
+            begin_step()
             with torch.set_grad_enabled(training), autocast(device):
                 mask = model.window_mask(state)
                 memories = model.open_memories(state)
@@ -225,9 +226,13 @@ class Reader:
                     memory = memories[i]
                     assert memory is not None
                     for j, branch in enumerate(model.typed_blocks()[i].memories()):
-                        rows, _ = model.route(i, j, memory, x, state.window[i], mask)
-                        found.append(attend(branch, rows, x))
+                        rows = model.find(i, j, memory, x, state.window[i], mask)
+                        assert memory.at_hand is not None
+                        found.append(attend(branch, UnreadRows(memory.at_hand, rows), x))
             if training:
+                for x in entering:
+                    x.grad = None  # which a CUDA graph has written, and will write anew
+                self.optimizer.zero_grad()
                 torch.autograd.backward(found, [torch.ones_like(out) for out in found])
             state.memory.append(leaving)
             state.note_memory()

@@ -8,6 +8,8 @@ from xlroute.kernels.gather import (
     gather_pinned_rows,
     gather_rows,
     gather_rows_apart,
+    gather_rows_at,
+    row_places,
     scatter_rows,
 )
 from xlroute.kernels.gathered_attention import gathered_attention
@@ -30,11 +32,13 @@ __all__ = [
     "gather_pinned_rows",
     "gather_rows",
     "gather_rows_apart",
+    "gather_rows_at",
     "gathered_attention",
     "gathered_products",
     "gathered_sums",
     "local_attention",
     "norm_beside",
+    "row_places",
     "row_scores",
     "scatter_rows",
     "search_topk",

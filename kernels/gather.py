@@ -1,5 +1,6 @@
 """Gather of chosen rows and their gates, and scatter of rows back to their places; -1 stands for no row."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from xlroute.kernels.arguments import (
     resolve_backend,
 )
 
+VECTOR = 16  # bytes that one thread of a GPU reads at once
 _ALL_PAIRS = 1 << 14  # indices of a stream up to which Triton compares all pairs, instead of sorting them
 
 
@@ -72,6 +74,60 @@ def gather_rows_apart(streams: Sequence[Tensor], indices: Tensor, backend: Backe
         _check("streams", x[None], index[None])
     rows: Tensor = _gather_apart(list(streams), indices, resolve_backend(backend, indices))
     return rows
+
+
+def row_places(streams: Sequence[Tensor]) -> Tensor | None:
+    """Where the rows of streams are, for `gather_rows_at`.
+
+    Args:
+        streams: the rows of each, b tensors [m_i, d], contiguous, of one dtype and device.
+
+    Returns:
+        int64 [b, 2] on the CPU: a number for the address of the first row, and how many rows there are. None
+        where streams begin at an address that is no multiple of 16 bytes.
+    """
+    origin = _origin(streams[0].device).data_ptr()
+    places = [(x.data_ptr() - origin if len(x) else 0, len(x)) for x in streams]
+    if any(address % VECTOR for address, _ in places):
+        return None
+    return torch.tensor([[address // VECTOR, count] for address, count in places], device="cpu")
+
+
+def gather_rows_at(places: Tensor, indices: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+    """As `gather_rows_apart`, for rows that are known by where they are.
+
+    So the rows of a large memory are no inputs of a CUDA graph, which would be copied each time that it runs,
+    and it can read others each time. The caller keeps the rows as they are until they are read. Needs Triton.
+
+    Args:
+        places: int64 [b, 2], from `row_places`, on the device of the rows.
+        indices: int64, [b, ...], each in [-1, m_i); -1 gathers zeros, and others out of range NaN.
+        d: width of the rows.
+        dtype: of the rows.
+
+    Returns:
+        The gathered rows, [b, ..., d].
+
+    Raises:
+        TypeError, ValueError: a tensor is not int64, the shapes or devices do not fit, or there is no Triton.
+    """
+    check_index_type(places)
+    check_index_type(indices)
+    if places.shape != (len(indices), 2) or places.device != indices.device:
+        raise ValueError(
+            f"places must have shape [{len(indices)}, 2] on {indices.device} for indices "
+            f"{tuple(indices.shape)}, got {tuple(places.shape)} on {places.device}"
+        )
+    resolve_backend("triton", indices)
+    rows: Tensor = _gather_at(places, indices, d, dtype)
+    return rows
+
+
+@functools.cache
+def _origin(device: torch.device) -> Tensor:
+    """What addresses are counted from: Triton knows by its own that reads are aligned."""
+    with torch.inference_mode(False):
+        return torch.empty(VECTOR, dtype=torch.uint8, device=device)
 
 
 def gather_pinned_rows(x: Tensor, indices: Tensor) -> Tensor:
@@ -276,6 +332,19 @@ def _gather_apart(streams: list[Tensor], indices: Tensor, backend: str) -> Tenso
     return rows.view(*indices.shape, d)
 
 
+@torch.library.custom_op("xlroute::gather_rows_at", mutates_args=())
+def _gather_at(places: Tensor, indices: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+    """Rows [b, ..., d]."""
+    rows = torch.empty((*indices.shape, d), dtype=dtype, device=indices.device)
+    if rows.numel() > 0:
+        from xlroute.kernels import gather_triton
+
+        gather_triton.gather_at(
+            _origin(indices.device), places.contiguous(), indices.reshape(len(places), -1), rows
+        )
+    return rows
+
+
 def _wide(rows: Tensor, gates: Tensor | None) -> torch.dtype:
     """The dtype in which rows are multiplied by gates, and added."""
     wide = compute_dtype(rows.dtype)
@@ -369,6 +438,11 @@ def _(
 @_gather_apart.register_fake
 def _(streams: list[Tensor], indices: Tensor, backend: str) -> Tensor:
     return streams[0].new_empty((*indices.shape, streams[0].shape[1]))
+
+
+@_gather_at.register_fake
+def _(places: Tensor, indices: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+    return indices.new_empty((*indices.shape, d), dtype=dtype)
 
 
 @_gather_backward.register_fake

@@ -15,11 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from xlroute.kernels.arguments import compute_dtype
+from xlroute.kernels.gather import VECTOR
 
 WIDEST = 1024  # columns that a program moves at once
 ELEMENTS = 4096  # of the result that a program of a gather writes
 INDICES = 1024  # that are compared at once
-VECTOR = 16  # bytes that one thread reads at once
 SCATTER_ROWS = 8  # rows of the result of a scatter that one program writes
 
 _SIZES = ("total", "k", "per_set", "m", "n", "tiles", "other_from")
@@ -308,17 +308,23 @@ def gather_apart(streams: list[Tensor], indices: Tensor, rows: Tensor) -> None:
             out.copy_(gather(x[None], None, index[None])[0][0])
         return
     places = [[(each - addresses[0]) // VECTOR, len(x)] for each, x in zip(addresses, streams, strict=True)]
-    _, k, d = rows.shape
+    # The host does not wait for the GPU to have it.
+    on_device = torch.tensor(places).to(rows.device, non_blocking=True)
+    gather_at(streams[0] if len(streams[0]) else rows, on_device, indices, rows)
+
+
+def gather_at(origin: Tensor, places: Tensor, indices: Tensor, rows: Tensor) -> None:
+    """Writes rows [b, ..., d] at indices [b, k], of streams whose places [b, 2] count from the origin."""
+    total, d = indices.numel(), rows.shape[-1]
     bk, bd = gather_block(d)
     with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
-        gather_rows_apart_kernel[(triton.cdiv(rows.shape[0] * k, bk) * triton.cdiv(d, bd),)](
-            streams[0] if len(streams[0]) else rows,
-            # The host does not wait for the GPU to have it.
-            torch.tensor(places).to(rows.device, non_blocking=True),
+        gather_rows_apart_kernel[(triton.cdiv(total, bk) * triton.cdiv(d, bd),)](
+            origin.view(rows.dtype),
+            places,
             indices.contiguous(),
             rows,
-            rows.shape[0] * k,
-            k,
+            total,
+            indices.shape[1],
             D=d,
             BK=bk,
             BD=bd,

@@ -107,12 +107,11 @@ class ColdRows:
         if self._span is not None:
             return self._span.gather(index)
         given = index.cpu().numpy()
-        chosen = given[given >= 0]
+        chosen, places = np.unique(given[given >= 0], return_inverse=True)  # each is read once
         rows, writers = self._find(chosen)
-        data = self._files.read(self._layer, self.stream, rows, writers)
-        if chosen.size < given.size:
-            found, data = data, np.zeros((given.size, data.shape[1]), np.uint8)
-            data[given >= 0] = found
+        found = self._files.read(self._layer, self.stream, rows, writers)
+        data = np.zeros((given.size, found.shape[1]), np.uint8)
+        data[given >= 0] = found[places]
         return self._tensor(data).to(self._device)
 
     def prefetch(self, index: Tensor) -> None:

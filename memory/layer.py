@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlroute.kernels import Backend, gather_rows_apart
+from xlroute.kernels import Backend, gather_rows_apart, row_places
+from xlroute.kernels.arguments import HAS_TRITON
+from xlroute.memory.at_hand import RowsAtHand
 from xlroute.memory.buffer import Rows
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.kept_values import KeptOfLayer, KeptValues
@@ -155,6 +157,38 @@ class MemoryLayer:
     def views(self) -> list[Tensor]:
         """The rows of each stream, b tensors [m_i, d], oldest first, without a copy: for reading only."""
         return [rows.span().view() for rows in self._streams]
+
+    def at_hand(self, newer: Tensor) -> RowsAtHand | None:
+        """The rows by tensors alone, for code that is compiled.
+
+        Args:
+            newer: How many rows of each stream have come since, that are elsewhere, int64 [b] on the CPU.
+
+        Returns:
+            The rows; None where they are not all in memory and on one device, where some have positions of
+            their own, or where the store counts what is routed.
+        """
+        if self._count_routed is not None or any(log.surviving for log in self._logs):
+            return None
+        rows = None
+        if self.device.type == "cuda":
+            held = [each for stream in self._streams if (each := stream.at_hand()) is not None]
+            if len(held) < len(self._streams) or not HAS_TRITON or torch.cuda.is_current_stream_capturing():
+                return None
+            places = row_places(held)
+            if places is None:
+                return None
+        elif self._side_by_side is not None:
+            rows = self._side_by_side.columns
+            places = torch.stack((torch.tensor(self._side_by_side.begins), self.lengths), dim=1)
+        elif len(self._streams) == 1 and (view := self._streams[0].at_hand()) is not None:
+            rows, places = view[None], torch.stack((torch.zeros_like(self.lengths), self.lengths), dim=1)
+        else:
+            return None
+        with torch.inference_mode(False):
+            table = to_device(torch.cat((places.flatten(), newer)), self.device)
+        b = len(self._streams)
+        return RowsAtHand(rows, table[: 2 * b].view(b, 2), table[2 * b :], self._dim, self.dtype, self.even)
 
     def of_stream(self, stream: int) -> Rows:
         """The rows of one stream, wherever they are."""

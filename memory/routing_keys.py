@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xlroute.kernels import Backend, search_topk
@@ -40,6 +42,16 @@ def routing_keys(rows: Tensor, projection: Tensor, *, backend: Backend | None = 
         # A key is of unit length if its root mean square is that of e numbers which add up to 1 when squared.
         to_unit = products.new_full((e,), e**-0.5)
         return norm_beside(products, to_unit, eps=_SHORTEST**2 / e, readers=0, backend=backend)[0]
+
+
+def keys_of_sets(rows: Tensor, projection: Tensor) -> Tensor:
+    """As `routing_keys`, of rows [b, r, m, d] that have each the key of their set alone: [b, r, m, e]."""
+    with torch.autocast(rows.device.type, enabled=False):
+        if rows.dtype == torch.float16:
+            rows = rows.float()
+        products = (rows @ projection.to(rows.dtype).mT).to(compute_dtype(rows.dtype))
+        e = products.shape[-1]
+        return cast(Tensor, F.rms_norm(products, (e,), eps=_SHORTEST**2 / e) * e**-0.5)
 
 
 def project(rows: Tensor, projection: Tensor, out: Tensor) -> None:

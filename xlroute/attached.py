@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xlroute.kernels import Backend, gather_rows, row_scores
 from xlroute.memory import MemoryLayer
+from xlroute.memory.at_hand import RowsAtHand
 from xlroute.memory.layer import Keep
 from xlroute.memory.routing_keys import RoutingKeys
 from xlroute.memory.to_device import to_device
@@ -209,6 +210,7 @@ class AttachedLayer:
 
 
 MemoryRows = MemoryLayer | AttachedLayer
+ReadableRows = MemoryRows | RowsAtHand
 
 
 class _Watched(torch.autograd.Function):

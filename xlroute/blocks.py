@@ -18,18 +18,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from xlroute.attached import MemoryRows
+from xlroute.attached import MemoryRows, ReadableRows
 from xlroute.attend import attend
 from xlroute.autoregressive import AutoregressiveCache, ConditionalRoutedAutoregressiveAttention
 from xlroute.beside import call_beside, normed, normed_beside
 from xlroute.causal_routing import QueryRouting, route_on
-from xlroute.content_routing import ChunkRouting, FoundRows
+from xlroute.content_routing import ChunkRouting, FoundCandidates, FoundRows
 from xlroute.cross_attention import ConditionalRoutedCrossAttention, RoutedKeysValues
 from xlroute.feedforward import ConditionalRoutedFeedForward, FeedForward
-from xlroute.memory.routing_keys import RoutingKeys
-from xlroute.position import AGES, age_bias, rotary_table, rotate
-from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats, route
-from xlroute.shortlist import route_shortlist
+from xlroute.memory.at_hand import RowsAtHand
+from xlroute.position import AGES, age_bias, age_place, rotary_table, rotate
+from xlroute.router import CoordinateDescentRouter, PickedRows, RouterOutput, RoutingStats
+from xlroute.shortlist import choose_of_shortlist, shortlisted
 from xlroute.token_memory import TokenMemoryAttention, TokenRows
 
 
@@ -39,6 +39,16 @@ class RoutedRows(NamedTuple):
     routed: RouterOutput  # all [b g, r, k]
     followers: Tensor  # [b g, r, k, d], the row after each; 0 where there is none
     age_places: Tensor  # [b g, r, k], see `age_place`
+
+
+class UnreadRows(NamedTuple):
+    """What a branch has found in the memory for the tokens of a segment, and where it is to be read.
+
+    Tensors alone, of sizes that stay while the memory grows: a compiled block reads the rows itself.
+    """
+
+    memory: RowsAtHand
+    found: PickedRows | FoundCandidates
 
 
 class MemoryContext(NamedTuple):
@@ -74,41 +84,53 @@ class MemoryBranch(Protocol):
     def begin_of_chunk(self, t: int) -> int:
         """The first token of the chunk that token t of a segment is in: they share their rows."""
 
-    def keys(self, memory: MemoryRows) -> RoutingKeys | None:
-        """The routing keys of all rows that `route_for` needs, if it needs any."""
+    def open(self, memory: MemoryRows, *, with_stats: bool) -> Any:
+        """What `find` needs to know of all rows, whatever is being read."""
 
-    def route_for(
+    def find(
         self,
         memory: MemoryRows,
-        keys: RoutingKeys | None,
+        opened: Any,
         x: Tensor,
         before: Tensor,
         before_mask: Tensor,
         *,
         with_stats: bool,
-    ) -> tuple[RouterOutput | FoundRows, RoutingStats | None]:
-        """Choose the rows that tokens read.
+    ) -> Any:
+        """Look for the rows that tokens are to read.
 
         Args:
-            memory: what there is to choose from.
-            keys: those of its rows.
+            memory: all rows.
+            opened: what is known of them.
             x: states [b, n, d] of tokens of one segment, from the start of a chunk.
             before: states [b, t, d] of the tokens before them; what routing looks at are the last.
             before_mask: which of them there are, bool [b, t].
             with_stats: tell how saturated the gates are.
         """
 
-    def score_ages(self, memory: MemoryRows, indices: Tensor) -> Tensor:
-        """How many rows have come since rows at indices [b, ...] got what `route_for` has found them by."""
+    def choose(
+        self, memory: ReadableRows, found: Any, x: Tensor, *, with_stats: bool
+    ) -> tuple[RouterOutput | FoundRows, RoutingStats | None]:
+        """Choose the rows that tokens x [b, n, d] read, out of what was found for them."""
 
-    def rows(self, memory: MemoryRows, routed: Any, age_places: Tensor) -> Any:
-        """What is read of a memory of which rows are routed, of given ages; it has left the memory."""
+    def score_ages(self, memory: MemoryRows, indices: Tensor) -> Tensor:
+        """How many rows have come since rows at indices [b, ...] got what `find` has found them by."""
+
+    def rows(self, memory: ReadableRows, routed: Any, age_places: Tensor) -> Any:
+        """What is read of a memory of which rows are chosen, of given ages; it has left the memory."""
 
     def context(self, rows: Any) -> MemoryContext | TokenRows:
         """The same as tokens attend to it."""
 
     def gated(self, x: Tensor, memory: Any, queries: RouterOutput | None) -> Tensor:
         """The gated output [b, n, d] for x [b, n, d], of which all tokens attend, or the routed ones."""
+
+
+def read_rows(branch: MemoryBranch, unread: UnreadRows, x: Tensor) -> RoutedRows | TokenRows:
+    """What a branch of a block reads of the memory for the tokens of a segment, x [b, n, d]."""
+    memory, found = unread
+    routed, _ = branch.choose(memory, found, x, with_stats=False)
+    return branch.rows(memory, routed, age_place(memory.ages(routed.indices)))  # type: ignore[no-any-return]
 
 
 class BlockContext(NamedTuple):
@@ -304,37 +326,49 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         """See `MemoryBranch`, as for what follows."""
         return self.content_routing is not None
 
-    def keys(self, memory: MemoryRows) -> None:
-        """None: rows are found by themselves."""
+    def open(self, memory: MemoryRows, *, with_stats: bool) -> PickedRows | None:
+        """What is found without a look at the text."""
+        k = self.num_tokens_kv
+        if self.content_routing is not None:
+            return None
+        if self.routing_shortlist is not None and torch.is_grad_enabled():
+            assert isinstance(k, int)
+            return PickedRows(shortlisted(self.kv_router, memory, k, self.routing_shortlist), None, None)
+        return self.kv_router.pick(
+            memory, num_tokens=k, random_route=self.random_route, with_stats=with_stats
+        )
 
-    def route_for(
+    def find(
         self,
         memory: MemoryRows,
-        keys: RoutingKeys | None,
+        opened: PickedRows | None,
         x: Tensor,
         before: Tensor,
         before_mask: Tensor,
         *,
         with_stats: bool,
-    ) -> tuple[RouterOutput, RoutingStats | None]:
-        """Choose the rows that tokens read: all [b, r, ...], or [b, g, r, ...] by content."""
-        k = self.num_tokens_kv
-        if self.routing_shortlist is not None and torch.is_grad_enabled():
-            assert isinstance(k, int)
-            return route_shortlist(self.kv_router, memory, k, self.routing_shortlist, with_stats=with_stats)
+    ) -> PickedRows:
+        """Rows for all tokens, [b, r, ...], or by content for each chunk, [b, g, r, ...]."""
         if self.content_routing is None:
-            return route(
-                self.kv_router,
-                memory,
-                with_stats=with_stats,
-                num_tokens=k,
-                keep_one_route_dim=True,
-                random_route=self.random_route,
-            )
+            assert opened is not None
+            return opened
+        k = self.num_tokens_kv
         assert isinstance(k, int)
-        return self.content_routing.route(
+        return self.content_routing.pick(
             self.kv_router, memory, x, before, before_mask, k, with_stats=with_stats
         )
+
+    def choose(
+        self, memory: ReadableRows, found: PickedRows, x: Tensor, *, with_stats: bool
+    ) -> tuple[RouterOutput, RoutingStats | None]:
+        """Read what was picked, or choose out of a shortlist."""
+        indices, gates, stats = found
+        if gates is None:
+            k = self.num_tokens_kv
+            assert isinstance(k, int)
+            return choose_of_shortlist(self.kv_router, memory, indices, k, with_stats=with_stats)
+        mask = None if memory.even else indices >= 0
+        return RouterOutput(indices, gates, memory.take(indices), mask), stats
 
     def score_ages(self, memory: MemoryRows, indices: Tensor) -> Tensor:
         """See `MemoryBranch`."""
@@ -346,7 +380,7 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         """All tokens of a segment share their rows where they are not routed by content."""
         return 0 if self.content_routing is None else t - t % self.content_routing.chunk
 
-    def rows(self, memory: MemoryRows, routed: RouterOutput, age_places: Tensor) -> RoutedRows:
+    def rows(self, memory: ReadableRows, routed: RouterOutput, age_places: Tensor) -> RoutedRows:
         """What is read of a memory of which rows are routed, of ages [b, r, k] or [b, g, r, k]."""
         followers = memory.take(memory.followers(routed.indices))
         if age_places.ndim == 3:
@@ -559,9 +593,14 @@ class Block(nn.Module):
         window: Tensor,
         window_mask: Tensor,
         view: SegmentView | None,
-        rows: Sequence[RoutedRows | TokenRows],
+        rows: Sequence[RoutedRows | TokenRows | UnreadRows],
         scores: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Read a whole segment x [b, n, d]: the output [b, n, d], and the scores [b, n, 2] of its tokens."""
-        x, after = self.read(x, self.context(window, window_mask, x[:, :0], rows, scores), view)
+        branches = self.memories() if rows else []
+        there = [
+            read_rows(branch, each, x) if isinstance(each, UnreadRows) else each
+            for branch, each in zip(branches, rows, strict=True)
+        ]
+        x, after = self.read(x, self.context(window, window_mask, x[:, :0], there, scores), view)
         return x, after.scores[:, -x.shape[1] :]

@@ -16,15 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlroute.attached import MemoryRows
+from xlroute.attached import MemoryRows, ReadableRows
 from xlroute.backend import pick_backend
-from xlroute.kernels import gathered_products
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
 from xlroute.kernels.search import take_best
 from xlroute.memory.layer import Keep
-from xlroute.memory.routing_keys import RoutingKeys, routing_keys
-from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
+from xlroute.memory.routing_keys import RoutingKeys, keys_of_sets, routing_keys
+from xlroute.router import CoordinateDescentRouter, PickedRows, RoutingStats
+
+
+class FoundCandidates(NamedTuple):
+    """The rows that each token may choose from."""
+
+    indices: Tensor  # int64 [b, r, n, K], the best of all first; -1 for none
+    cosines: Tensor  # of their keys with the token's own, [b, r, n, K], without gradient
 
 
 class FoundRows(NamedTuple):
@@ -54,7 +60,7 @@ class ChunkRouting(nn.Module):
         self.pool = nn.Parameter(torch.randn(sets, dim) * dim**-0.5)
         self.projection = nn.Parameter(torch.eye(dim).repeat(sets, 1, 1))
 
-    def route(
+    def pick(
         self,
         router: CoordinateDescentRouter,
         memory: MemoryRows,
@@ -64,8 +70,8 @@ class ChunkRouting(nn.Module):
         num_tokens: int,
         *,
         with_stats: bool,
-    ) -> tuple[RouterOutput, RoutingStats | None]:
-        """Choose rows for each chunk of x.
+    ) -> PickedRows:
+        """Choose rows for each chunk of x, and read none of them.
 
         Args:
             router: with the r tokens of a chunk with nothing before it.
@@ -77,7 +83,7 @@ class ChunkRouting(nn.Module):
             with_stats: tell how saturated the gates are.
 
         Returns:
-            What the router chose, all with the dimensions [b, g, r], and the statistics, or None.
+            What the router chose, all with the dimensions [b, g, r].
         """
         b, n, d = x.shape
         chunks = math.ceil(n / self.chunk)
@@ -95,8 +101,7 @@ class ChunkRouting(nn.Module):
         gates, indices, stats = router.choose(
             torch.unflatten(scores, 1, (chunks, -1)), num_tokens=num_tokens, mask=there, with_stats=with_stats
         )
-        rows = memory.take_routed(indices)
-        return RouterOutput(indices, gates, rows, None if there is None else indices >= 0), stats
+        return PickedRows(indices, gates, stats)
 
     def tokens(self, states: Tensor, mask: Tensor, start: Tensor) -> Tensor:
         """Routing tokens [b, g, r, d] of unit variance, from chunks [b, g, c, d].
@@ -148,22 +153,50 @@ class TokenRouting(nn.Module):
             keep = "first"
         return memory.keys(self.projection.detach().to(memory.device), keep=keep)
 
-    def route(
+    def find(
         self,
         router: CoordinateDescentRouter,
         memory: MemoryRows,
         keys: RoutingKeys,
         x: Tensor,
         num_tokens: int,
+    ) -> FoundCandidates:
+        """The rows that each token may choose from, without gradient.
+
+        Args:
+            router: what it says of Triton holds here too.
+            memory: m rows.
+            keys: those of the rows.
+            x: states [b, n, d].
+            num_tokens: k.
+        """
+        count = 2 * num_tokens
+        if self.shortlist is not None and torch.is_grad_enabled():
+            count = math.ceil(num_tokens * self.shortlist)
+        backend = pick_backend(router.use_triton, memory.device)
+        with torch.no_grad():
+            queries = routing_keys(
+                x.to(memory.device), self.projection.to(memory.device), backend=backend
+            ).transpose(1, 2)  # [b, r, n, e]
+            cosines, indices = keys.search(queries, count, backend=backend)
+        return FoundCandidates(indices, cosines)
+
+    def choose(
+        self,
+        router: CoordinateDescentRouter,
+        memory: ReadableRows,
+        found: FoundCandidates,
+        x: Tensor,
+        num_tokens: int,
         *,
         with_stats: bool,
     ) -> tuple[FoundRows, RoutingStats | None]:
-        """Choose rows for each token.
+        """Choose rows for each token out of what `find` has found; where gradient is recorded, with it.
 
         Args:
             router: solves for the gates.
             memory: m rows.
-            keys: those of the rows.
+            found: what there is to choose from.
             x: states [b, n, d].
             num_tokens: k.
             with_stats: tell how saturated the gates are.
@@ -171,52 +204,26 @@ class TokenRouting(nn.Module):
         Returns:
             What was chosen, and the statistics [b, n, r], or None.
         """
-        count = 2 * num_tokens
-        if self.shortlist is not None and torch.is_grad_enabled():
-            count = math.ceil(num_tokens * self.shortlist)
-        projection = self.projection.to(memory.device)
-        backend = pick_backend(router.use_triton, memory.device)
-        queries = routing_keys(x.to(memory.device), projection, backend=backend)
-        queries = queries.transpose(1, 2)  # [b, r, n, e]
-        b, r, n, e = queries.shape
-        cosines, found = keys.search(queries.detach(), count, backend=backend)  # [b, r, n, K]
+        indices, cosines = found
         if torch.is_grad_enabled():
-            rows, places = distinct(found.flatten(1), memory.shape[1])
-            row_keys = routing_keys(memory.take(rows), projection, backend=backend)
-            row_keys = row_keys.transpose(1, 2)  # [b, r, u, e]
-            cosines = gathered_products(
-                queries.to(row_keys.dtype).reshape(b * r, n, 1, e),
-                row_keys.flatten(0, 1),
-                places.view(b * r, n, -1),
-                backend=backend,
-            ).view(found.shape)
-            if found.shape[-1] > 2 * num_tokens:
-                cosines = cosines.masked_fill(found < 0, -math.inf)
-                cosines, found = take_best(cosines, found, 2 * num_tokens)
-        cosines, found = cosines.transpose(1, 2), found.transpose(1, 2)  # [b, n, r, K]
-        there = None if memory.even else found >= 0
-        scores = cosines * e**0.5 if there is None else (cosines * e**0.5).masked_fill(~there, -math.inf)
+            cosines = self._cosines(router, memory.take(indices), x.to(indices.device))
+            if indices.shape[-1] > 2 * num_tokens:
+                cosines = cosines.masked_fill(indices < 0, -math.inf)
+                cosines, indices = take_best(cosines, indices, 2 * num_tokens)
+        cosines, indices = cosines.transpose(1, 2), indices.transpose(1, 2)  # [b, n, r, K]
+        there = None if memory.even else indices >= 0
+        scores = cosines * self.projection.shape[1] ** 0.5
+        if there is not None:
+            scores = scores.masked_fill(~there, -math.inf)
         gates, chosen, stats = router.choose(scores, num_tokens=num_tokens, mask=there, with_stats=with_stats)
         nowhere, chosen = chosen < 0, chosen.clamp(min=0)
-        indices = found.gather(-1, chosen).masked_fill(nowhere, -1)
+        indices = indices.gather(-1, chosen).masked_fill(nowhere, -1)
         return FoundRows(indices, gates, cosines.gather(-1, chosen).masked_fill(nowhere, 0)), stats
 
-
-def distinct(indices: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """The rows that indices [b, n] below m name, each once in a stream, and where each index is among them.
-
-    There is room for as many rows as could be named, on a GPU, for which the host so does not wait, and whose
-    compiler sees one size; elsewhere for as many as are named.
-
-    Returns:
-        Rows, int64 [b, u], ascending, behind them -1; and places in them, int64 [b, n]; -1 for -1.
-    """
-    at = torch.where(indices < 0, m, indices)
-    named = torch.zeros(len(indices), m + 1, dtype=torch.bool, device=indices.device)
-    named = named.scatter(1, at, True)[:, :m]
-    places = named.cumsum(1) - 1
-    count = min(indices.shape[1], m) if indices.is_cuda else int(named.sum(1).max())
-    # Those that nothing names go to a column that is cut off again.
-    to, every = torch.where(named, places, count), torch.arange(m, device=indices.device)
-    rows = indices.new_full((len(indices), count + 1), -1).scatter(1, to, every.expand_as(to))[:, :count]
-    return rows, F.pad(places, (0, 1), value=-1).gather(1, at)
+    def _cosines(self, router: CoordinateDescentRouter, rows: Tensor, x: Tensor) -> Tensor:
+        """The cosines of the keys of rows [b, r, n, K, d] and of tokens x [b, n, d], [b, r, n, K]."""
+        projection = self.projection.to(x.device)
+        backend = pick_backend(router.use_triton, x.device)
+        queries = routing_keys(x, projection, backend=backend).transpose(1, 2)  # [b, r, n, e]
+        keys = torch.unflatten(keys_of_sets(rows.flatten(2, 3), projection), 2, rows.shape[2:4])
+        return (queries[..., None, :].to(keys.dtype) * keys).sum(-1)

@@ -55,6 +55,14 @@ class RouterOutput(NamedTuple):
     mask: Tensor | None  # bool [b, r, k], False where there is no row; None if every row could be chosen
 
 
+class PickedRows(NamedTuple):
+    """The rows of a memory that were picked for some routing tokens, and are still to be read."""
+
+    indices: Tensor  # int64 [b, r, k]; -1 where there was no row left to pick
+    gates: Tensor | None  # [b, r, k], 0 where there is no row; None for a shortlist, which has none yet
+    stats: RoutingStats | None  # if they were asked for
+
+
 class CoordinateDescentRouter(nn.Module):
     """Scores rows against routing tokens and picks the k best of each, with a soft top-k for gradient.
 
@@ -218,6 +226,39 @@ class CoordinateDescentRouter(nn.Module):
         assert stats is not None
         return out, stats
 
+    def pick(
+        self,
+        memory: MemoryRows,
+        *,
+        num_tokens: int | float,
+        random_route: bool = False,
+        with_stats: bool = False,
+        routing_tokens: Tensor | None = None,
+    ) -> PickedRows:
+        """Choose rows of a memory as a call of the router does, and read none of them."""
+        b, m, d = _rows_shape(memory)
+        _require(d == self.dim, "memory", f"rows of width {self.dim}", (b, m, d))
+        k = rows_to_route(num_tokens, m)
+        s = self.scores_by(memory, self._tokens(routing_tokens, b))  # [b, r, m]
+        mask = None if memory.even else memory.mask[:, None].expand(s.shape)
+        backend = pick_backend(self.use_triton, s.device)
+        picked, indices, gates = self._choose(s, num_tokens, k, mask, random_route, with_stats, backend)
+        stats = None
+        if gates is not None:
+            stats = _stats(gates.detach(), indices) if with_stats else None
+            flat = gates.flatten(0, 1)
+            _, picked = gather_gated_rows(
+                flat.detach()[..., None],  # the rows come from elsewhere
+                flat,
+                indices.flatten(0, 1),
+                backend=backend,
+                straight_through=self.straight_through,
+            )
+            picked = picked.view(indices.shape)
+            if random_route:
+                picked = (indices >= 0).to(picked.dtype)
+        return PickedRows(indices, picked, stats)
+
     def scores(self, x: Tensor, *others: CoordinateDescentRouter) -> Tensor:
         """Scores of rows by the router's own tokens, and by those of others built alike, in one pass.
 
@@ -285,36 +326,41 @@ class CoordinateDescentRouter(nn.Module):
     ) -> tuple[RouterOutput, RoutingStats | None]:
         b, m, d = _rows_shape(x)
         _require(d == self.dim, "x", f"rows of width {self.dim}", tuple(x.shape))
-        k = rows_to_route(num_tokens, m)
         if isinstance(x, MemoryRows):
             if mask is not None:
                 raise ValueError("mask: expected None with the layer of a memory, which brings its own")
-            mask = None if x.even else x.mask
-        elif mask is not None and (mask.shape != (b, m) or mask.dtype != torch.bool):
-            raise ValueError(f"mask: expected bool {(b, m)}, got {mask.dtype} {tuple(mask.shape)}")
-        tokens = self._tokens(routing_tokens, b)
-        backend = pick_backend(self.use_triton, x.device)
-
-        s = self.scores_by(x, tokens)  # [b, r, m]
-        route_mask = None if mask is None else mask[:, None].expand(s.shape)
-        wanted: Tensor | int = k
-        if route_mask is not None and isinstance(num_tokens, float):
-            wanted = _share(num_tokens, route_mask.sum(-1))  # [b, r]
-        stats = None
-        if self.n_iters is None and not (self._in_blocks(m) or random_route or with_stats):
-            picked, indices = self._top_gates(s, wanted, k, route_mask, backend)
-            if isinstance(wanted, Tensor):
-                indices = _first(indices, wanted)
-                picked = picked.masked_fill(indices < 0, 0)
-            rows = x.take_routed(indices) if isinstance(x, MemoryRows) else gather_rows(x, indices, backend)
+            indices, picked, stats = self.pick(
+                x,
+                num_tokens=num_tokens,
+                random_route=random_route,
+                with_stats=with_stats,
+                routing_tokens=routing_tokens,
+            )
+            assert picked is not None
+            rows, masked = x.take_routed(indices), not x.even
         else:
-            chosen_by = torch.rand_like(s) if random_route else None
-            gates, indices = self._solve(s, route_mask, k, wanted, chosen_by, backend)
-            rows, picked = self._gather(x, gates, indices, backend)
-            stats = _stats(gates.detach(), indices) if with_stats else None
-            if random_route:
-                picked = (indices >= 0).to(picked.dtype)
-        out = RouterOutput(indices, picked, rows, None if mask is None else indices >= 0)
+            if mask is not None and (mask.shape != (b, m) or mask.dtype != torch.bool):
+                raise ValueError(f"mask: expected bool {(b, m)}, got {mask.dtype} {tuple(mask.shape)}")
+            k = rows_to_route(num_tokens, m)
+            tokens = self._tokens(routing_tokens, b)
+            backend = pick_backend(self.use_triton, x.device)
+            s = self.scores_by(x, tokens)  # [b, r, m]
+            route_mask = None if mask is None else mask[:, None].expand(s.shape)
+            best, indices, gates = self._choose(
+                s, num_tokens, k, route_mask, random_route, with_stats, backend
+            )
+            stats, masked = None, mask is not None
+            if gates is None:
+                picked, rows = best, gather_rows(x, indices, backend)
+                assert picked is not None
+            else:
+                stats = _stats(gates.detach(), indices) if with_stats else None
+                rows, picked = gather_gated_rows(
+                    x, gates, indices, backend=backend, straight_through=self.straight_through
+                )
+                if random_route:
+                    picked = (indices >= 0).to(picked.dtype)
+        out = RouterOutput(indices, picked, rows, indices >= 0 if masked else None)
         if self.num_routing_tokens == 1 and not keep_one_route_dim:
             out = RouterOutput(*(None if t is None else t.squeeze(1) for t in out))  # type: ignore[arg-type]
             stats = None if stats is None else RoutingStats(*(t.squeeze(1) for t in stats))
@@ -399,23 +445,29 @@ class CoordinateDescentRouter(nn.Module):
     def _in_blocks(self, m: int) -> bool:
         return self.route_block_size is not None and self.route_block_size < m
 
-    def _gather(
-        self, x: Tensor | MemoryRows, gates: Tensor, indices: Tensor, backend: Backend | None
-    ) -> tuple[Tensor, Tensor]:
-        """The rows [b, r, k, d] at indices [b, r, k], and their gates out of all [b, r, m]."""
-        if not isinstance(x, MemoryRows):
-            return gather_gated_rows(
-                x, gates, indices, backend=backend, straight_through=self.straight_through
-            )
-        flat = gates.flatten(0, 1)
-        _, picked = gather_gated_rows(
-            flat.detach()[..., None],  # the rows come from elsewhere
-            flat,
-            indices.flatten(0, 1),
-            backend=backend,
-            straight_through=self.straight_through,
-        )
-        return x.take_routed(indices), picked.view(indices.shape)
+    def _choose(
+        self,
+        s: Tensor,
+        num_tokens: int | float,
+        k: int,
+        mask: Tensor | None,
+        random_route: bool,
+        with_stats: bool,
+        backend: Backend | None,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Choose by scores [b, r, m]: gates and indices [b, r, k]; or None, indices and gates of all rows."""
+        wanted: Tensor | int = k
+        if mask is not None and isinstance(num_tokens, float):
+            wanted = _share(num_tokens, mask.sum(-1))  # [b, r]
+        if self.n_iters is None and not (self._in_blocks(s.shape[-1]) or random_route or with_stats):
+            picked, indices = self._top_gates(s, wanted, k, mask, backend)
+            if isinstance(wanted, Tensor):
+                indices = _first(indices, wanted)
+                picked = picked.masked_fill(indices < 0, 0)
+            return picked, indices, None
+        chosen_by = torch.rand_like(s) if random_route else None
+        gates, indices = self._solve(s, mask, k, wanted, chosen_by, backend)
+        return None, indices, gates
 
     def _solve(
         self,

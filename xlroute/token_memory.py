@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from xlroute.attached import MemoryRows
+from xlroute.attached import MemoryRows, ReadableRows
 from xlroute.backend import pick_backend
-from xlroute.content_routing import FoundRows, TokenRouting, distinct
+from xlroute.content_routing import FoundCandidates, FoundRows, TokenRouting
 from xlroute.cross_attention import COSINE_SCALE, NULL_COSINE
 from xlroute.kernels import gathered_sums
 from xlroute.kernels.arguments import compute_dtype
@@ -104,24 +104,29 @@ class TokenMemoryAttention(nn.Module):
         self.memory_gate = nn.Parameter(torch.zeros(()))
         self.dropout = nn.Dropout(dropout)
 
-    def keys(self, memory: MemoryRows) -> RoutingKeys:
+    def open(self, memory: MemoryRows, *, with_stats: bool) -> RoutingKeys:
         """The routing keys of all rows. See `MemoryBranch`, as for what follows."""
         return self.content_routing.keys(memory)
 
-    def route_for(
+    def find(
         self,
         memory: MemoryRows,
-        keys: RoutingKeys | None,
+        opened: RoutingKeys,
         x: Tensor,
         before: Tensor,
         before_mask: Tensor,
         *,
         with_stats: bool,
+    ) -> FoundCandidates:
+        """Rows like each of the tokens x [b, n, d]."""
+        return self.content_routing.find(self.kv_router, memory, opened, x, self.num_tokens_kv)
+
+    def choose(
+        self, memory: ReadableRows, found: FoundCandidates, x: Tensor, *, with_stats: bool
     ) -> tuple[FoundRows, RoutingStats | None]:
-        """Choose the rows that each of the tokens x [b, n, d] reads; all [b, n, r, ...]."""
-        assert keys is not None
-        return self.content_routing.route(
-            self.kv_router, memory, keys, x, self.num_tokens_kv, with_stats=with_stats
+        """Choose the rows that each of the tokens reads; all [b, n, r, ...]."""
+        return self.content_routing.choose(
+            self.kv_router, memory, found, x, self.num_tokens_kv, with_stats=with_stats
         )
 
     def score_ages(self, memory: MemoryRows, indices: Tensor) -> Tensor:
@@ -134,15 +139,14 @@ class TokenMemoryAttention(nn.Module):
         """Token t is a chunk by itself."""
         return t
 
-    def rows(self, memory: MemoryRows, found: FoundRows, age_places: Tensor) -> TokenRows:
+    def rows(self, memory: ReadableRows, found: FoundRows, age_places: Tensor) -> TokenRows:
         """What tokens read that have found rows of a memory, of ages [b, n, r, k]."""
         followers = memory.followers(found.indices)
-        named, places = distinct(followers.flatten(1), memory.shape[1])
-        rows = memory.take(named)
-        memory.count_routed(found.indices)
+        flat = followers.flatten(1)
+        places = torch.arange(flat.shape[1], device=flat.device).masked_fill(flat < 0, -1)
         device = self.to_v.weight.device
         return TokenRows(
-            rows.to(device),
+            memory.take(flat).to(device),
             places.view(followers.shape).to(device),
             found.cosines.to(device),
             found.scores.to(device),

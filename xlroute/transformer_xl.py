@@ -28,14 +28,16 @@ from torch.utils.checkpoint import checkpoint
 
 from xlroute.attached import AttachedRows, AttachedSegment, MemoryRows, attach, still_attached
 from xlroute.beside import normed
-from xlroute.blocks import Block, RoutedRows, SegmentView
+from xlroute.blocks import Block, RoutedRows, SegmentView, UnreadRows
 from xlroute.causal_routing import QueryRouting, check_query_routing
+from xlroute.content_routing import FoundCandidates
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
-from xlroute.memory import Eviction, FingerprintError, MemoryStore, ReadOnlyError, S3Path
-from xlroute.memory.routing_keys import RoutingKeys
+from xlroute.memory import Eviction, FingerprintError, MemoryLayer, MemoryStore, ReadOnlyError, S3Path
+from xlroute.memory.at_hand import RowsAtHand
 from xlroute.memory.to_device import to_device
 from xlroute.open_segment import OpenSegment
 from xlroute.position import age_place
+from xlroute.router import PickedRows
 from xlroute.sampling import SamplingOptions, sample
 from xlroute.state import TransformerXLState, load_state
 from xlroute.token_memory import TokenRows
@@ -69,7 +71,8 @@ class OpenMemory(NamedTuple):
 
     rows: MemoryRows
     newer: Tensor  # int64 [b], rows between those and the segment, which are in the XL window
-    keys: list[RoutingKeys | None]  # of each branch, the routing keys of the rows, if it needs them
+    opened: list[Any]  # of each branch, what it knows of the rows, whatever is being read
+    at_hand: RowsAtHand | None  # the rows by tensors alone, where blocks can read them by themselves
 
 
 class RoutedTransformerXL(nn.Module):
@@ -663,21 +666,26 @@ class RoutedTransformerXL(nn.Module):
         near = AttachedRows(attached if self.mems_grad else (), torch.zeros_like(lengths), most=self.mem_len)
         keeps = self.memory_grad_segments > 0 and torch.is_grad_enabled()
         entering, scores, report = [], [], []
-        memories = self.open_memories(state)
+        memories = self.open_memories(state, with_stats=return_routing)
+        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for i, (block, memory) in enumerate(zip(self.typed_blocks(), memories, strict=True)):
             if keeps and (memory is not None or self.mems_grad):
                 x = states[i] = attach(x)
             entering.append(x.detach())
             window = near.in_window(state.window[i], i)
-            rows = []
-            if memory is not None:
-                for j in range(len(block.memories())):
-                    routed, routing = self.route(i, j, memory, x, window, mask, with_report=return_routing)
-                    rows.append(routed)
-                    if routing is not None:
-                        report.append(routing)
+            rows: list[RoutedRows | TokenRows | UnreadRows] = []
+            for j in range(0 if memory is None else len(block.memories())):
+                assert memory is not None
+                # Where blocks are recomputed, rows may have moved by then.
+                if memory.at_hand is not None and not (return_routing or recomputes):
+                    rows.append(UnreadRows(memory.at_hand, self.find(i, j, memory, x, window, mask)))
+                    continue
+                routed, routing = self.route(i, j, memory, x, window, mask, with_report=return_routing)
+                rows.append(routed)
+                if routing is not None:
+                    report.append(routing)
             inputs = (x, window, mask, view, rows, state.scores[i])
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if recomputes:
                 x, block_scores = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, block_scores = block(*inputs)
@@ -782,7 +790,9 @@ class RoutedTransformerXL(nn.Module):
             dtype = torch.get_autocast_dtype(device)
         return SegmentView.of(mask, tokens, attention.q_bias.shape[-1], dtype)
 
-    def open_memories(self, state: TransformerXLState) -> list[OpenMemory | None]:
+    def open_memories(
+        self, state: TransformerXLState, *, with_stats: bool = False
+    ) -> list[OpenMemory | None]:
         """What the memory of a state holds for each block; None for a block that reads no memory."""
         opened: list[OpenMemory | None] = [None] * self.depth
         if state.memory is not None:
@@ -790,9 +800,21 @@ class RoutedTransformerXL(nn.Module):
             for layer, number in enumerate(self.memory_layers):
                 rows = behind.in_memory(state.memory.layer(layer), number - 1)
                 branches = self.typed_blocks()[number - 1].memories()
-                keys = [branch.keys(rows) for branch in branches]
-                opened[number - 1] = OpenMemory(rows, state.window_lengths, keys)
+                known = [branch.open(rows, with_stats=with_stats) for branch in branches]
+                at_hand = None
+                if isinstance(rows, MemoryLayer) and rows.device == state.window.device:
+                    at_hand = rows.at_hand(state.window_lengths)
+                opened[number - 1] = OpenMemory(rows, state.window_lengths, known, at_hand)
         return opened
+
+    def find(
+        self, i: int, j: int, memory: OpenMemory, x: Tensor, before: Tensor, before_mask: Tensor
+    ) -> PickedRows | FoundCandidates:
+        """What branch j of block i finds in its memory, see `route`; the block has to read it by itself."""
+        branch = self.typed_blocks()[i].memories()[j]
+        found: PickedRows | FoundCandidates
+        found = branch.find(memory.rows, memory.opened[j], x, before, before_mask, with_stats=False)
+        return found
 
     def route(
         self,
@@ -816,17 +838,19 @@ class RoutedTransformerXL(nn.Module):
             before_mask: which of them there are, bool [b, t].
             with_report: tell which they are.
         """
-        rows, newer, keys = memory
+        rows, newer, opened, _ = memory
         branch = self.typed_blocks()[i].memories()[j]
-        routed, stats = branch.route_for(rows, keys[j], x, before, before_mask, with_stats=with_report)
+        found = branch.find(rows, opened[j], x, before, before_mask, with_stats=with_report)
+        routed, stats = branch.choose(rows, found, x, with_stats=with_report)
+        rows.count_routed(routed.indices)
         indices, report = routed.indices, None
         newer = to_device(newer, indices.device).view(-1, *[1] * (indices.ndim - 1))
-        found = branch.rows(rows, routed, age_place(rows.ages(indices) + newer).to(x.device))
+        read = branch.rows(rows, routed, age_place(rows.ages(indices) + newer).to(x.device))
         if stats is not None:
             positions = rows.positions(indices)
             gates, aged = routed.scores.detach(), branch.score_ages(rows, indices)
             report = Routing(i + 1, indices, positions, positions >= 0, gates, *stats, aged)
-        return found, report
+        return read, report
 
     @torch.no_grad()
     def end_open_segment(self, state: TransformerXLState) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import xlroute.memory.scores as scores
 from xlroute import RoutedTransformerXL, TransformerXLState
-from xlroute.content_routing import ChunkRouting, TokenRouting, distinct
+from xlroute.content_routing import ChunkRouting, TokenRouting
 from xlroute.memory import MemoryStore
 from xlroute.memory.chunks import Chunks
 from xlroute.memory.routing_keys import RoutingKeys, routing_keys
@@ -276,19 +276,6 @@ def test_generating_in_two_calls_is_generating_in_one(
     for stopped in (state, model.load_state(tmp_path)):
         second, _ = model.generate(first[:, -1:], 8, stopped, temperature=0)
         assert torch.equal(torch.cat((first, second), 1), one)
-
-
-@pytest.mark.parametrize("m", [0, 1, 9])
-def test_distinct_rows(m: int) -> None:
-    indices = torch.randint(-1, m, (3, 12))
-    indices[1] = -1
-    rows, places = distinct(indices, m)
-    longest = max(len(set(row) - {-1}) for row in indices.tolist())
-    assert rows.shape == (3, longest)
-    for index, row, place in zip(indices.tolist(), rows.tolist(), places.tolist(), strict=True):
-        named = sorted(set(index) - {-1})
-        assert row == named + [-1] * (longest - len(named))
-        assert [-1 if at < 0 else row[at] for at in place] == index
 
 
 # ---- State and streams ----
