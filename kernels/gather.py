@@ -76,21 +76,25 @@ def gather_rows_apart(streams: Sequence[Tensor], indices: Tensor, backend: Backe
     return rows
 
 
-def row_places(streams: Sequence[Tensor]) -> Tensor | None:
+def row_places(addresses: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor | None:
     """Where the rows of streams are, for `gather_rows_at`.
 
     Args:
-        streams: the rows of each, b tensors [m_i, d], contiguous, of one dtype and device.
+        addresses: of the first row of each stream; the rows of a stream follow one another.
+        counts: how many rows each stream has.
+        device: of the rows.
 
     Returns:
-        int64 [b, 2] on the CPU: a number for the address of the first row, and how many rows there are. None
-        where streams begin at an address that is no multiple of 16 bytes.
+        int64 [b, 2] on the CPU: a number for the address, and how many. None where a stream begins at an
+        address that is no multiple of 16 bytes.
     """
-    origin = _origin(streams[0].device).data_ptr()
-    places = [(x.data_ptr() - origin if len(x) else 0, len(x)) for x in streams]
-    if any(address % VECTOR for address, _ in places):
+    origin = _origin(device).data_ptr()
+    places = [
+        (address - origin if count else 0, count) for address, count in zip(addresses, counts, strict=True)
+    ]
+    if any(place % VECTOR for place, _ in places):
         return None
-    return torch.tensor([[address // VECTOR, count] for address, count in places], device="cpu")
+    return torch.tensor([(place // VECTOR, count) for place, count in places], device="cpu")
 
 
 def gather_rows_at(places: Tensor, indices: Tensor, d: int, dtype: torch.dtype) -> Tensor:

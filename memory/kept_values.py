@@ -94,6 +94,9 @@ class KeptValues:
         unit: They are of unit length, as routing keys are.
         first: Each row keeps the value that it got first, by whatever tokens; otherwise all values are of the
             same tokens, and other ones begin anew.
+
+    Attributes:
+        scoring: How the last call scored, with a copy of its tokens; None before the first.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class KeptValues:
     ) -> None:
         self._unit = unit
         self._first = first
-        self._scoring: Scoring | None = None  # a copy
+        self.scoring: Scoring | None = None
         self._source: tuple[int, int] | None = None  # where its tokens came from
         self._held: list[_Held | None] = [None] * streams
         self._buffer = _Buffer(streams, 0, 0, 0, dtype=dtype, device=device)
@@ -145,7 +148,7 @@ class KeptValues:
                 return None
             self.forget(r, len(tokens) // r)
         if not capturing:
-            self._scoring, self._source = scoring.copy(), scoring.source
+            self.scoring, self._source = scoring.copy(), scoring.source
         held = self._find(logs)
         if any(each.lacks(log) for each, log in zip(held, logs, strict=True)):
             if capturing:
@@ -163,13 +166,13 @@ class KeptValues:
     def kept(self, stream: int, log: StreamLog) -> KeptScores | None:
         """The scores [r, n] that there are of the rows that a stream holds."""
         held = self._held[stream]
-        if held is None or self._scoring is None or not held.has(log):
+        if held is None or self.scoring is None or not held.has(log):
             return None
         first = log.oldest + held.shift
         count = min(log.held, held.stop - first)
         if not count:
             return None
-        return KeptScores(self._scoring.stamp, 0, self._buffer.data[stream, :, first : first + count, 0])
+        return KeptScores(self.scoring.stamp, 0, self._buffer.data[stream, :, first : first + count, 0])
 
     def ends(self, stream: int, log: StreamLog) -> list[int]:
         """How many of the rows that a stream holds there were whenever some got first values, ascending.
@@ -182,7 +185,7 @@ class KeptValues:
 
     def _known(self, scoring: Scoring, r: int, capturing: bool) -> bool:
         """Whether values stay: they are of the same tokens as far as that matters."""
-        known, (_, sets, _, e) = self._scoring, self._buffer.data.shape
+        known, (_, sets, _, e) = self.scoring, self._buffer.data.shape
         if known is None or sets != r or len(scoring.tokens) != r * e or scoring.options != known.options:
             return False
         if self._first:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -121,21 +121,25 @@ class MemoryLayer:
         self._latest_scores = latest_scores
         # Where the store wants to know which rows are routed.
         self._count_routed = count_routed
+        lengths = [*map(len, streams)]
+        self._longest = max(lengths)
         # A tensor made in inference mode could not be saved for backward later.
         with torch.inference_mode(False):
-            self.lengths = torch.tensor([len(rows) for rows in streams], dtype=torch.int64)
+            self.lengths = torch.tensor(lengths, dtype=torch.int64)
+        # By what they are known by, scorings that are compared with those of the values that are kept.
+        self._compared: dict[Any, Scoring] = {}
         self.dtype = dtype
         self.device = device
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Streams, rows of the longest stream, and width: (b, m, d)."""
-        return len(self._streams), max(len(rows) for rows in self._streams), self._dim
+        return len(self._streams), self._longest, self._dim
 
-    @property
+    @cached_property
     def even(self) -> bool:
         """Whether all streams hold equally many rows, and any at all: then `mask` is True everywhere."""
-        return min(len(rows) for rows in self._streams) == self.shape[1] > 0
+        return min(map(len, self._streams)) == self._longest > 0
 
     @cached_property
     def mask(self) -> Tensor:
@@ -175,9 +179,10 @@ class MemoryLayer:
             held = [each for stream in self._streams if (each := stream.at_hand()) is not None]
             if len(held) < len(self._streams) or not HAS_TRITON or torch.cuda.is_current_stream_capturing():
                 return None
-            places = row_places(held)
-            if places is None:
+            found = row_places([each.data_ptr() for each in held], self.lengths.tolist(), self.device)
+            if found is None:
                 return None
+            places = found
         elif self._side_by_side is not None:
             rows = self._side_by_side.columns
             places = torch.stack((torch.tensor(self._side_by_side.begins), self.lengths), dim=1)
@@ -373,6 +378,7 @@ class MemoryLayer:
             return Scoring(tokens, normalize=normalize, scale=scale, backend=backend)
 
         alike = scoring(tokens)
+        alike = self._compared.get(alike.key, alike)
         side_by_side = self._side_by_side
         if keep == "first":
             scores = self._kept_scores(self._kept.first_scores, alike)
@@ -451,7 +457,8 @@ class MemoryLayer:
         if keep:
             kept = self._kept.first_keys if keep == "first" else self._kept.keys
             # The products of a key are scores of its row.
-            scoring = Scoring(projection.flatten(0, 1), normalize=None, scale=1.0, backend=None)
+            scoring = self._key_scoring(projection)
+            scoring = self._compared.get(scoring.key, scoring)
             found = kept.of(streams, self._logs, scoring, r)
             if found is not None:
                 return RoutingKeys(*found)
@@ -469,6 +476,30 @@ class MemoryLayer:
                 project(block, projection, out[:, start : start + len(block)])
                 start += len(block)
         return RoutingKeys(keys, [0] * b, self.lengths.tolist())
+
+    def kept_scoring(
+        self, tokens: Tensor, *, normalize: Literal["rms", "l2"] | None, scale: float, backend: Backend | None
+    ) -> tuple[Scoring, Scoring] | None:
+        """How `scores` would score, and how the scores that are kept were; None if it compares nothing."""
+        return self._beside(
+            self._kept.scores, Scoring(tokens, normalize=normalize, scale=scale, backend=backend)
+        )
+
+    def kept_key_scoring(self, projection: Tensor) -> tuple[Scoring, Scoring] | None:
+        """As `kept_scoring`, for `keys`."""
+        return self._beside(self._kept.keys, self._key_scoring(projection))
+
+    def _beside(self, kept: KeptValues | None, scoring: Scoring) -> tuple[Scoring, Scoring] | None:
+        tokens = scoring.tokens
+        capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        if kept is None or kept.scoring is None or tokens.ndim != 2 or scoring.differentiated or capturing:
+            return None
+        self._compared[scoring.key] = scoring
+        return scoring, kept.scoring
+
+    @staticmethod
+    def _key_scoring(projection: Tensor) -> Scoring:
+        return Scoring(projection.flatten(0, 1), normalize=None, scale=1.0, backend=None)
 
     def score_ages(self, indices: Tensor, kind: Literal["first scores", "first keys"]) -> Tensor:
         """How many rows the stream has appended since each of these got its first scores or keys.

@@ -6,6 +6,7 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class StreamLog:
     end: int = 0
     survivors: Survivors | None = None
 
-    @property
+    @cached_property
     def held(self) -> int:
         """The number of rows held."""
         return sum(extent.stop - extent.start for extent in self.extents)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -58,6 +58,11 @@ class Scoring:
         """Where the tokens are, and how often they were changed as far as they know."""
         return self.tokens.data_ptr(), 0 if self.tokens.is_inference() else self.tokens._version
 
+    @property
+    def key(self) -> Any:
+        """What another one of the same tokens has too, as long as these live."""
+        return self.source, self.tokens.shape, *self.options.values()
+
     @cached_property
     def stamp(self) -> str:
         """32 hexadecimal digits for everything that a row's score depends on but the row."""
@@ -85,19 +90,42 @@ class Scoring:
         """Whether it is what an earlier one was when it was copied."""
         if copy is self._copy or copy is self._other:
             return copy is self._copy
-        ours, theirs = self.tokens, copy.tokens
         # The numbers are compared: weights can change without leaving a trace on their tensor.
-        equal = (
-            self.options == copy.options
-            and ours.shape == theirs.shape
-            and ours.dtype == theirs.dtype
-            and torch.equal(ours, theirs)
-        )
+        equal = self.comparable(copy) and torch.equal(self.tokens, copy.tokens)
+        self.settle(copy, equal)
+        return equal
+
+    def comparable(self, copy: Scoring) -> bool:
+        """Whether all but the numbers of the tokens is the same."""
+        ours, theirs = self.tokens, copy.tokens
+        same = ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.device == theirs.device
+        return same and self.options == copy.options
+
+    def settle(self, copy: Scoring, equal: bool) -> None:
+        """Remembers whether it is what an earlier one was when it was copied."""
         if not equal:
             self._other = copy
         elif self._copy is None:
             self._copy = copy
-        return equal
+
+
+def compare_at_once(pairs: Sequence[tuple[Scoring, Scoring]]) -> None:
+    """Tells scorings whether they are what others were, so that the host waits for a GPU once, and not later.
+
+    Args:
+        pairs: Each with the copy of an earlier one.
+    """
+    alike = [(ours, theirs) for ours, theirs in pairs if ours.comparable(theirs)]
+    together = {(ours.tokens.dtype, ours.tokens.device) for ours, _ in alike}
+    if len(together) == 1 and torch.equal(
+        torch.cat([ours.tokens.flatten() for ours, _ in alike]),
+        torch.cat([theirs.tokens.flatten() for _, theirs in alike]),
+    ):
+        for ours, theirs in alike:
+            ours.settle(theirs, True)
+    else:
+        for ours, theirs in alike:
+            ours.equals(theirs)
 
 
 class KeptScores(NamedTuple):

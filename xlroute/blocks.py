@@ -26,7 +26,9 @@ from xlroute.causal_routing import QueryRouting, route_on
 from xlroute.content_routing import ChunkRouting, FoundCandidates, FoundRows
 from xlroute.cross_attention import ConditionalRoutedCrossAttention, RoutedKeysValues
 from xlroute.feedforward import ConditionalRoutedFeedForward, FeedForward
+from xlroute.memory import MemoryLayer
 from xlroute.memory.at_hand import RowsAtHand
+from xlroute.memory.scores import Scoring
 from xlroute.position import AGES, age_bias, age_place, rotary_table, rotate
 from xlroute.router import CoordinateDescentRouter, PickedRows, RouterOutput, RoutingStats
 from xlroute.shortlist import choose_of_shortlist, shortlisted
@@ -83,6 +85,9 @@ class MemoryBranch(Protocol):
 
     def begin_of_chunk(self, t: int) -> int:
         """The first token of the chunk that token t of a segment is in: they share their rows."""
+
+    def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, Scoring] | None:
+        """How `open` would score rows, and how they were scored before; None if it compares nothing."""
 
     def open(self, memory: MemoryRows, *, with_stats: bool) -> Any:
         """What `find` needs to know of all rows, whatever is being read."""
@@ -323,8 +328,13 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
 
     @property
     def looks_back(self) -> bool:
-        """See `MemoryBranch`, as for what follows."""
+        """See `MemoryBranch`."""
         return self.content_routing is not None
+
+    def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, Scoring] | None:
+        """See `MemoryBranch`, as for what follows."""
+        by_content = self.content_routing is not None
+        return None if by_content or torch.is_grad_enabled() else self.kv_router.kept_scoring(memory)
 
     def open(self, memory: MemoryRows, *, with_stats: bool) -> PickedRows | None:
         """What is found without a look at the text."""

@@ -28,7 +28,8 @@ from xlroute.kernels import (
     top_gates,
     top_indices,
 )
-from xlroute.memory.layer import Keep
+from xlroute.memory.layer import Keep, MemoryLayer
+from xlroute.memory.scores import Scoring
 
 
 class RoutingStats(NamedTuple):
@@ -398,6 +399,19 @@ class CoordinateDescentRouter(nn.Module):
         Returns:
             [b, r, m], float32 unless the rows are float64.
         """
+        tokens, how = self._scoring(tokens, x)
+        if isinstance(x, MemoryRows):
+            return x.scores(tokens, **how, keep=keep)
+        return row_scores(x, tokens, **how)
+
+    def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, Scoring] | None:
+        """How the router's own tokens score a memory, and how the scores were made that it keeps."""
+        assert self.routing_token is not None
+        tokens, how = self._scoring(self.routing_token, memory)
+        return memory.kept_scoring(tokens, **how)
+
+    def _scoring(self, tokens: Tensor, x: Tensor | MemoryRows) -> tuple[Tensor, dict[str, Any]]:
+        """Tokens as they score rows, and how."""
         normalize: Literal["rms", "l2"] | None = "rms"
         scale = self.score_scale
         if self.cosine_sim_routing:
@@ -406,12 +420,11 @@ class CoordinateDescentRouter(nn.Module):
             tokens = F.normalize(tokens.to(wide), dim=-1)
         elif scale is None:
             normalize, scale = None, 1.0
-        backend = pick_backend(self.use_triton, x.device)
         if isinstance(x, MemoryRows):
             # A memory may be kept elsewhere than the weights.
             tokens = tokens.to(x.device)
-            return x.scores(tokens, normalize=normalize, scale=scale, backend=backend, keep=keep)
-        return row_scores(x, tokens, normalize=normalize, scale=scale, backend=backend)
+        backend = pick_backend(self.use_triton, x.device)
+        return tokens, {"normalize": normalize, "scale": scale, "backend": backend}
 
     def _top_gates(
         self, s: Tensor, wanted: Tensor | int, k: int, mask: Tensor | None, backend: Backend | None

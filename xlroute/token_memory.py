@@ -22,7 +22,9 @@ from xlroute.cross_attention import COSINE_SCALE, NULL_COSINE
 from xlroute.kernels import gathered_sums
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
+from xlroute.memory import MemoryLayer
 from xlroute.memory.routing_keys import RoutingKeys
+from xlroute.memory.scores import Scoring
 from xlroute.position import AGES, age_bias
 from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats, router_options
 
@@ -104,8 +106,14 @@ class TokenMemoryAttention(nn.Module):
         self.memory_gate = nn.Parameter(torch.zeros(()))
         self.dropout = nn.Dropout(dropout)
 
+    def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, Scoring] | None:
+        """See `MemoryBranch`, as for what follows."""
+        if torch.is_grad_enabled():
+            return None
+        return memory.kept_key_scoring(self.content_routing.projection.detach().to(memory.device))
+
     def open(self, memory: MemoryRows, *, with_stats: bool) -> RoutingKeys:
-        """The routing keys of all rows. See `MemoryBranch`, as for what follows."""
+        """The routing keys of all rows."""
         return self.content_routing.keys(memory)
 
     def find(

@@ -28,12 +28,13 @@ from torch.utils.checkpoint import checkpoint
 
 from xlroute.attached import AttachedRows, AttachedSegment, MemoryRows, attach, still_attached
 from xlroute.beside import normed
-from xlroute.blocks import Block, RoutedRows, SegmentView, UnreadRows
+from xlroute.blocks import Block, MemoryBranch, RoutedRows, SegmentView, UnreadRows
 from xlroute.causal_routing import QueryRouting, check_query_routing
 from xlroute.content_routing import FoundCandidates
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
-from xlroute.memory import Eviction, FingerprintError, MemoryLayer, MemoryStore, ReadOnlyError, S3Path
+from xlroute.memory import Eviction, FingerprintError, MemoryStore, ReadOnlyError, S3Path
 from xlroute.memory.at_hand import RowsAtHand
+from xlroute.memory.scores import compare_at_once
 from xlroute.memory.to_device import to_device
 from xlroute.open_segment import OpenSegment
 from xlroute.position import age_place
@@ -71,8 +72,14 @@ class OpenMemory(NamedTuple):
 
     rows: MemoryRows
     newer: Tensor  # int64 [b], rows between those and the segment, which are in the XL window
-    opened: list[Any]  # of each branch, what it knows of the rows, whatever is being read
     at_hand: RowsAtHand | None  # the rows by tensors alone, where blocks can read them by themselves
+    opened: dict[int, Any]  # of branches that have looked, what they know of the rows, whatever is being read
+
+    def known_to(self, j: int, branch: MemoryBranch, *, with_stats: bool) -> Any:
+        """What branch j of the block knows of the rows, whatever is being read."""
+        if j not in self.opened:
+            self.opened[j] = branch.open(self.rows, with_stats=with_stats)
+        return self.opened[j]
 
 
 class RoutedTransformerXL(nn.Module):
@@ -666,7 +673,7 @@ class RoutedTransformerXL(nn.Module):
         near = AttachedRows(attached if self.mems_grad else (), torch.zeros_like(lengths), most=self.mem_len)
         keeps = self.memory_grad_segments > 0 and torch.is_grad_enabled()
         entering, scores, report = [], [], []
-        memories = self.open_memories(state, with_stats=return_routing)
+        memories = self.open_memories(state)
         recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for i, (block, memory) in enumerate(zip(self.typed_blocks(), memories, strict=True)):
             if keeps and (memory is not None or self.mems_grad):
@@ -790,21 +797,20 @@ class RoutedTransformerXL(nn.Module):
             dtype = torch.get_autocast_dtype(device)
         return SegmentView.of(mask, tokens, attention.q_bias.shape[-1], dtype)
 
-    def open_memories(
-        self, state: TransformerXLState, *, with_stats: bool = False
-    ) -> list[OpenMemory | None]:
+    def open_memories(self, state: TransformerXLState) -> list[OpenMemory | None]:
         """What the memory of a state holds for each block; None for a block that reads no memory."""
         opened: list[OpenMemory | None] = [None] * self.depth
         if state.memory is not None:
-            behind = AttachedRows(still_attached(state.attached), state.window_lengths)
+            behind, kept = AttachedRows(still_attached(state.attached), state.window_lengths), []
             for layer, number in enumerate(self.memory_layers):
-                rows = behind.in_memory(state.memory.layer(layer), number - 1)
-                branches = self.typed_blocks()[number - 1].memories()
-                known = [branch.open(rows, with_stats=with_stats) for branch in branches]
-                at_hand = None
-                if isinstance(rows, MemoryLayer) and rows.device == state.window.device:
-                    at_hand = rows.at_hand(state.window_lengths)
-                opened[number - 1] = OpenMemory(rows, state.window_lengths, known, at_hand)
+                held, at_hand = state.memory.layer(layer), None
+                rows = behind.in_memory(held, number - 1)
+                if rows is held and held.device == state.window.device:
+                    at_hand = held.at_hand(state.window_lengths)
+                for branch in self.typed_blocks()[number - 1].memories():
+                    kept.append(branch.kept_scoring(held))
+                opened[number - 1] = OpenMemory(rows, state.window_lengths, at_hand, {})
+            compare_at_once([each for each in kept if each is not None])
         return opened
 
     def find(
@@ -813,7 +819,8 @@ class RoutedTransformerXL(nn.Module):
         """What branch j of block i finds in its memory, see `route`; the block has to read it by itself."""
         branch = self.typed_blocks()[i].memories()[j]
         found: PickedRows | FoundCandidates
-        found = branch.find(memory.rows, memory.opened[j], x, before, before_mask, with_stats=False)
+        known = memory.known_to(j, branch, with_stats=False)
+        found = branch.find(memory.rows, known, x, before, before_mask, with_stats=False)
         return found
 
     def route(
@@ -838,9 +845,10 @@ class RoutedTransformerXL(nn.Module):
             before_mask: which of them there are, bool [b, t].
             with_report: tell which they are.
         """
-        rows, newer, opened, _ = memory
+        rows, newer = memory.rows, memory.newer
         branch = self.typed_blocks()[i].memories()[j]
-        found = branch.find(rows, opened[j], x, before, before_mask, with_stats=with_report)
+        known = memory.known_to(j, branch, with_stats=with_report)
+        found = branch.find(rows, known, x, before, before_mask, with_stats=with_report)
         routed, stats = branch.choose(rows, found, x, with_stats=with_report)
         rows.count_routed(routed.indices)
         indices, report = routed.indices, None
@@ -876,9 +884,14 @@ class RoutedTransformerXL(nn.Module):
             if leaving.any():
                 layers = [number - 1 for number in self.memory_layers]
                 # A list as an index would have the host wait for a GPU.
-                both = torch.stack([torch.cat((state.window[i], states[i]), dim=1) for i in layers])
-                first = self.mem_len - state.window_lengths
-                state.memory.append(_slices(both, first, int(leaving.max())), lengths=leaving)
+                windows = torch.stack([state.window[i] for i in layers])
+                first, count = self.mem_len - state.window_lengths, int(leaving.max())
+                if (first == first[0]).all() and first[0] + count <= self.mem_len:
+                    rows = windows[:, :, int(first[0]) : int(first[0]) + count]
+                else:
+                    both = torch.cat((windows, torch.stack([states[i] for i in layers])), dim=2)
+                    rows = _slices(both, first, count)
+                state.memory.append(rows, lengths=leaving)
             if ends.any():
                 state.memory.reset(ends)
             state.note_memory()
