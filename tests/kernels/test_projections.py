@@ -82,7 +82,9 @@ def test_is_exact_but_for_rounding(
 ) -> None:
     rows, projection = random(b, m, d, dtype=dtype), random(r, e, d)
     exact = exactly(rows, projection)
-    error = 2 * wide_error(rows, projection, exact) + torch.finfo(torch.float32).eps / 2
+    # Tensor cores cut off what sums in float32 would round.
+    times = 16 if DEVICE == "cuda" and dtype == torch.bfloat16 else 2
+    error = times * wide_error(rows, projection, exact) + torch.finfo(torch.float32).eps / 2
     for kept in {torch.float32, dtype}:
         out = nothing(b, r, m, e, dtype=kept)
         unit_projections(rows, projection, out, backend="triton")
