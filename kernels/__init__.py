@@ -17,6 +17,7 @@ from xlroute.kernels.gathered_products import gathered_products, gathered_sums
 from xlroute.kernels.keys_values import gated_keys_values, gather_keys_values
 from xlroute.kernels.local_attention import local_attention
 from xlroute.kernels.norm import norm_beside
+from xlroute.kernels.projections import unit_projections
 from xlroute.kernels.scoring import row_scores
 from xlroute.kernels.search import search_topk
 from xlroute.kernels.selection import top_indices
@@ -46,5 +47,6 @@ __all__ = [
     "soft_topk_with_indices",
     "top_gates",
     "top_indices",
+    "unit_projections",
     "water_levels",
 ]

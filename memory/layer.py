@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlroute.kernels import Backend, gather_rows_apart, row_places
+from xlroute.kernels import Backend, gather_rows_apart, row_places, unit_projections
 from xlroute.kernels.arguments import HAS_TRITON
 from xlroute.memory.at_hand import RowsAtHand
 from xlroute.memory.buffer import Rows
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.kept_values import KeptOfLayer, KeptValues
 from xlroute.memory.log import StreamLog
-from xlroute.memory.routing_keys import RoutingKeys, project
+from xlroute.memory.routing_keys import RoutingKeys
 from xlroute.memory.scores import LatestScores, Scoring
 from xlroute.memory.side_by_side import SideBySide
 from xlroute.memory.to_device import to_device
@@ -467,14 +467,15 @@ class MemoryLayer:
             keys = torch.empty(b, r, columns.shape[1], e, dtype=self.dtype, device=self.device)
             step = max(1, _PROJECTED_AT_ONCE // b)
             for start in range(0, columns.shape[1], step):
-                project(columns[:, start : start + step], projection, keys[:, :, start : start + step])
+                block = slice(start, start + step)
+                unit_projections(columns[:, block], projection, keys[:, :, block])
             return RoutingKeys(keys, self._side_by_side.begins, self.lengths.tolist())
         keys = torch.empty(b, r, m, e, dtype=self.dtype, device=self.device)
-        for rows, out in zip(streams, keys, strict=True):
+        for rows, out in zip(streams, keys[:, None], strict=True):
             start = 0
-            for block in rows.blocks(0, len(rows)):
-                project(block, projection, out[:, start : start + len(block)])
-                start += len(block)
+            for read in rows.blocks(0, len(rows)):
+                unit_projections(read[None], projection, out[:, :, start : start + len(read)])
+                start += len(read)
         return RoutingKeys(keys, [0] * b, self.lengths.tolist())
 
     def kept_scoring(

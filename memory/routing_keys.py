@@ -16,10 +16,8 @@ from torch import Tensor
 from xlroute.kernels import Backend, search_topk
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.norm import norm_beside
+from xlroute.kernels.projections import SHORTEST, projections
 from xlroute.memory.to_device import to_device
-
-# The key of a projection that is not much longer is shorter than 1. Backward, its inverse is cubed.
-_SHORTEST = 1e-10
 
 
 def routing_keys(rows: Tensor, projection: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -37,11 +35,11 @@ def routing_keys(rows: Tensor, projection: Tensor, *, backend: Backend | None = 
         [..., r, e], float32 unless the rows are float64, under autocast too.
     """
     with torch.autocast(rows.device.type, enabled=False):
-        products = _products(rows, projection).to(compute_dtype(rows.dtype))
+        products = projections(rows, projection).to(compute_dtype(rows.dtype))
         e = products.shape[-1]
         # A key is of unit length if its root mean square is that of e numbers which add up to 1 when squared.
         to_unit = products.new_full((e,), e**-0.5)
-        return norm_beside(products, to_unit, eps=_SHORTEST**2 / e, readers=0, backend=backend)[0]
+        return norm_beside(products, to_unit, eps=SHORTEST**2 / e, readers=0, backend=backend)[0]
 
 
 def keys_of_sets(rows: Tensor, projection: Tensor) -> Tensor:
@@ -51,26 +49,7 @@ def keys_of_sets(rows: Tensor, projection: Tensor) -> Tensor:
             rows = rows.float()
         products = (rows @ projection.to(rows.dtype).mT).to(compute_dtype(rows.dtype))
         e = products.shape[-1]
-        return cast(Tensor, F.rms_norm(products, (e,), eps=_SHORTEST**2 / e) * e**-0.5)
-
-
-def project(rows: Tensor, projection: Tensor, out: Tensor) -> None:
-    """Writes the keys of rows [..., m, d] to `out` [..., r, m, e], as `routing_keys`, without gradient."""
-    with torch.autocast(rows.device.type, enabled=False):
-        products = _products(rows, projection)
-        lengths = torch.linalg.vector_norm(products, dim=-1, keepdim=True, dtype=compute_dtype(rows.dtype))
-        torch.div(products, lengths.clamp_(min=_SHORTEST), out=out.transpose(-3, -2))
-
-
-def _products(rows: Tensor, projection: Tensor) -> Tensor:
-    """Projections of rows, [..., r, e]."""
-    if rows.dtype == torch.float16:
-        rows = rows.float()  # the products of which could overflow
-    # Their lengths will be 1: there is no need to divide rows by their root mean square.
-    tokens = projection.flatten(0, 1).to(rows.dtype).mT
-    # A matrix product would copy rows that are part of a block.
-    products = torch.bmm(rows, tokens.expand(len(rows), -1, -1)) if rows.ndim == 3 else rows @ tokens
-    return torch.unflatten(products, -1, projection.shape[:2])
+        return cast(Tensor, F.rms_norm(products, (e,), eps=SHORTEST**2 / e) * e**-0.5)
 
 
 class RoutingKeys:

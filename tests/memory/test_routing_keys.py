@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from xlroute.kernels import unit_projections
 from xlroute.memory import MemoryStore, kept_values
-from xlroute.memory.routing_keys import RoutingKeys, project, routing_keys
+from xlroute.memory.routing_keys import RoutingKeys, routing_keys
 
 DIM, SETS, WIDTH = 16, 2, 8
 
@@ -188,13 +189,13 @@ def test_keys_of_a_moment_are_rounded_as_the_rows_are(dtype: torch.dtype) -> Non
     rows = 300 * torch.randn(200, DIM, dtype=torch.float64).to(dtype)
     projection = torch.randn(SETS, WIDTH, DIM, dtype=torch.promote_types(dtype, torch.float32))
     out = torch.full((SETS, 200, WIDTH), torch.nan, dtype=dtype)
-    project(rows, projection, out)
+    unit_projections(rows[None], projection, out[None])
     exact = routing_keys(rows.double(), projection.double()).transpose(0, 1)
     error = (out.double() - exact).norm(dim=-1).max().item()
     roundings = 4 if dtype == torch.bfloat16 else 1
     floor = 50 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     assert error <= max(roundings * torch.finfo(dtype).eps, floor)
-    project(torch.zeros_like(rows), projection, out)
+    unit_projections(torch.zeros_like(rows)[None], projection, out[None])
     assert (out == 0).all()
 
 

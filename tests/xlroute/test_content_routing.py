@@ -235,7 +235,7 @@ def test_nothing_before_a_changed_token_moves(
 
 
 def test_a_chunk_changes_what_the_next_one_reads(build_model: BuildModel) -> None:
-    model = build_model(memory_routing="content", routing_chunk=3, num_content_tokens_kv=2)
+    model = build_model(memory_routing="content", routing_chunk=3, num_content_tokens_kv=8)
     _, state = read(model, fresh(model, 1), draw(1, 50), 10)
     tokens = draw(1, 9)
     other = tokens.clone()
