@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 
 from xlroute.kernels.scoring_triton import VECTOR
 from xlroute.kernels.selection import top_indices
-from xlroute.kernels.selection_triton import SHORT, sort_block, to_key, top_block, top_of_row
+from xlroute.kernels.selection_triton import SHORT, to_key, top_block, top_of_row
 
 EXTRA = 8  # blocks beyond k that are scored again
 WIDEST = 1024  # bytes of a key
@@ -296,7 +296,7 @@ def maxima_constants(n: int, keys: Tensor) -> dict[str, Any]:
 
 def blocks_constants(groups: int, chosen: int, blocks: int) -> dict[str, Any]:
     """What choosing blocks from groups of ``blocks`` is compiled for."""
-    most, _ = sort_block(groups)
+    most = triton.next_power_of_2(groups)
     # What is left to merge becomes ever less, and more warps would do the same.
     return {"GROUPS": most, "BLOCKS": blocks, "TOP": top_block(chosen), "num_warps": max(1, most // 512)}
 
