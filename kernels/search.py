@@ -30,14 +30,15 @@ def search_topk(
     No key that was left out is better than one that was found by more than 2 c. The scores that are returned
     are sums of float32 products in float32.
 
-    Triton keeps the highest score of each block of 128 adjacent keys (64 where a key takes more than 512
-    bytes), from tensor cores, and scores the keys of the k + 8 best blocks again. The k best blocks hold the
-    k best keys. So unless the maxima of more than 8 others come within 2 c of them, what is found is the best
-    to the last bit, by the scores that are returned. This takes at most 64 MiB a stream beyond inputs and
-    result, and 256 MiB in all, as long as 4 bytes for each block of each stream fit into that, and k is at
-    most 8,184: more blocks are chosen by sorting. Keys in rows of no multiple of 16 bytes, or at no such
-    address, are copied first. float64, keys of more than 1,024 bytes, and so few of them that half of the
-    blocks would be scored again, run the reference.
+    Triton keeps the highest score of each block of adjacent keys, from tensor cores, and scores the keys of
+    the k + 8 best blocks again. A block has 32 keys where m is at most 262,144 and k at most 504, and else
+    128 (where a key takes more than 512 bytes: 32 where m is at most 131,072 and k at most 1,016, and else
+    64). The k best blocks hold the k best keys. So unless the maxima of more than 8 others come within 2 c of
+    them, what is found is the best to the last bit, by the scores that are returned. This takes at most 64
+    MiB a stream beyond inputs and result, and 256 MiB in all, as long as 4 bytes for each block of each
+    stream fit into that, and k is at most 8,184: more blocks are chosen by sorting. Keys in rows of no
+    multiple of 16 bytes, or at no such address, are copied first. float64, keys of more than 1,024 bytes, and
+    fewer than 256 (k + 8) of them, or 128 (k + 8) of more than 512 bytes, run the reference.
 
     Args:
         queries: [b, n, e].

@@ -2,7 +2,8 @@
 
 1. ``search_maxima_kernel`` multiplies queries with keys, and of each block of adjacent keys it writes nothing
    but the highest score.
-2. `top_indices` chooses blocks by their maxima.
+2. ``search_blocks_kernel`` chooses blocks by their maxima: first among groups of them, as a group is as good
+   as its best block, then among the blocks of those groups. Where a group is one block, `top_indices` does.
 3. ``search_scores_kernel`` scores the keys of these blocks in float32.
 4. `top_indices` chooses among them, and ``search_found_kernel`` looks up scores and indices of what it chose.
 
@@ -27,21 +28,24 @@ from torch.nn.functional import pad
 
 from xlroute.kernels.scoring_triton import VECTOR
 from xlroute.kernels.selection import top_indices
+from xlroute.kernels.selection_triton import SHORT, to_key, top_block, top_of_row
 
 EXTRA = 8  # blocks beyond k that are scored again
 WIDEST = 1024  # bytes of a key
 MOST_KEYS = 1 << 30  # of a stream: their indices are int32 on the way
 MOST_QUERIES = 128  # that a program holds
 STAGED = 1 << 16  # bytes of keys that a program has on their way
-PROGRAMS = 1056  # of the first pass, about: each of them takes as many blocks
-FEWEST_BLOCKS = 4  # for one program
-SCORED_WIDTH = 64  # elements of a key that the second pass multiplies at once
+PROGRAMS = 1056  # of the first pass, about: each of them takes as many groups
+FEWEST_GROUPS = 4  # for one program
+NARROW = 32  # keys of a block, if not all of a group
+SCORED = 128  # keys that the second pass multiplies at once
+SCORED_WIDTH = 64  # elements of them
 FOUND = 256  # keys that are looked up at once
 SCRATCH = 48 << 20  # bytes of maxima, or of scores, and of what their selection takes; for one stream
 MOST_SCRATCH = 4  # times that, for as many streams or more: the host launches less
 
 DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_SIZES = ("first", "n", "total", "m", "k", "tiles", "spans", "span", "blocks", "chosen")
+_SIZES = ("first", "n", "total", "m", "k", "tiles", "spans", "span", "groups", "blocks", "chosen", "parts")
 _STRIDES = ("stride_kb", "stride_km", "stride_mb", "stride_mm")
 
 
@@ -76,7 +80,7 @@ def search_maxima_kernel(
     tiles: tl.tensor,
     spans: tl.tensor,
     span: tl.tensor,
-    blocks: tl.tensor,
+    groups: tl.tensor,
     stride_kb: tl.tensor,
     stride_km: tl.tensor,
     stride_mb: tl.tensor,
@@ -85,16 +89,19 @@ def search_maxima_kernel(
     E: tl.constexpr,
     BE: tl.constexpr,
     BQ: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """The highest score of each of ``span`` blocks for BQ queries of a stream: maxima [b, n, blocks].
+    """The highest score of each block in ``span`` groups for BQ queries: [b, n, groups * GROUP // BLOCK].
 
     Programs that read the same keys follow each other. In place of what lies beyond the last query or key
-    they read that one once more, which changes no maximum. Nor does NaN: the maximum passes over it.
+    they read that one once more, which changes no maximum but those of blocks without any key. Nor does NaN:
+    the maximum passes over it.
     """
+    BLOCKS: tl.constexpr = GROUP // BLOCK
     i_span = tl.program_id(0) // tiles % spans
     i_stream = (tl.program_id(0) // tiles // spans).to(tl.int64)
     o_q = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
@@ -102,22 +109,56 @@ def search_maxima_kernel(
     p_queries += i_stream * n * E
     p_keys += i_stream * stride_kb * VEC
     p_mask += i_stream * stride_mb
-    p_out = p_maxima + (i_stream * n + o_q) * blocks
+    p_out = p_maxima + ((i_stream * n + o_q) * groups * BLOCKS)[:, None] + tl.arange(0, BLOCKS)[None, :]
     if BE >= E:
         b_q = load_rows(p_queries, o_last, E // VEC, 0, E, BE, VEC).to(DOT)  # [BQ, BE]
-    for i_block in range(i_span * span, tl.minimum((i_span + 1) * span, blocks)):
-        o_key = tl.minimum(i_block * BLOCK + tl.arange(0, BLOCK), m - 1)
+    for i_group in range(i_span * span, tl.minimum((i_span + 1) * span, groups)):
+        o_key = tl.minimum(i_group * GROUP + tl.arange(0, GROUP), m - 1)
         if HAS_MASK:
             b_seen = tl.load(p_mask + o_key.to(tl.int64) * stride_mm)
-        b_s = tl.zeros([BQ, BLOCK], tl.float32)
+        b_s = tl.zeros([BQ, GROUP], tl.float32)
         for i_e in tl.static_range(0, E, BE):
             if BE < E:
                 b_q = load_rows(p_queries, o_last, E // VEC, i_e, E, BE, VEC).to(DOT)
-            b_key = load_rows(p_keys, o_key, stride_km, i_e, E, BE, VEC).to(DOT)  # [BLOCK, BE]
+            b_key = load_rows(p_keys, o_key, stride_km, i_e, E, BE, VEC).to(DOT)  # [GROUP, BE]
             b_s = tl.dot(b_q, tl.trans(b_key), b_s, input_precision=PRECISION)
         if HAS_MASK:
             b_s = tl.where((b_seen != 0)[None, :], b_s, float("-inf"))
-        tl.store(p_out + i_block, tl.max(b_s, axis=1), mask=o_q < n)
+        b_max = tl.max(tl.reshape(b_s, [BQ, BLOCKS, BLOCK]), axis=2)
+        tl.store(p_out + i_group * BLOCKS, b_max, mask=(o_q < n)[:, None])
+
+
+@triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
+def search_blocks_kernel(
+    p_maxima: tl.tensor,
+    p_chosen: tl.tensor,
+    groups: tl.tensor,
+    blocks: tl.tensor,
+    chosen: tl.tensor,
+    GROUPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TOP: tl.constexpr,
+) -> None:
+    """The blocks with the highest maxima for a query, ascending, -1 in front for none: [rows, chosen].
+
+    A group has BLOCKS blocks; those that follow the last block with keys in it are not chosen.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    p_maxima += i_row * groups * BLOCKS
+    o_group = tl.arange(0, GROUPS)
+    o_inner = tl.arange(0, BLOCKS)
+    o_max = o_group[:, None] * BLOCKS + o_inner[None, :]
+    b_max = tl.load(p_maxima + o_max, mask=(o_group < groups)[:, None], other=float("-inf"))
+    b_key, b_group = top_of_row(to_key(tl.max(b_max, axis=1), tl.float32), o_group, TOP)
+    o_block = b_group[:, None] * BLOCKS + o_inner[None, :]  # [TOP, BLOCKS]
+    m_block = (b_key > -0x80000000)[:, None] & (o_block < blocks)
+    b_max = tl.load(p_maxima + o_block, mask=m_block, other=float("-inf"))
+    b_key = tl.reshape(to_key(b_max, tl.float32), [TOP * BLOCKS])
+    b_key, b_block = top_of_row(b_key, tl.reshape(o_block, [TOP * BLOCKS]), TOP)
+    o_rank = tl.arange(0, TOP)
+    b_block = tl.where(b_key > -0x80000000, b_block, -1)
+    b_block = tl.sort(tl.where(o_rank < chosen, b_block, 0x7FFFFFFF))
+    tl.store(p_chosen + i_row * chosen + o_rank, b_block.to(tl.int64), mask=o_rank < chosen)
 
 
 @triton.jit(do_not_specialize=(*_SIZES, *_STRIDES))  # type: ignore[untyped-decorator]
@@ -131,6 +172,7 @@ def search_scores_kernel(
     n: tl.tensor,
     m: tl.tensor,
     chosen: tl.tensor,
+    parts: tl.tensor,
     stride_kb: tl.tensor,
     stride_km: tl.tensor,
     stride_mb: tl.tensor,
@@ -139,30 +181,34 @@ def search_scores_kernel(
     E: tl.constexpr,
     BE: tl.constexpr,
     BLOCK: tl.constexpr,
+    SCORED: tl.constexpr,
     VEC: tl.constexpr,
 ) -> None:
-    """Scores of one chosen block for one query; -inf for what is no key: [rows, chosen * BLOCK].
+    """Scores of some chosen blocks for one query; -inf for what is no key: [rows, chosen * BLOCK].
 
-    Row i is that of query (first + i) % n of its stream.
+    Row i is that of query (first + i) % n of its stream. A program takes SCORED keys, however many blocks
+    they are: that many bytes are on their way at once, and sums have one order in blocks of any width.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    i_row = first + pid // chosen
+    i_out = (tl.program_id(0) // parts).to(tl.int64)
+    i_row = first + i_out
     i_stream = i_row // n
-    i_block = tl.load(p_blocks + pid)
-    o_block = tl.arange(0, BLOCK)
-    o_key = i_block * BLOCK + o_block
-    m_key = (o_key >= 0) & (o_key < m)
+    o_place = tl.program_id(0) % parts * SCORED + tl.arange(0, SCORED)
+    m_place = o_place < chosen * BLOCK
+    b_block = tl.load(p_blocks + i_out * chosen + o_place // BLOCK, mask=m_place, other=-1)  # [SCORED]
+    o_key = b_block * BLOCK + o_place % BLOCK
+    m_key = (b_block >= 0) & (o_key < m)
     if HAS_MASK:
         p_mask += i_stream * stride_mb
         m_key = m_key & (tl.load(p_mask + o_key * stride_mm, mask=m_key, other=0) != 0)
     p_key = p_keys + i_stream * stride_kb * VEC + (o_key * stride_km)[:, None] * VEC
-    b_s = tl.zeros([BLOCK], tl.float32)
+    b_s = tl.zeros([SCORED], tl.float32)
     for i_e in tl.static_range(0, E, BE):
         o_e = i_e + tl.arange(0, BE)
         b_q = tl.load(p_queries + i_row * E + o_e, mask=o_e < E, other=0.0).to(tl.float32)
         b_key = tl.load(p_key + o_e[None, :], mask=m_key[:, None] & (o_e < E)[None, :], other=0.0)
         b_s += tl.sum(b_key.to(tl.float32) * b_q[None, :], axis=1)
-    tl.store(p_scores + pid * BLOCK + o_block, tl.where(m_key, b_s, float("-inf")))
+    b_s = tl.where(m_key, b_s, float("-inf"))
+    tl.store(p_scores + i_out * chosen * BLOCK + o_place, b_s, mask=m_place)
 
 
 @triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
@@ -203,17 +249,28 @@ class Keys(NamedTuple):
     constants: dict[str, Any]
 
 
-def block_of(keys: Tensor) -> int:
-    """How many adjacent keys make up a block."""
+def group_of(keys: Tensor) -> int:
+    """How many adjacent keys are multiplied at once."""
     return 128 if 2 * keys.shape[-1] * keys.itemsize <= WIDEST else 64
 
 
+def block_of(keys: Tensor, k: int) -> int:
+    """How many adjacent keys make up a block: NARROW, or a group."""
+    # Blocks of 32 in place of 128 spare a query 96 keys for each of its k + EXTRA blocks (288 KiB for k = 16
+    # and 64 numbers in bfloat16) and as many scores; the price is 3 m / 128 maxima more (6 KiB for 65,536
+    # keys). It pays as long as one program chooses from all of them. A million keys would take 96 KiB more,
+    # and so slices of few queries, each of which reads all keys; many blocks, more launches to choose them.
+    group = group_of(keys)
+    fits = triton.cdiv(keys.shape[1], group) <= SHORT and top_block(k + EXTRA) * group // NARROW <= SHORT
+    return NARROW if fits else group
+
+
 def can_search(keys: Tensor, k: int) -> bool:
-    """Whether these kernels search such keys; not where they would score half of the blocks again."""
+    """Whether these kernels search such keys; not where they would choose half of the groups."""
     _, m, e = keys.shape
     if keys.dtype == torch.float64 or not 0 < e * keys.itemsize <= WIDEST or m > MOST_KEYS:
         return False
-    return 2 * (k + EXTRA) * block_of(keys) <= m
+    return 2 * (k + EXTRA) * group_of(keys) <= m
 
 
 def maxima_constants(n: int, keys: Tensor) -> dict[str, Any]:
@@ -227,13 +284,21 @@ def maxima_constants(n: int, keys: Tensor) -> dict[str, Any]:
     most = MOST_QUERIES if width <= 128 and not wide else MOST_QUERIES // 2
     queries = max(16, min(most, triton.next_power_of_2(n)))
     return {
+        "GROUP": group_of(keys),
         "BE": min(width, 32) if wide else width,
         "BQ": queries,
         "DOT": DOT[keys.dtype] if keys.is_cuda else tl.float32,
         "PRECISION": "tf32x3" if wide else "ieee",
         "num_warps": 8 if wide or queries == MOST_QUERIES else 4,
-        "num_stages": 1 if wide else max(2, min(4, STAGED // (block_of(keys) * width * keys.itemsize))),
+        "num_stages": 1 if wide else max(2, min(4, STAGED // (group_of(keys) * width * keys.itemsize))),
     }
+
+
+def blocks_constants(groups: int, chosen: int, blocks: int) -> dict[str, Any]:
+    """What choosing blocks from groups of ``blocks`` is compiled for."""
+    most = triton.next_power_of_2(groups)
+    # What is left to merge becomes ever less, and more warps would do the same.
+    return {"GROUPS": most, "BLOCKS": blocks, "TOP": top_block(chosen), "num_warps": max(1, most // 512)}
 
 
 def scored_width(keys: Tensor) -> int:
@@ -252,12 +317,13 @@ def rows_at_once(width: int, num: int, streams: int) -> int:
 def search(queries: Tensor, keys: Tensor, k: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """`xlroute.kernels.search_topk` where `can_search` says so, for what is not empty."""
     b, n, _ = queries.shape
-    given = prepare_keys(keys, mask)
+    block, chosen = block_of(keys, k), k + EXTRA
+    given = prepare_keys(keys, mask, block)
     missing = given.keys.shape[-1] - queries.shape[-1]
-    block, chosen = block_of(keys), k + EXTRA
     scores = torch.empty((b, n, k), dtype=torch.float32, device=queries.device)
     indices = torch.empty((b, n, k), dtype=torch.int64, device=queries.device)
-    step = max(1, rows_at_once(triton.cdiv(keys.shape[1], block), chosen, b) // b)
+    group = group_of(keys)
+    step = max(1, rows_at_once(triton.cdiv(keys.shape[1], group) * group // block, chosen, b) // b)
     step -= step % MOST_QUERIES if step > MOST_QUERIES else 0
     rows = rows_at_once(chosen * block, k, b)
     with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
@@ -274,16 +340,28 @@ def best_blocks(queries: Tensor, given: Keys, chosen: int) -> Tensor:
     """The blocks with the highest maxima for each query, ascending, -1 for none: [b n, chosen]."""
     keys, mask, strides, constants = given
     b, n, _ = queries.shape
+    m, group, block = keys.shape[1], group_of(keys), constants["BLOCK"]
     options = constants | maxima_constants(n, keys)
-    blocks = triton.cdiv(keys.shape[1], block_of(keys))
+    groups = triton.cdiv(m, group)
     tiles = triton.cdiv(n, options["BQ"])
-    span = max(FEWEST_BLOCKS, triton.cdiv(b * tiles * blocks, PROGRAMS))
-    spans = triton.cdiv(blocks, span)
-    maxima = torch.empty((b * n, blocks), dtype=torch.float32, device=keys.device)
+    span = max(FEWEST_GROUPS, triton.cdiv(b * tiles * groups, PROGRAMS))
+    spans = triton.cdiv(groups, span)
+    maxima = torch.empty((b * n, groups * group // block), dtype=torch.float32, device=keys.device)
     search_maxima_kernel[(b * spans * tiles,)](
-        queries, keys, mask, maxima, n, keys.shape[1], tiles, spans, span, blocks, *strides, **options
+        queries, keys, mask, maxima, n, m, tiles, spans, span, groups, *strides, **options
     )
-    return top_indices(maxima, chosen, backend="triton").sort(dim=-1).values
+    if block == group:
+        return top_indices(maxima, chosen, backend="triton").sort(dim=-1).values
+    best = torch.empty((b * n, chosen), dtype=torch.int64, device=keys.device)
+    search_blocks_kernel[(b * n,)](
+        maxima,
+        best,
+        groups,
+        triton.cdiv(m, block),
+        chosen,
+        **blocks_constants(groups, chosen, group // block),
+    )
+    return best
 
 
 def search_blocks(
@@ -293,9 +371,10 @@ def search_blocks(
     keys, mask, strides, constants = given
     n = queries.shape[1]
     rows, chosen = blocks.shape
-    block = block_of(keys)
+    block = constants["BLOCK"]
+    parts = triton.cdiv(chosen * block, SCORED)
     scores = torch.empty((rows, chosen * block), dtype=torch.float32, device=keys.device)
-    search_scores_kernel[(rows * chosen,)](
+    search_scores_kernel[(rows * parts,)](
         queries,
         keys,
         mask,
@@ -305,9 +384,11 @@ def search_blocks(
         n,
         keys.shape[1],
         chosen,
+        parts,
         *strides,
         **constants,
         BE=scored_width(keys),
+        SCORED=SCORED,
     )
     places = top_indices(scores, k, backend="triton")
     search_found_kernel[(rows,)](
@@ -315,8 +396,8 @@ def search_blocks(
     )
 
 
-def prepare_keys(keys: Tensor, mask: Tensor | None) -> Keys:
-    """What the kernels take in place of keys [b, m, e] and a mask [b, m]."""
+def prepare_keys(keys: Tensor, mask: Tensor | None, block: int) -> Keys:
+    """What the kernels take in place of keys [b, m, e], in blocks of ``block``, and a mask [b, m]."""
     vector = VECTOR // keys.itemsize
     missing = -keys.shape[-1] % vector
     if missing:
@@ -327,5 +408,5 @@ def prepare_keys(keys: Tensor, mask: Tensor | None) -> Keys:
         keys = keys.clone(memory_format=torch.contiguous_format)
     of_mask = (0, 0) if mask is None else mask.stride()
     strides = (keys.stride(0) // vector, keys.stride(1) // vector, *of_mask)
-    constants = {"HAS_MASK": mask is not None, "E": keys.shape[-1], "BLOCK": block_of(keys), "VEC": vector}
+    constants = {"HAS_MASK": mask is not None, "E": keys.shape[-1], "BLOCK": block, "VEC": vector}
     return Keys(keys, keys if mask is None else mask, strides, constants)

@@ -169,6 +169,13 @@ def sort_row(b_key: tl.tensor, o_n: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     return (b_sorted >> 32).to(tl.int32), (~b_sorted & 0x7FFFFFFF).to(tl.int32)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def top_of_row(b_key: tl.tensor, o_n: tl.tensor, TOP: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """The TOP highest int32 keys in descending order, equal ones by rising index, and their indices."""
+    b_top = tl.topk((b_key.to(tl.int64) << 32) | (_NO_INDEX - o_n), TOP)
+    return (b_top >> 32).to(tl.int32), (~b_top & 0x7FFFFFFF).to(tl.int32)
+
+
 @triton.jit(
     do_not_specialize=[
         "p_s",
@@ -195,15 +202,19 @@ def selection_short_kernel(
     stride_mn: tl.tensor,
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
+    TOP: tl.constexpr,
 ) -> None:
-    """Indices [rows, num] of the largest scores of a row, in one program that sorts the row."""
+    """Indices [rows, num] of the largest scores of a row, in one program that sorts the row.
+
+    It sorts pieces of TOP entries and merges them, each time without the lower half.
+    """
     i_row = tl.program_id(0).to(tl.int64)
     o_n = tl.arange(0, BLOCK)
     if HAS_MASK:
         p_mask = row_of_mask(p_mask, i_row, inner, stride_m0, stride_m1)
     b_s = load_scores(p_s + i_row * stride_s, p_mask, o_n, n, stride_mn, HAS_MASK, tl.float32)  # [BLOCK]
-    b_key, b_id = sort_row(to_key(b_s, tl.float32), o_n)
-    o_rank = BLOCK - 1 - o_n
+    b_key, b_id = top_of_row(to_key(b_s, tl.float32), o_n, TOP)
+    o_rank = tl.arange(0, TOP)
     b_id = tl.where(b_key > -0x80000000, b_id, -1).to(tl.int64)
     tl.store(p_indices + i_row * num + o_rank, b_id, mask=o_rank < num)
 
@@ -1014,6 +1025,12 @@ def sort_block(n: int) -> tuple[int, int]:
     return block, max(1, min(16, block // 128))
 
 
+def top_block(num: int) -> int:
+    """How many entries are selected at once, in order to have the first ``num``."""
+    block: int = triton.next_power_of_2(num)
+    return max(2, block)  # tl.topk does not select one before Triton 3.9
+
+
 def top_indices(s: Tensor, k: int, mask: Tensor | None) -> Tensor:
     """`xlroute.kernels.top_indices` where `can_select` says so, for k > 0."""
     rows = prepare_rows(s, mask)
@@ -1032,6 +1049,7 @@ def top_indices(s: Tensor, k: int, mask: Tensor | None) -> Tensor:
             *rows.strides,
             HAS_MASK=rows.has_mask,
             BLOCK=block,
+            TOP=top_block(k),
             num_warps=warps,
         )
     return indices

@@ -101,7 +101,7 @@ def cases(dtype: str, masked: bool, largest: int) -> list[tuple[Any, dict[str, s
                 (
                     kernels.selection_short_kernel,
                     rows | {"p_indices": "*i64", "num": "i32"},
-                    {"HAS_MASK": masked, "BLOCK": block},
+                    {"HAS_MASK": masked, "BLOCK": block, "TOP": min(block, kernels.top_block(largest))},
                     warps,
                 )
             )

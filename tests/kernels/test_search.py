@@ -20,30 +20,42 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 Search = Callable[..., tuple[Tensor, Tensor]]
 
 
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module of the kernels, with blocks of 16 keys of which two more than k are scored again."""
+def in_small_blocks(width: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the kernels, with groups of 16 keys, of which two blocks more than k are scored again.
+
+    Narrow blocks have 4 keys, wide ones all of a group.
+    """
     kernels = pytest.importorskip("xlroute.kernels.search_triton", exc_type=ImportError)
     monkeypatch.setattr(kernels, "EXTRA", 2)
-    monkeypatch.setattr(kernels, "block_of", lambda keys: 16)
+    monkeypatch.setattr(kernels, "group_of", lambda keys: 16)
+    monkeypatch.setattr(kernels, "NARROW", 4)
+    if width == "wide":
+        monkeypatch.setattr(kernels, "SHORT", 0)
+    monkeypatch.setattr(kernels, "SCORED", 32)
     monkeypatch.setattr(kernels, "FOUND", 4)
     if DEVICE == "cpu":  # where the interpreter takes seconds to sort a row
         monkeypatch.setattr(kernels, "top_indices", lambda s, k, backend: top_indices(s, k))
     return kernels
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["narrow", "wide"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the kernels, in small blocks."""
+    return in_small_blocks(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["torch", "narrow", "wide"])
 def find(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Search]:
     """search_topk by one backend, which cuts up few keys as it does many, into memory full of NaN."""
     monkeypatch.setattr(search, "_QUERIES", 3)
     monkeypatch.setattr(search, "_MOST_SCORES", 500)
-    if request.param == "triton":
-        request.getfixturevalue("kernels")
+    if request.param != "torch":
+        in_small_blocks(request.param, monkeypatch)
         monkeypatch.setattr(search, "_search_in_blocks", None)  # nothing may fall back to it
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
-    yield partial(search_topk, backend=request.param)
+    yield partial(search_topk, backend="torch" if request.param == "torch" else "triton")
     torch.use_deterministic_algorithms(before)
 
 
@@ -128,6 +140,25 @@ def test_streams_of_different_length(find: Search) -> None:
         torch.testing.assert_close((scores[one], indices[one]), alone)
 
 
+@pytest.mark.parametrize("kept", ["all", "some", "none"])
+def test_the_best_lie_together_or_apart(find: Search, kept: str) -> None:
+    """In one narrow block, in each of one group, or in as many groups as there are best keys."""
+    b, n, m, e, k = 3, 2, 203, 8, 3
+    queries, keys = random(b, n, e), 0.01 * random(b, m, e)
+    first = torch.randint(0, 11, (), device=DEVICE)
+    for i, places in enumerate((torch.arange(k), 4 * torch.arange(k), 16 * torch.arange(k))):
+        best = places.to(DEVICE) + 16 * first
+        best = best if i else best + torch.randint(0, 2, (), device=DEVICE)
+        keys[i, best] = queries[i, 0] * (1 + torch.rand(k, 1, device=DEVICE))
+    mask = torch.ones(b, m, dtype=torch.bool, device=DEVICE)
+    if kept == "some":  # whole groups, whole narrow blocks and single keys are hidden
+        for width in (16, 4, 1):
+            mask &= (torch.rand(b, m // width + 1, device=DEVICE) < 0.7).repeat_interleave(width, 1)[:, :m]
+    elif kept == "none":
+        mask[1] = False
+    assert_exact(find(queries, keys, k, mask=mask), queries, keys, k, mask)
+
+
 # The interpreter warns of blocks that hold nothing else.
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 def test_what_is_no_number_is_never_found(find: Search) -> None:
@@ -150,6 +181,63 @@ def test_what_is_no_number_is_never_found(find: Search) -> None:
     assert indices[0, 0, 0] == 99
     assert scores[0, 0, 0] == math.inf
     assert scores[0, 0, 1].isfinite()
+
+
+# The interpreter warns of blocks that hold nothing else.
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+@pytest.mark.parametrize("m", [193, 207])  # the last group holds one key, or all but one
+def test_blocks_are_chosen_as_by_a_stable_sort(kernels: Any, m: int) -> None:
+    """Exactly k + EXTRA of the best by their maxima, equal ones by the lower index, in ascending order."""
+    queries, keys = whole_numbers(2, 2, 4), whole_numbers(2, m, 4)
+    keys[0, -1] = 3 * queries[0, 0]
+    keys[1, m // 2 :, 0] = math.nan
+    mask = torch.rand(2, m, device=DEVICE) < 0.5
+    mask[:, 32:64] = False  # two groups
+    mask[:, -1] = True
+    for seen in (None, mask):
+        block = kernels.block_of(keys, 1)
+        chosen = kernels.best_blocks(queries, kernels.prepare_keys(keys, seen, block), 1 + kernels.EXTRA)
+        scores = queries.double() @ keys.double().mT
+        hidden = scores.isnan() if seen is None else scores.isnan() | ~seen[:, None]
+        scores = scores.masked_fill(hidden, -math.inf)
+        blocks = torch.nn.functional.pad(scores, (0, -m % block), value=-math.inf).unflatten(-1, (-1, block))
+        maxima, order = blocks.amax(-1).sort(dim=-1, descending=True, stable=True)
+        wanted = order.masked_fill(maxima == -math.inf, -1)[..., : 1 + kernels.EXTRA]
+        assert torch.equal(chosen, wanted.sort(-1).values.flatten(0, 1))
+
+
+def test_widths_of_blocks() -> None:
+    kernels = pytest.importorskip("xlroute.kernels.search_triton", exc_type=ImportError)
+    for m, e, dtype, k, width in (
+        (65_536, 64, torch.bfloat16, 16, 32),
+        (262_144, 64, torch.bfloat16, 504, 32),
+        (262_144, 64, torch.bfloat16, 505, 128),
+        (262_145, 64, torch.bfloat16, 1, 128),
+        (262_144, 128, torch.float32, 504, 32),
+        (131_072, 129, torch.float32, 1016, 32),
+        (131_072, 129, torch.float32, 1017, 64),
+        (131_073, 129, torch.float32, 1, 64),
+    ):
+        assert kernels.block_of(torch.empty(1, m, e, dtype=dtype, device="meta"), k) == width
+
+
+def test_blocks_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32 and of 128 keys, neither of which m is a multiple of: the same bits."""
+    kernels = pytest.importorskip("xlroute.kernels.search_triton", exc_type=ImportError)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "top_indices", lambda s, k, backend: top_indices(s, k))
+    m = 256 * (1 + kernels.EXTRA) + 141
+    queries, keys = random(2, 1, 20), random(2, m, 20)
+    mask = torch.rand(2, m, device=DEVICE) < 0.7
+    monkeypatch.setattr(search, "_search_in_blocks", None)
+    for seen in (None, mask):
+        narrow = search_topk(queries, keys, 1, mask=seen, backend="triton")
+        assert_exact(narrow, queries, keys, 1, seen)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "SHORT", 0)
+            wide = search_topk(queries, keys, 1, mask=seen, backend="triton")
+        for ours, others in zip(narrow, wide, strict=True):
+            assert torch.equal(ours, others)
 
 
 def test_slices_of_queries_and_of_rows(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +439,16 @@ def test_backend_errors() -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(1, 200, 100_003, 64, 32), (2, 1, 50_000, 64, 32), (3, 40, 30_000, 200, 5)], ids=str
+    "shape",
+    [
+        (1, 200, 100_003, 64, 32),
+        (1, 200, 300_003, 64, 32),
+        (2, 1, 50_000, 64, 32),
+        (3, 40, 30_000, 200, 5),
+        (2, 5, 262_144, 64, 504),
+        (16, 130, 65_536, 64, 16),
+    ],
+    ids=str,
 )
 def test_many_keys(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     b, n, m, e, k = shape
@@ -366,8 +463,14 @@ def test_many_keys(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @needs_gpu
 def test_memory_and_many_queries() -> None:
-    queries, keys = random(1, 1024, 64, dtype=torch.bfloat16), random(1, 1 << 20, 64, dtype=torch.bfloat16)
-    for k in (32, 1000):
+    for b, n, m, k in (
+        (1, 1024, 1 << 20, 32),
+        (1, 1024, 1 << 20, 1000),
+        (1, 2048, 1 << 18, 32),
+        (1, 20_000, 2304, 1),
+        (16, 1024, 1 << 16, 16),
+    ):
+        queries, keys = (random(b, length, 64, dtype=torch.bfloat16) for length in (n, m))
         search_topk(queries, keys, k)
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
@@ -375,7 +478,7 @@ def test_memory_and_many_queries() -> None:
         found = search_topk(queries, keys, k)
         torch.cuda.synchronize()
         result = sum(t.numel() * t.itemsize for t in found)
-        assert torch.cuda.max_memory_allocated() - held - result <= 64 << 20
+        assert torch.cuda.max_memory_allocated() - held - result <= min(b, 4) * 64 << 20
         some = slice(1000, 1010)
         assert_exact(tuple(t[:, some] for t in found), queries[:, some], keys, k)  # type: ignore[arg-type]
 
