@@ -84,7 +84,8 @@ def test_is_exact_but_for_rounding(
     exact = exactly(rows, projection)
     # Tensor cores cut off what sums in float32 would round.
     times = 16 if DEVICE == "cuda" and dtype == torch.bfloat16 else 2
-    error = times * wide_error(rows, projection, exact) + torch.finfo(torch.float32).eps / 2
+    # And of so few numbers, the error of the formula may be small by chance.
+    error = times * wide_error(rows, projection, exact) + 4 * torch.finfo(torch.float32).eps
     for kept in {torch.float32, dtype}:
         out = nothing(b, r, m, e, dtype=kept)
         unit_projections(rows, projection, out, backend="triton")
