@@ -76,7 +76,7 @@ def gather_rows_apart(streams: Sequence[Tensor], indices: Tensor, backend: Backe
     return rows
 
 
-def row_places(addresses: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor | None:
+def row_places(addresses: Sequence[int], counts: Sequence[int], device: torch.device) -> list[int] | None:
     """Where the rows of streams are, for `gather_rows_at`.
 
     Args:
@@ -85,26 +85,23 @@ def row_places(addresses: Sequence[int], counts: Sequence[int], device: torch.de
         device: of the rows.
 
     Returns:
-        int64 [b, 2] on the CPU: a number for the address, and how many. None where a stream begins at an
+        A number for the address of each stream. None where there are no streams, or where one begins at an
         address that is no multiple of 16 bytes.
     """
     origin = _origin(device).data_ptr()
-    places = [
-        (address - origin if count else 0, count) for address, count in zip(addresses, counts, strict=True)
-    ]
-    if any(place % VECTOR for place, _ in places):
-        return None
-    return torch.tensor([(place // VECTOR, count) for place, count in places], device="cpu")
+    apart = [address - origin if count else 0 for address, count in zip(addresses, counts, strict=True)]
+    return [each // VECTOR for each in apart] if apart and not any(each % VECTOR for each in apart) else None
 
 
-def gather_rows_at(places: Tensor, indices: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+def gather_rows_at(places: Tensor, counts: Tensor, indices: Tensor, d: int, dtype: torch.dtype) -> Tensor:
     """As `gather_rows_apart`, for rows that are known by where they are.
 
     So the rows of a large memory are no inputs of a CUDA graph, which would be copied each time that it runs,
     and it can read others each time. The caller keeps the rows as they are until they are read. Needs Triton.
 
     Args:
-        places: int64 [b, 2], from `row_places`, on the device of the rows.
+        places: int64 [b], from `row_places`, on the device of the rows.
+        counts: int64 [b], how many rows each stream has.
         indices: int64, [b, ...], each in [-1, m_i); -1 gathers zeros, and others out of range NaN.
         d: width of the rows.
         dtype: of the rows.
@@ -115,15 +112,17 @@ def gather_rows_at(places: Tensor, indices: Tensor, d: int, dtype: torch.dtype) 
     Raises:
         TypeError, ValueError: a tensor is not int64, the shapes or devices do not fit, or there is no Triton.
     """
-    check_index_type(places)
     check_index_type(indices)
-    if places.shape != (len(indices), 2) or places.device != indices.device:
-        raise ValueError(
-            f"places must have shape [{len(indices)}, 2] on {indices.device} for indices "
-            f"{tuple(indices.shape)}, got {tuple(places.shape)} on {places.device}"
-        )
+    for name, tensor in (("places", places), ("counts", counts)):
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {tensor.dtype}")
+        if tensor.shape != indices.shape[:1] or tensor.device != indices.device:
+            raise ValueError(
+                f"{name} must have shape {tuple(indices.shape[:1])} on {indices.device}, as indices "
+                f"{tuple(indices.shape)}, got {tuple(tensor.shape)} on {tensor.device}"
+            )
     resolve_backend("triton", indices)
-    rows: Tensor = _gather_at(places, indices, d, dtype)
+    rows: Tensor = _gather_at(places, counts, indices, d, dtype)
     return rows
 
 
@@ -337,15 +336,14 @@ def _gather_apart(streams: list[Tensor], indices: Tensor, backend: str) -> Tenso
 
 
 @torch.library.custom_op("xlroute::gather_rows_at", mutates_args=())
-def _gather_at(places: Tensor, indices: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+def _gather_at(places: Tensor, counts: Tensor, indices: Tensor, d: int, dtype: torch.dtype) -> Tensor:
     """Rows [b, ..., d]."""
     rows = torch.empty((*indices.shape, d), dtype=dtype, device=indices.device)
     if rows.numel() > 0:
         from xlroute.kernels import gather_triton
 
-        gather_triton.gather_at(
-            _origin(indices.device), places.contiguous(), indices.reshape(len(places), -1), rows
-        )
+        flat = indices.reshape(len(places), -1)
+        gather_triton.gather_at(_origin(indices.device), places.contiguous(), counts.contiguous(), flat, rows)
     return rows
 
 
@@ -445,7 +443,7 @@ def _(streams: list[Tensor], indices: Tensor, backend: str) -> Tensor:
 
 
 @_gather_at.register_fake
-def _(places: Tensor, indices: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+def _(places: Tensor, counts: Tensor, indices: Tensor, d: int, dtype: torch.dtype) -> Tensor:
     return indices.new_empty((*indices.shape, d), dtype=dtype)
 
 

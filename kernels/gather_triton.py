@@ -84,6 +84,7 @@ def gather_rows_fwd_kernel(
 def gather_rows_apart_kernel(
     p_x: tl.tensor,
     p_places: tl.tensor,
+    p_counts: tl.tensor,
     p_indices: tl.tensor,
     p_rows: tl.tensor,
     total: tl.tensor,
@@ -94,17 +95,13 @@ def gather_rows_apart_kernel(
     VEC: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    """Rows [total, D] at the indices [total], k of a stream, whose rows begin at p_x + VEC * its place.
-
-    Places are [b, 2]: where the rows of a stream are, and how many.
-    """
+    """Rows [total, D] at the indices [total], k of a stream, whose rows begin at p_x + VEC * its place."""
     CHUNKS: tl.constexpr = (D + BD - 1) // BD
     o_k = (tl.program_id(0) // CHUNKS).to(tl.int64) * BK + tl.arange(0, BK)
     o_d = tl.program_id(0) % CHUNKS * BD + tl.arange(0, BD)
     b_index = tl.load(p_indices + o_k, mask=o_k < total, other=-1)  # [BK]
-    p_place = p_places + o_k // k * 2
-    b_place = tl.load(p_place, mask=o_k < total, other=0)
-    m_k = (b_index >= 0) & (b_index < tl.load(p_place + 1, mask=o_k < total, other=0))
+    b_place = tl.load(p_places + o_k // k, mask=o_k < total, other=0)
+    m_k = (b_index >= 0) & (b_index < tl.load(p_counts + o_k // k, mask=o_k < total, other=0))
     m_d = (o_d < D)[None, :]
     p_from = p_x + (b_place * VEC + b_index * D)[:, None] + o_d[None, :]
     b_x = tl.load(p_from, mask=m_k[:, None] & m_d, other=0.0).to(ACC)  # [BK, BD]
@@ -307,20 +304,21 @@ def gather_apart(streams: list[Tensor], indices: Tensor, rows: Tensor) -> None:
         for x, index, out in zip(streams, indices, rows, strict=True):
             out.copy_(gather(x[None], None, index[None])[0][0])
         return
-    places = [[(each - addresses[0]) // VECTOR, len(x)] for each, x in zip(addresses, streams, strict=True)]
+    places = [(each - addresses[0]) // VECTOR for each in addresses], [len(x) for x in streams]
     # The host does not wait for the GPU to have it.
     on_device = torch.tensor(places).to(rows.device, non_blocking=True)
-    gather_at(streams[0] if len(streams[0]) else rows, on_device, indices, rows)
+    gather_at(streams[0] if len(streams[0]) else rows, on_device[0], on_device[1], indices, rows)
 
 
-def gather_at(origin: Tensor, places: Tensor, indices: Tensor, rows: Tensor) -> None:
-    """Writes rows [b, ..., d] at indices [b, k], of streams whose places [b, 2] count from the origin."""
+def gather_at(origin: Tensor, places: Tensor, counts: Tensor, indices: Tensor, rows: Tensor) -> None:
+    """Writes rows [b, ..., d] at indices [b, k], of streams whose places [b] count from the origin."""
     total, d = indices.numel(), rows.shape[-1]
     bk, bd = gather_block(d)
     with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
         gather_rows_apart_kernel[(triton.cdiv(total, bk) * triton.cdiv(d, bd),)](
             origin.view(rows.dtype),
             places,
+            counts,
             indices.contiguous(),
             rows,
             total,

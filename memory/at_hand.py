@@ -22,8 +22,8 @@ class RowsAtHand(NamedTuple):
 
     Attributes:
         rows: Those of each stream side by side in some of c columns, [b, c, d]; None on a GPU.
-        places: The column of each stream's oldest row, or on a GPU where it is (see `row_places`); and how
-            many rows there are: int64 [b, 2].
+        begins: The column of each stream's oldest row, or on a GPU where it is (see `row_places`): int64 [b].
+        lengths: How many rows each stream holds, int64 [b].
         newer: How many rows have come since, that are elsewhere, int64 [b].
         dim: d.
         dtype: The type of the rows.
@@ -31,7 +31,8 @@ class RowsAtHand(NamedTuple):
     """
 
     rows: Tensor | None
-    places: Tensor
+    begins: Tensor
+    lengths: Tensor
     newer: Tensor
     dim: int
     dtype: torch.dtype
@@ -40,23 +41,23 @@ class RowsAtHand(NamedTuple):
     @property
     def device(self) -> torch.device:
         """Where the rows are."""
-        return self.places.device
+        return self.lengths.device
 
     def take(self, indices: Tensor) -> Tensor:
         """Copies of rows at int64 indices [b, ...], all in range; zeros at -1: [b, ..., d]."""
         if self.rows is None:
-            return gather_rows_at(self.places, indices, self.dim, self.dtype)
-        begins = _along(self.places[:, 0], indices)
+            return gather_rows_at(self.begins, self.lengths, indices, self.dim, self.dtype)
+        begins = _along(self.begins, indices)
         return gather_rows(self.rows, torch.where(indices < 0, indices, indices + begins))
 
     def followers(self, indices: Tensor) -> Tensor:
         """The rows that were appended right after some others, -1 where there is none; see `take`."""
-        newest = _along(self.places[:, 1], indices) - 1
+        newest = _along(self.lengths, indices) - 1
         return torch.where((indices >= 0) & (indices < newest), indices + 1, -1)
 
     def ages(self, indices: Tensor) -> Tensor:
         """How many rows have come from each of these on; for no row, more than those of all rows."""
-        return _along(self.places[:, 1] + self.newer, indices) - indices
+        return _along(self.lengths + self.newer, indices) - indices
 
 
 def _along(values: Tensor, indices: Tensor) -> Tensor:

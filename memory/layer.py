@@ -174,26 +174,27 @@ class MemoryLayer:
         """
         if self._count_routed is not None or any(log.surviving for log in self._logs):
             return None
-        rows = None
+        lengths, together = self.lengths.tolist(), self._side_by_side
+        rows, begins = None, None
         if self.device.type == "cuda":
-            held = [each for stream in self._streams if (each := stream.at_hand()) is not None]
-            if len(held) < len(self._streams) or not HAS_TRITON or torch.cuda.is_current_stream_capturing():
-                return None
-            found = row_places([each.data_ptr() for each in held], self.lengths.tolist(), self.device)
-            if found is None:
-                return None
-            places = found
-        elif self._side_by_side is not None:
-            rows = self._side_by_side.columns
-            places = torch.stack((torch.tensor(self._side_by_side.begins), self.lengths), dim=1)
-        elif len(self._streams) == 1 and (view := self._streams[0].at_hand()) is not None:
-            rows, places = view[None], torch.stack((torch.zeros_like(self.lengths), self.lengths), dim=1)
-        else:
+            if HAS_TRITON and not torch.cuda.is_current_stream_capturing():
+                begins = row_places(self._addresses(), lengths, self.device)
+        elif together is not None:
+            rows, begins = together.columns, together.begins
+        elif len(lengths) == 1 and (view := self._streams[0].at_hand()) is not None:
+            rows, begins = view[None], [0]
+        if begins is None:
             return None
         with torch.inference_mode(False):
-            table = to_device(torch.cat((places.flatten(), newer)), self.device)
-        b = len(self._streams)
-        return RowsAtHand(rows, table[: 2 * b].view(b, 2), table[2 * b :], self._dim, self.dtype, self.even)
+            table = to_device(torch.tensor([begins, lengths, newer.tolist()]), self.device)
+        return RowsAtHand(rows, table[0], table[1], table[2], self._dim, self.dtype, self.even)
+
+    def _addresses(self) -> list[int]:
+        """Where the oldest row of each stream is in memory; none if some are not on the device."""
+        if self._side_by_side is not None:
+            return self._side_by_side.addresses()
+        held = [rows for stream in self._streams if (rows := stream.at_hand()) is not None]
+        return [rows.data_ptr() for rows in held] if len(held) == len(self._streams) else []
 
     def of_stream(self, stream: int) -> Rows:
         """The rows of one stream, wherever they are."""

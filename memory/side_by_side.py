@@ -59,6 +59,12 @@ class SideBySide:
         first = min(self._starts)
         return [start - first for start in self._starts]
 
+    def addresses(self) -> list[int]:
+        """Where the oldest row of each stream is in memory."""
+        data = self._block.data
+        stream, row = (data.itemsize * data.stride(i) for i in range(2))
+        return [data.data_ptr() + i * stream + start * row for i, start in enumerate(self._starts)]
+
     def newest(self, counts: Sequence[int]) -> Tensor | None:
         """The newest rows of all streams, [b, n, d], without a copy; None if they are not side by side."""
         if len({*self._stops}) > 1 or len({*counts}) > 1:

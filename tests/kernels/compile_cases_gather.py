@@ -17,6 +17,7 @@ def cases(dtype: str, d: int) -> list[Case]:
     types |= {
         "p_indices": "*i64",
         "p_places": "*i64",
+        "p_counts": "*i64",
         "p_gates": "*fp32",
         "p_chosen": "*fp32",
         "p_dgates": "*fp32",
