@@ -11,6 +11,8 @@ from xlroute.kernels.arguments import Backend, check_floating, compute_dtype, re
 # A projection that is not much longer is shorter than 1. Backward, its inverse is cubed.
 SHORTEST = 1e-10
 
+_AT_ONCE = 1 << 20  # rows of all streams whose products the reference has in memory at once
+
 
 @torch.no_grad()
 def unit_projections(
@@ -80,6 +82,9 @@ def _(rows: Tensor, projection: Tensor, out: Tensor, backend: str) -> None:
 
 
 def _reference(rows: Tensor, projection: Tensor, out: Tensor) -> None:
-    products = projections(rows, projection)
-    lengths = torch.linalg.vector_norm(products, dim=-1, keepdim=True, dtype=compute_dtype(rows.dtype))
-    torch.div(products, lengths.clamp_(min=SHORTEST), out=out.transpose(1, 2))
+    step = max(1, _AT_ONCE // max(len(rows), 1))
+    for start in range(0, rows.shape[1], step):
+        part = slice(start, start + step)
+        products = projections(rows[:, part], projection)
+        lengths = torch.linalg.vector_norm(products, dim=-1, keepdim=True, dtype=compute_dtype(rows.dtype))
+        torch.div(products, lengths.clamp_(min=SHORTEST), out=out[:, :, part].transpose(1, 2))

@@ -25,8 +25,6 @@ from xlroute.memory.to_device import to_device
 # Whether scores or keys are kept for the next call; "first" for those that each row got first.
 Keep = bool | Literal["first"]
 
-_PROJECTED_AT_ONCE = 1 << 20  # rows whose routing keys are products at once
-
 
 def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
     """Returns `indices` [b, ...] as int64 after checking them against `lengths` [b].
@@ -466,15 +464,12 @@ class MemoryLayer:
         if self._side_by_side is not None:
             columns = self._side_by_side.columns
             keys = torch.empty(b, r, columns.shape[1], e, dtype=self.dtype, device=self.device)
-            step = max(1, _PROJECTED_AT_ONCE // b)
-            for start in range(0, columns.shape[1], step):
-                block = slice(start, start + step)
-                unit_projections(columns[:, block], projection, keys[:, :, block])
+            unit_projections(columns, projection, keys)
             return RoutingKeys(keys, self._side_by_side.begins, self.lengths.tolist())
         keys = torch.empty(b, r, m, e, dtype=self.dtype, device=self.device)
         for rows, out in zip(streams, keys[:, None], strict=True):
-            start = 0
-            for read in rows.blocks(0, len(rows)):
+            held, start = rows.at_hand(), 0
+            for read in rows.blocks(0, len(rows)) if held is None else (held,):
                 unit_projections(read[None], projection, out[:, :, start : start + len(read)])
                 start += len(read)
         return RoutingKeys(keys, [0] * b, self.lengths.tolist())

@@ -8,7 +8,11 @@ from torch import Tensor
 
 from xlroute import RoutedTransformerXL, TransformerXLState
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # PyTorch's compiler looks at the gradient of what is none of a leaf.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 MODES: dict[str, dict[str, Any]] = {
     "by token": {},
