@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
-from timing import Timing, extra_bytes, time_call
+from timing import TOTAL_MS, Timing, extra_bytes, time_call
 from torch import Tensor
 
 T = TypeVar("T")
@@ -84,6 +84,7 @@ def measure(
     *,
     graph: bool | None = None,
     cold: bool = False,
+    total_ms: float = TOTAL_MS,
 ) -> Measurement:
     """Check the result of a call, and time the call if all checks are green.
 
@@ -94,6 +95,7 @@ def measure(
         device: where it runs.
         graph: see `timing.time_call`.
         cold: also time it with a cold L2 cache, on a GPU.
+        total_ms: about how long a timing may take.
     """
     checks: tuple[Check, ...] = ()
     try:
@@ -104,7 +106,7 @@ def measure(
         if red:
             return Measurement(subject, checks=checks, failure="; ".join(red))
         extra = extra_bytes(call, device)
-        timing = time_call(call, device, graph=graph)
+        timing = time_call(call, device, graph=graph, total_ms=total_ms)
         flushed = time_call(call, device, graph=graph, cold=True) if cold and device.type == "cuda" else None
         return Measurement(subject, timing, flushed, extra, checks)
     except Exception as error:  # one that breaks must not hide what the others do

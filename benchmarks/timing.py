@@ -39,7 +39,14 @@ def on_one_stream(device: torch.device) -> contextlib.AbstractContextManager[obj
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
-def time_call(call: Call, device: torch.device, *, graph: bool | None = None, cold: bool = False) -> Timing:
+def time_call(
+    call: Call,
+    device: torch.device,
+    *,
+    graph: bool | None = None,
+    cold: bool = False,
+    total_ms: float = TOTAL_MS,
+) -> Timing:
     """Time a call that has run before.
 
     Args:
@@ -49,9 +56,10 @@ def time_call(call: Call, device: torch.device, *, graph: bool | None = None, co
             the call waits for the device. False: CUDA events around single calls.
         cold: time single calls, each after the L2 cache was filled with something else. Without it, calls
             follow one upon the other, and inputs that fit in the cache stay there. Without effect on a CPU.
+        total_ms: about how long it may take, warm-up aside.
     """
     if device.type != "cuda":
-        return _time_on_cpu(call)
+        return _time_on_cpu(call, total_ms)
     calls, run, kind = 1, call, "CUDA events around"
     call()
     if graph or (graph is None and not _waits_for_device(call)):
@@ -61,7 +69,7 @@ def time_call(call: Call, device: torch.device, *, graph: bool | None = None, co
     if run is not call and not cold:
         calls = int(min(max(GRAPH_MS / estimate, 1), MOST_CALLS))
         run = _capture(call, calls)
-    repeats = _repeats(estimate * calls)
+    repeats = _repeats(estimate * calls, total_ms)
     flush: Call | None = None
     if cold:
         size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -115,10 +123,10 @@ def host_waits(call: Call, device: torch.device) -> int | None:
     return sum("called a synchronizing CUDA operation" in str(each.message) for each in caught)
 
 
-def _time_on_cpu(call: Call) -> Timing:
+def _time_on_cpu(call: Call, total_ms: float) -> Timing:
     start = time.perf_counter()
     call()
-    repeats = _repeats(1e3 * (time.perf_counter() - start))
+    repeats = _repeats(1e3 * (time.perf_counter() - start), total_ms)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -127,9 +135,9 @@ def _time_on_cpu(call: Call) -> Timing:
     return _summary(times, f"{repeats} x clock around 1 call")
 
 
-def _repeats(estimate: float) -> int:
+def _repeats(estimate: float, total_ms: float) -> int:
     fewest, most = REPEATS
-    return int(min(max(TOTAL_MS / max(estimate, 1e-6), fewest), most))
+    return int(min(max(total_ms / max(estimate, 1e-6), fewest), most))
 
 
 def _summary(times: list[float], method: str) -> Timing:
