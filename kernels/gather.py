@@ -1,6 +1,5 @@
 """Gather of chosen rows and their gates, and scatter of rows back to their places; -1 stands for no row."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,11 +81,14 @@ def row_places(addresses: Sequence[int], counts: Sequence[int], device: torch.de
     Args:
         addresses: of the first row of each stream; the rows of a stream follow one another.
         counts: how many rows each stream has.
-        device: of the rows.
+        device: of the rows, as they name it.
 
     Returns:
         int64 [b, 2] on the CPU: a number for the address, and how many. None where a stream begins at an
         address that is no multiple of 16 bytes.
+
+    Raises:
+        ValueError: there are not as many counts as addresses.
     """
     origin = _origin(device).data_ptr()
     places = [
@@ -127,11 +129,17 @@ def gather_rows_at(places: Tensor, indices: Tensor, d: int, dtype: torch.dtype) 
     return rows
 
 
-@functools.cache
+_origins: dict[torch.device, Tensor] = {}
+
+
 def _origin(device: torch.device) -> Tensor:
     """What addresses are counted from: Triton knows by its own that reads are aligned."""
-    with torch.inference_mode(False):
-        return torch.empty(VECTOR, dtype=torch.uint8, device=device)
+    origin = _origins.get(device)
+    if origin is None:
+        with torch.inference_mode(False):
+            # Threads that are here at the same time have to get the same one.
+            origin = _origins.setdefault(device, torch.empty(VECTOR, dtype=torch.uint8, device=device))
+    return origin
 
 
 def gather_pinned_rows(x: Tensor, indices: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Blocks that read the rows of the memory by themselves compute what they do of rows that the model has read."""
+"""Blocks that read the memory by themselves compute what they do of rows that the model has read."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_blocks_compute_the_same_whoever_reads(
         assert (got is None) == (expected is None), name
         if got is not None:
             torch.testing.assert_close(got, expected)
-    assert any("memory_gate" in name and grad is not None for name, grad in zip(names, gradients[0]))
+    assert gradients[0][next(i for i, name in enumerate(names) if "memory_gate" in name)] is not None
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
