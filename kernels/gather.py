@@ -103,7 +103,9 @@ def gather_rows_at(places: Tensor, indices: Tensor, d: int, dtype: torch.dtype) 
     """As `gather_rows_apart`, for rows that are known by where they are.
 
     So the rows of a large memory are no inputs of a CUDA graph, which would be copied each time that it runs,
-    and it can read others each time. The caller keeps the rows as they are until they are read. Needs Triton.
+    and it can read others each time. The caller keeps the rows as they are until they are read; with
+    `torch._functorch.config.activation_memory_budget` below 1, PyTorch's compiler may read them once more
+    in the backward. Needs Triton.
 
     Args:
         places: int64 [b, 2], from `row_places`, on the device of the rows.

@@ -59,8 +59,8 @@ class RouterOutput(NamedTuple):
 class PickedRows(NamedTuple):
     """The rows of a memory that were picked for some routing tokens, and are still to be read."""
 
-    indices: Tensor  # int64 [b, r, k]; -1 where there was no row left to pick
-    gates: Tensor | None  # [b, r, k], 0 where there is no row; None for a shortlist, which has none yet
+    indices: Tensor  # int64 [b, r, k], or [b, g, r, k] by chunk; -1 where there was no row left to pick
+    gates: Tensor | None  # the same shape, 0 where there is no row; None for a shortlist, which has none yet
     stats: RoutingStats | None  # if they were asked for
 
 

@@ -16,11 +16,11 @@ from xlroute.memory import MemoryLayer, MemoryStore
 from xlroute.memory.at_hand import RowsAtHand
 
 DIM = 4
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+DEVICE = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
 
 
 def make(streams: int, **options: Any) -> MemoryStore:
-    return MemoryStore.create(layers=1, streams=streams, dim=DIM, **{"device": DEVICE, **options})
+    return MemoryStore.create(layers=1, streams=streams, dim=DIM, **{"device": DEVICE.type, **options})
 
 
 def append(store: MemoryStore, *counts: int) -> None:
@@ -172,13 +172,16 @@ def test_they_stay_what_they_are() -> None:
     assert hand is not None
     assert not hand.places.is_inference()
     expected = [rows.clone() for rows in layer.views()]
+    places = row_places([rows.data_ptr() for rows in layer.views()], layer.lengths.tolist(), DEVICE)
+    assert places is not None
     newer += 1
     for _ in range(5):
         append(store, 9, 9, 9)
     store.reset(torch.tensor([True, False, True]))
     check(hand, layer, torch.tensor([1, 0, 2]))
-    for rows, row in zip(expected, hand.take(torch.tensor([[7], [7], [7]], device=DEVICE)), strict=True):
-        assert torch.equal(row[0], rows[7])
+    where = RowsAtHand(None, places.to(DEVICE), hand.newer, DIM, store.dtype, True)
+    for each in (hand, where) if HAS_TRITON else (hand,):
+        assert torch.equal(each.take(torch.arange(8, device=DEVICE).expand(3, 8)), torch.stack(expected))
 
 
 def test_a_fork_has_its_own() -> None:
