@@ -405,10 +405,13 @@ class CoordinateDescentRouter(nn.Module):
         return row_scores(x, tokens, **how)
 
     def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, Scoring] | None:
-        """How the router's own tokens score a memory, and how the scores were made that it keeps."""
+        """How the router's own tokens score a memory, and how the scores were made that it keeps.
+
+        None where they are computed, or copied to where the memory is, whenever they score.
+        """
         assert self.routing_token is not None
         tokens, how = self._scoring(self.routing_token, memory)
-        return memory.kept_scoring(tokens, **how)
+        return memory.kept_scoring(tokens, **how) if tokens is self.routing_token else None
 
     def _scoring(self, tokens: Tensor, x: Tensor | MemoryRows) -> tuple[Tensor, dict[str, Any]]:
         """Tokens as they score rows, and how."""
