@@ -1,6 +1,5 @@
 """Gather of chosen rows and their gates, and scatter of rows back to their places; -1 stands for no row."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,11 +81,14 @@ def row_places(addresses: Sequence[int], counts: Sequence[int], device: torch.de
     Args:
         addresses: of the first row of each stream; the rows of a stream follow one another.
         counts: how many rows each stream has.
-        device: of the rows.
+        device: of the rows, as they name it.
 
     Returns:
         A number for the address of each stream. None where there are no streams, or where one begins at an
         address that is no multiple of 16 bytes.
+
+    Raises:
+        ValueError: there are not as many counts as addresses.
     """
     origin = _origin(device).data_ptr()
     apart = [address - origin if count else 0 for address, count in zip(addresses, counts, strict=True)]
@@ -97,7 +99,9 @@ def gather_rows_at(places: Tensor, counts: Tensor, indices: Tensor, d: int, dtyp
     """As `gather_rows_apart`, for rows that are known by where they are.
 
     So the rows of a large memory are no inputs of a CUDA graph, which would be copied each time that it runs,
-    and it can read others each time. The caller keeps the rows as they are until they are read. Needs Triton.
+    and it can read others each time. The caller keeps the rows as they are until they are read; with
+    `torch._functorch.config.activation_memory_budget` below 1, PyTorch's compiler may read them once more
+    in the backward. Needs Triton.
 
     Args:
         places: int64 [b], from `row_places`, on the device of the rows.
@@ -126,11 +130,17 @@ def gather_rows_at(places: Tensor, counts: Tensor, indices: Tensor, d: int, dtyp
     return rows
 
 
-@functools.cache
+_origins: dict[torch.device, Tensor] = {}
+
+
 def _origin(device: torch.device) -> Tensor:
     """What addresses are counted from: Triton knows by its own that reads are aligned."""
-    with torch.inference_mode(False):
-        return torch.empty(VECTOR, dtype=torch.uint8, device=device)
+    origin = _origins.get(device)
+    if origin is None:
+        with torch.inference_mode(False):
+            # Threads that are here at the same time have to get the same one.
+            origin = _origins.setdefault(device, torch.empty(VECTOR, dtype=torch.uint8, device=device))
+    return origin
 
 
 def gather_pinned_rows(x: Tensor, indices: Tensor) -> Tensor:

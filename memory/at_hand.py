@@ -17,8 +17,7 @@ class RowsAtHand(NamedTuple):
     """The rows of all streams of a layer in the memory of the device that reads them.
 
     They are read by index as those of the `MemoryLayer` that they come from, and carry no gradient. On a GPU
-    they are known by where they are: the layer has to be kept until they are read, and nothing is appended
-    before.
+    they are known by where they are: the layer has to be kept until they are read, see `gather_rows_at`.
 
     Attributes:
         rows: Those of each stream side by side in some of c columns, [b, c, d]; None on a GPU.

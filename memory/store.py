@@ -1080,13 +1080,12 @@ def _checked_device(device: object) -> torch.device:
     if not isinstance(device, (torch.device, str)):
         raise TypeError(f"device: expected a torch.device or a string, got {type(device).__name__}")
     try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
+        # As tensors there name it: "cuda" is one of several devices, and the one that was meant stays it.
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"device: expected one that PyTorch can use here, got {str(device)!r}: {error}"
         ) from error
-    return device
 
 
 def _as_tensor(name: str, values: object, expected: str) -> Tensor:

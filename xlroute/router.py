@@ -59,8 +59,8 @@ class RouterOutput(NamedTuple):
 class PickedRows(NamedTuple):
     """The rows of a memory that were picked for some routing tokens, and are still to be read."""
 
-    indices: Tensor  # int64 [b, r, k]; -1 where there was no row left to pick
-    gates: Tensor | None  # [b, r, k], 0 where there is no row; None for a shortlist, which has none yet
+    indices: Tensor  # int64 [b, r, k], or [b, g, r, k] by chunk; -1 where there was no row left to pick
+    gates: Tensor | None  # the same shape, 0 where there is no row; None for a shortlist, which has none yet
     stats: RoutingStats | None  # if they were asked for
 
 
@@ -405,10 +405,13 @@ class CoordinateDescentRouter(nn.Module):
         return row_scores(x, tokens, **how)
 
     def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, Scoring] | None:
-        """How the router's own tokens score a memory, and how the scores were made that it keeps."""
+        """How the router's own tokens score a memory, and how the scores were made that it keeps.
+
+        None where they are computed, or copied to where the memory is, whenever they score.
+        """
         assert self.routing_token is not None
         tokens, how = self._scoring(self.routing_token, memory)
-        return memory.kept_scoring(tokens, **how)
+        return memory.kept_scoring(tokens, **how) if tokens is self.routing_token else None
 
     def _scoring(self, tokens: Tensor, x: Tensor | MemoryRows) -> tuple[Tensor, dict[str, Any]]:
         """Tokens as they score rows, and how."""

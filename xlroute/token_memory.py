@@ -108,9 +108,10 @@ class TokenMemoryAttention(nn.Module):
 
     def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, Scoring] | None:
         """See `MemoryBranch`, as for what follows."""
-        if torch.is_grad_enabled():
+        projection = self.content_routing.projection.detach()
+        if torch.is_grad_enabled() or projection.device != memory.device:
             return None
-        return memory.kept_key_scoring(self.content_routing.projection.detach().to(memory.device))
+        return memory.kept_key_scoring(projection)
 
     def open(self, memory: MemoryRows, *, with_stats: bool) -> RoutingKeys:
         """The routing keys of all rows."""

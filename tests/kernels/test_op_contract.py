@@ -14,10 +14,12 @@ from xlroute.kernels import (
     coordinate_descent,
     gather_rows,
     norm_beside,
+    row_places,
     row_scores,
     soft_topk,
     top_indices,
 )
+from xlroute.kernels.arguments import HAS_TRITON
 
 
 def descend(s: Tensor, k: float | Tensor, mask: Tensor | None = None) -> Tensor:
@@ -93,6 +95,15 @@ def test_opcheck_gather_and_scatter(dtype: torch.dtype) -> None:
     )
     streams = [torch.randn(m, 5, dtype=dtype) for m in (3, 6)]
     torch.library.opcheck(ops.gather_rows_apart.default, (streams, indices % 3, "torch"))
+    if HAS_TRITON:
+        # In Triton alone, which takes tensors of a CPU in its interpreter.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        streams = [torch.randn(m, 8, dtype=dtype, device=device) for m in (3, 6)]
+        places = row_places([x.data_ptr() for x in streams], [3, 6], streams[0].device)
+        assert places is not None
+        for chosen in (indices % 3, indices[..., :0], indices.transpose(1, 2) % 3):
+            arguments = (places.to(device), chosen.to(device), 8, dtype)
+            torch.library.opcheck(ops.gather_rows_at.default, arguments)
     rows = torch.randn(2, 3, 5, dtype=dtype, requires_grad=True)
     places = torch.tensor([[4, -1, 0], [5, 3, -1]])
     torch.library.opcheck(ops.gather_rows_backward.default, (rows, places, 6, "torch"))
