@@ -39,38 +39,49 @@ def build(options: dict[str, Any]) -> RoutedTransformerXL:
 
 
 def start(model: RoutedTransformerXL) -> TransformerXLState:
-    return model.initial_state(streams=2, memory=model.create_memory(streams=2, capacity=100))
+    return model.initial_state(streams=3, memory=model.create_memory(streams=3, capacity=100))
 
 
-def step(model: RoutedTransformerXL, tokens: Tensor, state: TransformerXLState) -> tuple[Any, ...]:
+def step(
+    model: RoutedTransformerXL, segment: tuple[Tensor, Tensor, Tensor], state: TransformerXLState
+) -> tuple[Tensor, TransformerXLState, dict[str, Tensor]]:
+    """The logits of the tokens that count, the next state, and the gradients."""
+    tokens, lengths, ends = segment
     torch.compiler.cudagraph_mark_step_begin()
-    logits, state = model(tokens, state)
+    logits, state = model(tokens, state, lengths, ends)
+    logits = logits[torch.arange(tokens.shape[1]) < lengths[:, None]]
     model.zero_grad()
     logits.square().mean().backward()
-    return logits.detach().clone(), state, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach().clone(), state, grads
 
 
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
 @pytest.mark.parametrize("mode", MODES)
-def test_blocks_as_cuda_graphs_read_the_memory_that_moves(mode: str) -> None:
+def test_blocks_as_cuda_graphs_read_the_memory_that_moves(mode: str, uneven: bool) -> None:
     """While it grows and moves, and the next rows are appended before a backward."""
     model, other = build(MODES[mode]), build(MODES[mode])
     other.load_state_dict(model.state_dict())
     for block in other.blocks:
         block.compile(mode="reduce-overhead")
-    states, moved = (start(model), start(other)), set()
-    for _ in range(14):
-        tokens = torch.randint(32, (2, 16), device="cuda")
-        expected, *rest = step(model, tokens, states[0])
-        given, *others = step(other, tokens, states[1])
-        states = (rest[0], others[0])
+    state, theirs, moved = start(model), start(other), set()
+    for i in range(14):
+        lengths = torch.tensor([16, 16, 9 if uneven and i % 2 else 16])
+        ends = torch.tensor([False, uneven and i == 6, False])
+        segment = torch.randint(32, (3, 16), device="cuda"), lengths, ends
+        expected, state, gradients = step(model, segment, state)
+        given, theirs, others = step(other, segment, theirs)
         torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-3)
-        for ours, theirs in zip(others[1], rest[1], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
-        assert others[0].memory is not None
-        moved.add(others[0].memory.layer(0).views()[0].untyped_storage().data_ptr())
+        assert others.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(
+                others[name], gradient, rtol=1e-2, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        assert theirs.memory is not None
+        moved.add(theirs.memory.layer(0).views()[0].untyped_storage().data_ptr())
     assert len(moved) > 1
     with torch.no_grad():
-        tokens = torch.randint(32, (2, 16), device="cuda")
+        tokens = torch.randint(32, (3, 16), device="cuda")
         torch.compiler.cudagraph_mark_step_begin()
-        given, _ = other(tokens, states[1])
-        torch.testing.assert_close(given, model(tokens, states[0])[0], rtol=1e-3, atol=1e-3)
+        given, _ = other(tokens, theirs)
+        torch.testing.assert_close(given, model(tokens, state)[0], rtol=1e-3, atol=1e-3)
