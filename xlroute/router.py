@@ -452,7 +452,8 @@ class CoordinateDescentRouter(nn.Module):
             return torch.minimum(budget, mask.sum(-1))
         if mask is None:
             return min(budget, float(m))
-        return mask.sum(-1).clamp(max=budget)
+        # Where sizes are dynamic, the compiler would round the bound to the whole numbers that are counted.
+        return mask.sum(-1, dtype=torch.float64).clamp(max=budget)
 
     def _largest_budget(self, k: int) -> int:
         """No budget is larger than this, unless it reaches all valid rows."""

@@ -371,3 +371,20 @@ def test_bad_calls_are_refused() -> None:
         CoordinateDescentRouter(8, learned_routing_tokens=True)(x, num_tokens=3)
     with pytest.raises(TypeError, match="x: expected a tensor"):
         router([[1.0]], num_tokens=3)
+
+
+def test_gates_of_masked_scores_compiled_for_any_size() -> None:
+    """A budget that is no whole number stays what it is."""
+    router = CoordinateDescentRouter(8, eps=1.0).double()
+
+    def gates(s: Tensor, mask: Tensor) -> Tensor:
+        return router.choose(s, num_tokens=3, mask=mask)[0]
+
+    compiled = torch.compile(gates, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=True)
+    for n in (5, 9):
+        s = torch.randn(4, n, dtype=torch.float64, requires_grad=True)
+        mask = torch.arange(n) < torch.tensor([n, n - 1, 4, 2])[:, None]
+        weights = torch.randn(4, 3, dtype=torch.float64)
+        expected, given = (torch.autograd.grad((f(s, mask) * weights).sum(), s)[0] for f in (gates, compiled))
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(given, expected)
