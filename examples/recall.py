@@ -12,6 +12,7 @@ Without a memory, with XL memory, with random rows and with learned routing toke
 under four minutes of CPU time; --jobs 2 shares it out over two cores.
 
     python examples/recall.py --device cuda --preset long --out run-recall-long    up to a million tokens
+    python examples/recall.py --peer FOLDER    with MemorizingTransformer, see recall_peer.py
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 from recall_report import Score, Training, draw, tables, write_csv
 from recall_tasks import VALUES, Documents, test_documents
-from recall_train import MODES, Settings, ask, train
+from recall_train import MODES, PEER, Settings, ask, train
 from torch import Tensor
 
 
@@ -65,8 +66,8 @@ PRESETS = {
             questions=64,
             streams=2,
             passkeys=4,
-            # What attends to all that it has read takes the square of the time.
-            longest={"everything": 16_384, "full": 16_384},
+            # What attends to all that it has read takes the square of the time; the peer searches on a CPU.
+            longest={"everything": 16_384, "full": 16_384, "memorizing": 16_384},
         ),
     ),
 }
@@ -81,17 +82,23 @@ def main(arguments: list[str] | None = None) -> int:
     add("--preset", choices=PRESETS, default="small", help="sizes (default: small)")
     add("--out", type=Path, default=Path("run-recall"), help="folder of what is written")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--modes", default=",".join(MODES), help=f"some of {','.join(MODES)}")
+    add("--modes", help=f"some of {','.join(MODES)}; default: all that can run")
+    add("--peer", type=Path, help="where memorizing-transformers-pytorch was installed")
     add("--seed", type=int, default=0, help="of weights and documents (default: 0)")
     add("--steps", type=int, help="batches of documents, of each mode")
     add("--minutes", type=float, default=math.inf, help="the longest that a mode trains")
     add("--memory-grad-segments", type=int, default=0, help="segments whose rows carry gradient (default: 0)")
     add("--jobs", type=int, default=1, help="modes at work at the same time (default: 1)")
     options = parser.parse_args(arguments)
-    modes = options.modes.split(",")
+    if options.peer is not None and not options.peer.is_dir():
+        parser.error(f"--peer: expected a folder, got {options.peer}")
+    can_run = [mode for mode in MODES if mode != PEER or options.peer is not None]
+    modes = can_run if options.modes is None else options.modes.split(",")
     unknown = set(modes) - set(MODES)
     if unknown:
         parser.error(f"--modes: expected some of {','.join(MODES)}, got {','.join(sorted(unknown))}")
+    if not set(modes) <= set(can_run):
+        parser.error(f"--modes: {PEER} needs --peer, where its package is")
     settings, test = PRESETS[options.preset]
     settings = replace(
         settings,
@@ -99,6 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         seed=options.seed,
         minutes=options.minutes,
         memory_grad_segments=options.memory_grad_segments,
+        peer=None if options.peer is None else str(options.peer),
     )
     if options.steps is not None:
         settings = replace(settings, steps=options.steps)

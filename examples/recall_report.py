@@ -23,6 +23,7 @@ COLOURS = {
     "content1": "#d62728",
     "everything": "#2ca02c",
     "full": "#17becf",
+    "memorizing": "#e377c2",
 }
 
 

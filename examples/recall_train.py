@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from recall_peer import MemorizingPeer
 from recall_tasks import MOST_PAIRS, SYMBOLS, Documents, Piece, slot_width, training_documents
 from torch import Tensor, nn
 
-from xlroute import RoutedTransformerXL, TransformerXLState
+from xlroute import RoutedTransformerXL
 from xlroute.blocks import RoutedMemoryAttention
 from xlroute.token_memory import TokenMemoryAttention
 
@@ -54,6 +55,7 @@ class Settings:
     gap: int = 64
     memory_grad_segments: int = 0  # as of the model; an update follows so many segments and one more
     learning_rate: float = 1e-3
+    peer: str | None = None  # the folder that memorizing-transformers-pytorch was installed in
 
     @property
     def nearest(self) -> int:
@@ -84,13 +86,15 @@ MODES = {
     "content1": Mode("routing by token", options=_by_content("content", 1)),
     "everything": Mode("attention to all rows", options={"num_tokens_kv": 1.0}),
     "full": Mode("full attention, no memory", memory=False, window="document"),
+    "memorizing": Mode("MemorizingTransformer"),
 }
+PEER = "memorizing"  # runs where its package was installed
 
 
 class Trained(NamedTuple):
     """A model, and how its training went."""
 
-    model: RoutedTransformerXL
+    model: RoutedTransformerXL | MemorizingPeer
     steps: int
     updates: int
     tokens: int
@@ -98,8 +102,33 @@ class Trained(NamedTuple):
     accuracy: float  # of single symbols told beyond the window, in the last tenth of the updates
 
 
-def build_model(mode: str, settings: Settings) -> RoutedTransformerXL:
+def build_model(mode: str, settings: Settings) -> RoutedTransformerXL | MemorizingPeer:
     """An untrained model.
+
+    Those of this library start where they find what they need, so that they have to learn the reading alone.
+    The peer starts as its package makes it.
+    """
+    torch.manual_seed(settings.seed)
+    if mode != PEER:
+        return build_routed(mode, settings).to(settings.device)
+    assert settings.peer is not None
+    peer = MemorizingPeer(
+        settings.peer,
+        num_tokens=len(SYMBOLS),
+        dim=settings.dim,
+        depth=settings.depth,
+        heads=settings.heads,
+        dim_head=settings.dim_head,
+        ff_mult=6,  # keys and values have one head: so it is as large as the others
+        memorizing_layers=(settings.memory_layer,),
+        num_retrieved_memories=settings.rows,
+        xl_max_memories=settings.mem_len,
+    )
+    return peer.to(settings.device)
+
+
+def build_routed(mode: str, settings: Settings) -> RoutedTransformerXL:
+    """An untrained model of this library.
 
     It starts where it finds what it needs, so that it has to learn the reading alone. The heads below the
     memory look 0, 1, ... tokens back, so sharply that the tokens there do not matter: a row tells what stood
@@ -109,7 +138,6 @@ def build_model(mode: str, settings: Settings) -> RoutedTransformerXL:
     those of the training.
     """
     windows = {"none": 0, "short": settings.mem_len, "document": settings.training_len}
-    torch.manual_seed(settings.seed)
     model = RoutedTransformerXL(
         **{
             "vocab_size": len(SYMBOLS),
@@ -143,7 +171,7 @@ def build_model(mode: str, settings: Settings) -> RoutedTransformerXL:
                 ages = torch.arange(float(memory.age_bias.num_embeddings))
                 memory.age_bias.weight.copy_(-AGE_SLOPE * ages[:, None])
                 memory.age_bias.requires_grad_(False)
-    return model.to(settings.device)
+    return model
 
 
 def train(mode: str, settings: Settings) -> Trained:
@@ -237,32 +265,44 @@ def learning_rate(updates: int, done: float, settings: Settings) -> float:
 
 
 def read(
-    model: RoutedTransformerXL, mode: str, documents: Sequence[Documents], settings: Settings
+    model: RoutedTransformerXL | MemorizingPeer, mode: str, documents: Sequence[Documents], settings: Settings
 ) -> Iterator[tuple[Tensor, Piece]]:
     """Read documents of one length side by side: the logits of each segment, and the segment."""
-    state = initial_state(model, mode, sum(each.streams for each in documents), settings)
+    streams = sum(each.streams for each in documents)
+    if isinstance(model, MemorizingPeer):
+        read_segment = model.reader(streams)
+    else:
+        read_segment = reader(model, mode, streams, settings)
     length = documents[0].length
     for start in range(0, length, settings.segment_len):
         stop = min(start + settings.segment_len, length)
         pieces = [each.piece(start, stop) for each in documents]
         piece = Piece(*(torch.cat(parts).to(settings.device) for parts in zip(*pieces, strict=True)))
-        logits, state = model(piece.tokens, state)
-        yield logits, piece
+        yield read_segment(piece.tokens), piece
 
 
-def initial_state(
+def reader(
     model: RoutedTransformerXL, mode: str, streams: int, settings: Settings
-) -> TransformerXLState:
-    """A state that has read nothing."""
-    if not MODES[mode].memory:
-        return model.initial_state(streams=streams)
-    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    return model.initial_state(streams=streams, memory=model.create_memory(streams=streams, dtype=dtype))
+) -> Callable[[Tensor], Tensor]:
+    """What reads new documents, a segment of tokens after the other, and gives the logits."""
+    memory = None
+    if MODES[mode].memory:
+        dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+        memory = model.create_memory(streams=streams, dtype=dtype)
+    state = model.initial_state(streams=streams, memory=memory)
+
+    def read_segment(tokens: Tensor) -> Tensor:
+        nonlocal state
+        logits: Tensor
+        logits, state = model(tokens, state)
+        return logits
+
+    return read_segment
 
 
 @torch.no_grad()
 def ask(
-    model: RoutedTransformerXL, mode: str, documents: Sequence[Documents], settings: Settings
+    model: RoutedTransformerXL | MemorizingPeer, mode: str, documents: Sequence[Documents], settings: Settings
 ) -> list[Tensor]:
     """Which questions of each of the documents are answered right in all symbols, bool [b, q] each."""
     wrong = [torch.zeros(each.questions.announced.shape, dtype=torch.bool) for each in documents]

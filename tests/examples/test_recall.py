@@ -139,7 +139,7 @@ def test_answers_count_when_all_their_symbols_are_right(load: Load) -> None:
     predicted[2, place] = (predicted[2, place] + 1) % len(tasks.SYMBOLS)
 
     class Reads:
-        def initial_state(self, *, streams: int) -> int:
+        def initial_state(self, *, streams: int, memory: None) -> int:
             assert streams == 6
             return 0
 
@@ -197,6 +197,68 @@ def test_a_short_run(
             for length in (256, 300):
                 asked = [int(row["questions"]) for row in rows if row["length"] == str(length)]
                 assert sum(asked) == (0 if mode == "everything" and length == 300 else questions)
+
+
+PEER = """
+import torch
+
+class MemorizingTransformer(torch.nn.Module):
+    def __init__(self, *, num_tokens, dim, memorizing_layers, num_retrieved_memories, **sizes):
+        super().__init__()
+        assert (memorizing_layers, num_retrieved_memories, sizes["xl_max_memories"]) == ((2,), 8, 16)
+        self.embedding = torch.nn.Embedding(num_tokens, dim)
+        self.to_logits = torch.nn.Linear(dim, num_tokens)
+
+    def create_knn_memories(self, *, batch_size):
+        return [batch_size]
+
+    def forward(self, x, *, knn_memories, xl_memories):
+        assert knn_memories == [len(x)]
+        assert xl_memories is None or xl_memories[0].shape == x.shape
+        return self.to_logits(self.embedding(x)), [x]
+"""
+
+
+def test_a_peer_reads_the_same_documents(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "memorizing_transformers_pytorch", raising=False)
+    (tmp_path / "memorizing_transformers_pytorch.py").write_text(PEER)
+    recall, training = load("recall"), load("recall_train")
+    settings = training.Settings(streams=2, training_len=256, dim=16, heads=2, dim_head=8)
+    test = recall.Test((256,), pairs=2, questions=2, streams=2, passkeys=3, longest={})
+    monkeypatch.setitem(recall.PRESETS, "small", (settings, test))
+    given = [
+        "--modes",
+        "xl,memorizing",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+        "--peer",
+        str(tmp_path),
+    ]
+    assert recall.main(given) == 0
+    sys.modules.pop("memorizing_transformers_pytorch")
+    with (tmp_path / "run" / "trainings.csv").open(encoding="utf-8") as file:
+        own, peer = csv.DictReader(file)
+    assert peer["label"] == "MemorizingTransformer"
+    assert own["tokens"] == peer["tokens"]
+    with (tmp_path / "run" / "scores.csv").open(encoding="utf-8") as file:
+        questions = [
+            (row["mode"], row["task"], row["nearest"], row["questions"]) for row in csv.DictReader(file)
+        ]
+    assert [row[1:] for row in questions if row[0] == "xl"] == [
+        row[1:] for row in questions if row[0] != "xl"
+    ]
+    for wrong, message in (
+        (["--modes", "xl,memorizing"], "--modes: memorizing needs --peer"),
+        (["--peer", "nowhere"], "--peer: expected a folder, got nowhere"),
+    ):
+        with pytest.raises(SystemExit):
+            recall.main(wrong)
+        assert message in capsys.readouterr().err
 
 
 def test_tables_and_picture_count_questions(load: Load, tmp_path: Path) -> None:
