@@ -135,11 +135,12 @@ def test_streams_that_lie_apart_in_a_graph() -> None:
     assert torch.equal(given, gather_rows_apart(streams, indices, "torch"))
 
 
-def places_of(streams: list[Tensor]) -> Tensor:
-    """See `row_places`; the streams begin at multiples of 16 bytes."""
-    places = row_places([x.data_ptr() for x in streams], [len(x) for x in streams], streams[0].device)
+def places_of(streams: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """See `row_places`, and how many rows there are; the streams begin at multiples of 16 bytes."""
+    counts = [len(x) for x in streams]
+    places = row_places([x.data_ptr() for x in streams], counts, streams[0].device)
     assert places is not None
-    return places.to(DEVICE)
+    return torch.tensor(places, device=DEVICE), torch.tensor(counts, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,37 +148,36 @@ def places_of(streams: list[Tensor]) -> Tensor:
 def test_gather_from_where_rows_are(d: int, start: int, dtype: torch.dtype) -> None:
     streams = [randn(m + start * i, d, dtype=dtype)[start * i :] for i, m in enumerate((50, 0, 9, 1))]
     places = places_of(streams)
-    assert places.dtype == torch.int64
-    assert places[:, 1].tolist() == [50, 0, 9, 1]
     for shape in ((7,), (2, 7), (3, 2, 5)):
         indices = torch.stack([torch.randint(-1, len(x), shape, device=DEVICE) for x in streams])
         indices[:, 0] = -1
-        given = gather_rows_at(places, indices, d, dtype)
+        given = gather_rows_at(*places, indices, d, dtype)
         assert given.dtype == dtype
         assert torch.equal(given, gather_rows_apart(streams, indices, "torch"))
     spread = indices.movedim(-1, 1)
-    assert torch.equal(gather_rows_at(places, spread, d, dtype), gather_rows_apart(streams, spread, "torch"))
-    assert gather_rows_at(places, indices[:, :0], d, dtype).shape == (4, 0, 2, 5, d)
+    assert torch.equal(gather_rows_at(*places, spread, d, dtype), gather_rows_apart(streams, spread, "torch"))
+    assert gather_rows_at(*places, indices[:, :0], d, dtype).shape == (4, 0, 2, 5, d)
     # It reads what is there now.
     streams[0].copy_(randn(50, d, dtype=dtype))
-    given = gather_rows_at(places, indices, d, dtype)
+    given = gather_rows_at(*places, indices, d, dtype)
     assert torch.equal(given, gather_rows_apart(streams, indices, "torch"))
 
 
 def test_where_no_rows_are() -> None:
     streams = [randn(0, 8), randn(0, 8)]
     places = places_of(streams)
-    assert places.tolist() == [[0, 0], [0, 0]]
+    assert places[0].tolist() == [0, 0]
     indices = torch.full((2, 3), -1, device=DEVICE)
-    assert torch.equal(gather_rows_at(places, indices, 8, torch.float32), streams[0].new_zeros(2, 3, 8))
-    assert gather_rows_at(places[:0], indices[:0], 8, torch.float32).shape == (0, 3, 8)
+    assert torch.equal(gather_rows_at(*places, indices, 8, torch.float32), streams[0].new_zeros(2, 3, 8))
+    none = (each[:0] for each in places)
+    assert gather_rows_at(*none, indices[:0], 8, torch.float32).shape == (0, 3, 8)
 
 
 def test_indices_where_no_row_is() -> None:
     """Of a stream, whatever another holds: a row that is not there is not read, nor taken for -1."""
     streams = [randn(4, 8), randn(9, 8), randn(0, 8)]
     indices = torch.tensor([[3, 4, -1, -2], [4, 9, 8, 1 << 40], [0, -1, -(1 << 40), 5]], device=DEVICE)
-    given = gather_rows_at(places_of(streams), indices, 8, torch.float32)
+    given = gather_rows_at(*places_of(streams), indices, 8, torch.float32)
     missing = torch.tensor([[0, 1, 0, 1], [0, 1, 0, 1], [1, 0, 1, 1]], dtype=torch.bool, device=DEVICE)
     assert torch.equal(given.isnan().all(-1), missing)
     assert torch.equal(given.isnan().any(-1), missing)
@@ -191,7 +191,7 @@ def test_rows_past_2_to_the_31_elements() -> None:
     last = torch.randn(8, 8, device=DEVICE).half()
     rows[-8:] = last
     indices = torch.tensor([[len(rows) - 8, -1, len(rows) - 1], [7, 0, -1]], device=DEVICE)
-    given = gather_rows_at(places_of([rows, rows[-8:]]), indices, 8, torch.float16)
+    given = gather_rows_at(*places_of([rows, rows[-8:]]), indices, 8, torch.float16)
     none = torch.zeros_like(last[0])
     assert torch.equal(given, torch.stack((last[0], none, last[7], last[7], last[0], none)).view(2, 3, 8))
 
@@ -210,15 +210,19 @@ def test_rows_at_addresses_that_cannot_be_told() -> None:
 def test_bad_arguments_of_rows_that_are_somewhere() -> None:
     x = [randn(9, 4), randn(3, 4)]
     places, indices = places_of(x), torch.zeros(2, 5, dtype=torch.int64, device=DEVICE)
+    for wrong in range(2):
+        for bad, error in (
+            (places[wrong].int(), TypeError),
+            (places[wrong][:1], ValueError),
+            (places[wrong][None], ValueError),
+            (places[wrong].to("meta"), ValueError),
+        ):
+            given = [*places]
+            given[wrong] = bad
+            with pytest.raises(error, match=f"{('places', 'counts')[wrong]} must"):
+                gather_rows_at(*given, indices, 4, torch.float32)
     with pytest.raises(TypeError, match="int64"):
-        gather_rows_at(places.int(), indices, 4, torch.float32)
-    with pytest.raises(TypeError, match="int64"):
-        gather_rows_at(places, indices.int(), 4, torch.float32)
-    for bad in (places[:1], places[:, :1], places[0]):
-        with pytest.raises(ValueError, match=r"places must have shape \[2, 2\]"):
-            gather_rows_at(bad, indices, 4, torch.float32)
-    with pytest.raises(ValueError, match="places must have shape"):
-        gather_rows_at(places.to("meta"), indices, 4, torch.float32)
+        gather_rows_at(*places, indices.int(), 4, torch.float32)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU needs no interpreter")
@@ -227,7 +231,7 @@ def test_rows_of_a_cpu_are_known_by_where_they_are_in_the_interpreter_alone() ->
     x = [randn(9, 4)]
     places, indices = places_of(x), torch.zeros(1, 5, dtype=torch.int64)
     with pytest.raises(ValueError, match="needs a CUDA tensor"):
-        gather_rows_at(places, indices, 4, torch.float32)
+        gather_rows_at(*places, indices, 4, torch.float32)
 
 
 def test_threads_count_places_from_one_origin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +246,7 @@ def test_threads_count_places_from_one_origin(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "empty", late)
     with ThreadPoolExecutor(2) as threads:
         found = [*threads.map(lambda _: row_places([x.data_ptr()], [9], x.device), range(2))]
-    assert all(places is not None and torch.equal(places, places_of([x]).cpu()) for places in found)
+    assert found == [places_of([x])[0].tolist()] * 2
 
 
 @needs_gpu
@@ -250,12 +254,13 @@ def test_rows_that_a_graph_reads_anew() -> None:
     """It is told where they are each time that it runs."""
     streams, indices = [randn(9, 8), randn(3, 8)], torch.randint(-1, 3, (2, 5), device=DEVICE)
     places = places_of(streams)
-    gather_rows_at(places, indices, 8, torch.float32)
+    gather_rows_at(*places, indices, 8, torch.float32)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        given = gather_rows_at(places, indices, 8, torch.float32)
+        given = gather_rows_at(*places, indices, 8, torch.float32)
     others = [randn(5, 8), randn(20, 8)]
-    places.copy_(places_of(others))
+    for ours, theirs in zip(places, places_of(others), strict=True):
+        ours.copy_(theirs)
     indices.copy_(torch.stack([torch.randint(-1, n, (5,), device=DEVICE) for n in (5, 20)]))
     graph.replay()
     assert torch.equal(given, gather_rows_apart(others, indices, "torch"))

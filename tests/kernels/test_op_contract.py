@@ -101,8 +101,9 @@ def test_opcheck_gather_and_scatter(dtype: torch.dtype) -> None:
         streams = [torch.randn(m, 8, dtype=dtype, device=device) for m in (3, 6)]
         places = row_places([x.data_ptr() for x in streams], [3, 6], streams[0].device)
         assert places is not None
+        where = (torch.tensor(places, device=device), torch.tensor([3, 6], device=device))
         for chosen in (indices % 3, indices[..., :0], indices.transpose(1, 2) % 3):
-            arguments = (places.to(device), chosen.to(device), 8, dtype)
+            arguments = (*where, chosen.to(device), 8, dtype)
             torch.library.opcheck(ops.gather_rows_at.default, arguments)
     rows = torch.randn(2, 3, 5, dtype=dtype, requires_grad=True)
     places = torch.tensor([[4, -1, 0], [5, 3, -1]])

@@ -148,6 +148,14 @@ def test_they_are_those_of_the_layer(
     assert (hand.rows is None) == (DEVICE.type == "cuda")
 
 
+def by_address(layer: MemoryLayer, newer: Tensor, is_even: bool) -> RowsAtHand:
+    """The rows of a layer as a GPU knows them."""
+    places = row_places([rows.data_ptr() for rows in layer.views()], layer.lengths.tolist(), DEVICE)
+    assert places is not None
+    begins, lengths, newer = (each.to(DEVICE) for each in (torch.tensor(places), layer.lengths, newer))
+    return RowsAtHand(None, begins, lengths, newer, DIM, layer.dtype, is_even)
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @FILLED
 def test_they_are_known_by_where_they_are(
@@ -157,9 +165,7 @@ def test_they_are_known_by_where_they_are(
     store = make(streams, **options)
     fill(store)
     layer, newer = store.layer(0), torch.randint(5, (streams,))
-    places = row_places([rows.data_ptr() for rows in layer.views()], layer.lengths.tolist(), DEVICE)
-    assert places is not None
-    check(RowsAtHand(None, places.to(DEVICE), newer.to(DEVICE), DIM, store.dtype, is_even), layer, newer)
+    check(by_address(layer, newer, is_even), layer, newer)
 
 
 def test_they_stay_what_they_are() -> None:
@@ -170,16 +176,14 @@ def test_they_stay_what_they_are() -> None:
     with torch.inference_mode():
         hand = layer.at_hand(newer)
     assert hand is not None
-    assert not hand.places.is_inference()
+    assert not hand.begins.is_inference()
     expected = [rows.clone() for rows in layer.views()]
-    places = row_places([rows.data_ptr() for rows in layer.views()], layer.lengths.tolist(), DEVICE)
-    assert places is not None
+    where = by_address(layer, newer.clone(), True)
     newer += 1
     for _ in range(5):
         append(store, 9, 9, 9)
     store.reset(torch.tensor([True, False, True]))
     check(hand, layer, torch.tensor([1, 0, 2]))
-    where = RowsAtHand(None, places.to(DEVICE), hand.newer, DIM, store.dtype, True)
     for each in (hand, where) if HAS_TRITON else (hand,):
         assert torch.equal(each.take(torch.arange(8, device=DEVICE).expand(3, 8)), torch.stack(expected))
 
