@@ -293,10 +293,16 @@ def _draw_kinds(axes: Axes, routing: Routing, tokens: list[str]) -> None:
         heights = [100 * counts[token] / max(1, counts.total()) for token in shown]
         offsets = np.arange(len(shown)) + (number - (len(bars) - 1) / 2) * 0.8 / len(bars)
         axes.bar(offsets, heights, width=0.8 / len(bars), color=colour, label=label)
-    names = [{" ": "space", "\n": "\\n", "\r": "\\r"}.get(token, token) for token in shown]
-    axes.set_xticks(range(len(shown)), names, parse_math=False)
+    axes.set_xticks(range(len(shown)), [*map(_name, shown)], parse_math=False)
     axes.set(title="what the rows that are read had just seen", xlabel="last token", ylabel="share in %")
     axes.legend()
+
+
+def _name(token: str) -> str:
+    """A token as a picture can show it: what has no glyph as it would be written in Python."""
+    if token == " ":
+        return "space"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in token)
 
 
 def word_perplexity(nats: float, words: int) -> float:

@@ -705,3 +705,22 @@ def test_the_sample_of_pg19(tmp_path: Path) -> None:
     assert process.returncode == 0, stderr
     assert "SUBSET of test: 2 of 6 books, at most the first 600 bytes of each; 1,200 bytes" in stdout
     assert "logits identical, bit for bit" in stdout
+
+
+def test_picture_of_tokens_without_a_glyph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pytest makes matplotlib's warning of a missing glyph an error."""
+    with monkeypatch.context() as context:
+        context.syspath_prepend(str(ROOT / "examples"))
+        report = importlib.import_module("pg19_report")
+        tokens = [" ", "\n", ",\r\n", "\x00", " the", "\u2028", "$x$", "é"]
+        routing = report.Routing(
+            starts=np.array([4, 8]),
+            chosen=np.array([[[1, 2, 3, -1]], [[4, 5, 6, 7]]]),
+            names=["content, set 1"],
+            window=1,
+            capacity=8,
+        )
+        report.draw_routing(tmp_path / "routing.png", routing, "A book", tokens)
+    for name in {path.stem for path in (ROOT / "examples").glob("*.py")} & set(sys.modules):
+        del sys.modules[name]
+    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
