@@ -12,6 +12,7 @@ Without a memory, with XL memory, with random rows and with learned routing toke
 under four minutes of CPU time; --jobs 2 shares it out over two cores.
 
     python examples/recall.py --device cuda --preset long --out run-recall-long    up to a million tokens
+    python examples/recall.py --device cuda --preset longest --modes content1 --out run-recall-longest    ten
     python examples/recall.py --peer FOLDER    with MemorizingTransformer, see recall_peer.py
 """
 
@@ -45,30 +46,21 @@ class Test:
     longest: dict[str, int]  # documents that a mode reads, if not all
 
 
+LONG = Settings(streams=16, training_len=4096, segment_len=256, mem_len=64, dim=128, rows=16, value_len=4)
+# What attends to all that it has read takes the square of the time; the peer searches on a CPU.
+SLOW = {"everything": 16_384, "full": 16_384, "memorizing": 16_384}
 PRESETS = {
     "small": (
         Settings(),
         Test((1024, 8192), pairs=20, questions=20, streams=4, passkeys=8, longest={}),
     ),
     "long": (
-        Settings(
-            streams=16,
-            training_len=4096,
-            segment_len=256,
-            mem_len=64,
-            dim=128,
-            rows=16,
-            value_len=4,
-        ),
-        Test(
-            (16_384, 131_072, 1_048_576),
-            pairs=256,
-            questions=64,
-            streams=2,
-            passkeys=4,
-            # What attends to all that it has read takes the square of the time; the peer searches on a CPU.
-            longest={"everything": 16_384, "full": 16_384, "memorizing": 16_384},
-        ),
+        LONG,
+        Test((16_384, 131_072, 1_048_576), pairs=256, questions=64, streams=2, passkeys=4, longest=SLOW),
+    ),
+    "longest": (
+        LONG,
+        Test((10_485_760,), pairs=256, questions=64, streams=1, passkeys=2, longest=SLOW),
     ),
 }
 
