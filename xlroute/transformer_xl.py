@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, overload
 
@@ -41,6 +41,7 @@ from xlroute.position import age_place
 from xlroute.router import PickedRows
 from xlroute.sampling import SamplingOptions, sample
 from xlroute.state import TransformerXLState, load_state
+from xlroute.token_check import begin_check
 from xlroute.token_memory import TokenRows
 
 CONFIG_FILE = "config.json"
@@ -664,17 +665,21 @@ class RoutedTransformerXL(nn.Module):
             ValueError, TypeError: for arguments that do not fit, or a consumed state; nothing was read then.
             MemoryStoreError: if the memory cannot be read or written.
         """
-        lengths, ends = self._check_segment(tokens, state, lengths, ends)
-        self.end_open_segment(state)
-        x = self.dropout(self.embedding(tokens))
+        lengths, ends, check_tokens = self._check_segment(tokens, state, lengths, ends)
+        if state.open.shape[2]:
+            check_tokens()  # a call that is refused does not end it
+            self.end_open_segment(state)
         mask = self.window_mask(state)
-        view = self.segment_view(mask, x.shape[1])
+        view = self.segment_view(mask, tokens.shape[1])
         attached, states = still_attached(state.attached), {}
         near = AttachedRows(attached if self.mems_grad else (), torch.zeros_like(lengths), most=self.mem_len)
         keeps = self.memory_grad_segments > 0 and torch.is_grad_enabled()
         entering, scores, report = [], [], []
         memories = self.open_memories(state)
         recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
+        # The host waits for the GPU here, after all that can be done before.
+        check_tokens()
+        x = self.dropout(self.embedding(tokens))
         for i, (block, memory) in enumerate(zip(self.typed_blocks(), memories, strict=True)):
             if keeps and (memory is not None or self.mems_grad):
                 x = states[i] = attach(x)
@@ -745,7 +750,8 @@ class RoutedTransformerXL(nn.Module):
         Raises:
             ValueError, TypeError: for arguments that do not fit, or a consumed state.
         """
-        self._check_segment(prompt, state, None, None)
+        _, _, check_tokens = self._check_segment(prompt, state, None, None)
+        check_tokens()
         if self.query_routing != "threshold":
             raise ValueError(
                 "query_routing: expected 'threshold' in a model that generates, since the other looks ahead, "
@@ -908,8 +914,8 @@ class RoutedTransformerXL(nn.Module):
 
     def _check_segment(
         self, tokens: Tensor, state: TransformerXLState, lengths: Tensor | None, ends: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Checked lengths and ends, on the CPU."""
+    ) -> tuple[Tensor, Tensor, Callable[[], None]]:
+        """Checked lengths and ends, on the CPU, and what waits for the numbers of tokens and checks them."""
         if not isinstance(state, TransformerXLState):
             raise TypeError(f"state: expected a TransformerXLState, got {type(state).__name__}")
         state.check()
@@ -924,9 +930,7 @@ class RoutedTransformerXL(nn.Module):
             raise ValueError(
                 f"tokens: expected them on {state.window.device}, as the state, got {tokens.device}"
             )
-        low, high = torch.stack(tokens.aminmax()).tolist()  # one wait for a GPU
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(f"tokens: expected 0 to {self.vocab_size - 1}, got {low} to {high}")
+        check_tokens = begin_check(tokens, self.vocab_size)
         n = tokens.shape[1]
         lengths = torch.full((b,), n, device="cpu") if lengths is None else torch.as_tensor(lengths).cpu()
         if lengths.shape != (b,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
@@ -936,7 +940,7 @@ class RoutedTransformerXL(nn.Module):
         ends = torch.zeros(b, dtype=torch.bool, device="cpu") if ends is None else torch.as_tensor(ends).cpu()
         if ends.shape != (b,) or ends.dtype != torch.bool:
             raise ValueError(f"ends: expected bool [{b}], got {ends.dtype} {tuple(ends.shape)}")
-        return lengths.to(torch.int64), ends
+        return lengths.to(torch.int64), ends, check_tokens
 
     def check_memory_shape(self, memory: MemoryStore, streams: int) -> None:
         """Raise ValueError if a memory does not fit the model, TypeError if it is none."""
