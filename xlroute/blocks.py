@@ -30,7 +30,14 @@ from xlroute.memory import MemoryLayer
 from xlroute.memory.at_hand import RowsAtHand
 from xlroute.memory.scores import Scoring
 from xlroute.position import AGES, age_bias, age_place, rotary_table, rotate
-from xlroute.router import CoordinateDescentRouter, PickedRows, RouterOutput, RoutingStats
+from xlroute.router import (
+    CoordinateDescentRouter,
+    PickedRows,
+    RouterOutput,
+    RoutingStats,
+    choose_alike,
+    pick_together,
+)
 from xlroute.shortlist import choose_of_shortlist, shortlisted
 from xlroute.token_memory import TokenMemoryAttention, TokenRows
 
@@ -336,17 +343,21 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         by_content = self.content_routing is not None
         return None if by_content or torch.is_grad_enabled() else self.kv_router.kept_scoring(memory)
 
+    @property
+    def by_learned_tokens(self) -> bool:
+        """Whether rows are chosen whatever is being read, and not by chance."""
+        return self.content_routing is None and not self.random_route
+
     def open(self, memory: MemoryRows, *, with_stats: bool) -> PickedRows | None:
-        """What is found without a look at the text."""
-        k = self.num_tokens_kv
-        if self.content_routing is not None:
+        """What learned routing tokens find; None without them."""
+        if not self.by_learned_tokens:
             return None
+        k = self.num_tokens_kv
         if self.routing_shortlist is not None and torch.is_grad_enabled():
             assert isinstance(k, int)
-            return PickedRows(shortlisted(self.kv_router, memory, k, self.routing_shortlist), None, None)
-        return self.kv_router.pick(
-            memory, num_tokens=k, random_route=self.random_route, with_stats=with_stats
-        )
+            [found] = shortlisted([self.kv_router], [memory], k, self.routing_shortlist)
+            return PickedRows(found, None, None)
+        return self.kv_router.pick(memory, num_tokens=k, with_stats=with_stats)
 
     def find(
         self,
@@ -359,10 +370,12 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         with_stats: bool,
     ) -> PickedRows:
         """Rows for all tokens, [b, r, ...], or by content for each chunk, [b, g, r, ...]."""
+        k = self.num_tokens_kv
+        if self.random_route:
+            return self.kv_router.pick(memory, num_tokens=k, random_route=True, with_stats=with_stats)
         if self.content_routing is None:
             assert opened is not None
             return opened
-        k = self.num_tokens_kv
         assert isinstance(k, int)
         return self.content_routing.pick(
             self.kv_router, memory, x, before, before_mask, k, with_stats=with_stats
@@ -423,6 +436,55 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         q = F.pad(q, (0, 0, 0, chunks * self.content_routing.chunk - n))
         out = self.attend(rearrange(q, "b h (g c) e -> (b g) h c e", g=chunks), *memory)
         return rearrange(out, "(b g) c d -> b (g c) d", b=b)[:, :n]
+
+
+def open_branches(
+    branches: Sequence[tuple[MemoryBranch, MemoryRows]], *, with_stats: bool
+) -> dict[MemoryBranch, Any]:
+    """What `find` of each branch needs to know of its rows, whatever is being read.
+
+    Branches with learned routing tokens choose all at once if they choose alike and no stats are asked for.
+
+    Args:
+        branches: each with its layer of one memory as it stands at one moment.
+        with_stats: see `MemoryBranch`.
+    """
+    learned = [
+        (branch, memory)
+        for branch, memory in branches
+        if isinstance(branch, RoutedMemoryAttention) and branch.by_learned_tokens
+    ]
+    at_once = len(learned) > 1 and not with_stats and gains_at_once(learned[0][1].device)
+    opened = _open_at_once(learned) if at_once else {}
+    for branch, memory in branches:
+        if branch not in opened:
+            opened[branch] = branch.open(memory, with_stats=with_stats)
+    return opened
+
+
+def gains_at_once(device: torch.device) -> bool:
+    """Whether one selection from the rows of several layers takes less time than one for each.
+
+    It saves launches, and has to copy the scores. On a CPU, those of one layer are faster to go through, over
+    and over, as more of them stay in its caches.
+    """
+    return device.type != "cpu"
+
+
+def _open_at_once(
+    learned: Sequence[tuple[RoutedMemoryAttention, MemoryRows]],
+) -> dict[MemoryBranch, Any]:
+    """What branches with learned routing tokens find, chosen in one call; none where they differ."""
+    branches, layers = [branch for branch, _ in learned], [memory for _, memory in learned]
+    routers = [branch.kv_router for branch in branches]
+    [(k, shortlist), *others] = {(branch.num_tokens_kv, branch.routing_shortlist) for branch in branches}
+    if others or not isinstance(k, int) or not choose_alike(routers):
+        return {}
+    if shortlist is None or not torch.is_grad_enabled():
+        found = pick_together(routers, layers, num_tokens=k)
+    else:
+        found = [PickedRows(each, None, None) for each in shortlisted(routers, layers, k, shortlist)]
+    return dict(zip(branches, found, strict=True))
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -572,6 +572,56 @@ class CoordinateDescentRouter(nn.Module):
         scores = scores.masked_fill(candidates < 0, -math.inf)
         order = torch.argsort(scores, dim=-1, descending=True, stable=True)[..., :k]
         return gates.flatten(-2)[..., :m], candidates.gather(-1, order)
+
+
+def choose_alike(routers: Sequence[CoordinateDescentRouter]) -> bool:
+    """Whether one can choose for all: by the same soft top-k, solved exactly, over all rows at once."""
+    if any(each.n_iters is not None or each.route_block_size is not None for each in routers):
+        return False
+    options = {
+        (each.num_routing_tokens, each.eps, each.fetch_k_ratio, each.straight_through, each.use_triton)
+        for each in routers
+    }
+    return len(options) == 1
+
+
+def scores_together(
+    routers: Sequence[CoordinateDescentRouter], layers: Sequence[MemoryRows], *, keep: Keep = True
+) -> tuple[Tensor, Tensor | None]:
+    """Scores of l layers of a memory, each by its router's own tokens, and which of the rows there are.
+
+    Args:
+        routers: l, with equally many tokens.
+        layers: l, of one memory as it stands at one moment, so that streams are as long in all of them.
+        keep: see `CoordinateDescentRouter.scores_by`.
+
+    Returns:
+        [l b, r, m], and bool [l b, 1, m]; or None if there are all.
+    """
+    first, scores = layers[0], []
+    for router, layer in zip(routers, layers, strict=True):
+        scores.append(router.scores_by(layer, router._tokens(None, layer.shape[0]), keep=keep))
+    mask = None if first.even else first.mask.repeat(len(layers), 1)[:, None]
+    return scores[0] if len(scores) == 1 else torch.cat(scores), mask
+
+
+def pick_together(
+    routers: Sequence[CoordinateDescentRouter], layers: Sequence[MemoryRows], *, num_tokens: int
+) -> list[PickedRows]:
+    """What `CoordinateDescentRouter.pick` picks of each of l layers of a memory, bit for bit, chosen at once.
+
+    Args:
+        routers: l, with tokens of their own, of which `choose_alike` is True.
+        layers: l, of one memory as it stands at one moment.
+        num_tokens: k, of each.
+    """
+    b, m, _ = layers[0].shape
+    k = rows_to_route(num_tokens, m)
+    s, mask = scores_together(routers, layers)
+    mask = None if mask is None else mask.expand(s.shape)
+    gates, indices = routers[0]._top_gates(s, k, k, mask, pick_backend(routers[0].use_triton, s.device))
+    split = zip(torch.split(indices, b), torch.split(gates, b), strict=True)
+    return [PickedRows(*each, None) for each in split]
 
 
 def route(

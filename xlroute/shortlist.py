@@ -1,38 +1,43 @@
 """Learned routing of memory rows out of a shortlist, which is taken by the scores that rows got first.
 
-Shapes: b streams, m memory rows, d dim, r routing tokens, k rows routed, K rows of a shortlist.
+Shapes: b streams, l layers, m memory rows, d dim, r routing tokens, k rows routed, K rows of a shortlist.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from xlroute.attached import MemoryRows, ReadableRows
 from xlroute.backend import pick_backend
 from xlroute.kernels import gather_rows, top_indices
-from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats
+from xlroute.router import CoordinateDescentRouter, RouterOutput, RoutingStats, scores_together
 
 
 def shortlisted(
-    router: CoordinateDescentRouter, memory: MemoryRows, num_tokens: int, shortlist: float
-) -> Tensor:
+    routers: Sequence[CoordinateDescentRouter],
+    layers: Sequence[MemoryRows],
+    num_tokens: int,
+    shortlist: float,
+) -> tuple[Tensor, ...]:
     """The K rows that were scored highest when they got their first scores, int64 [b, r, K]; -1 for none.
 
     Args:
-        router: with routing tokens of its own.
-        memory: m rows.
+        routers: l, with routing tokens of their own, equally many.
+        layers: l, of one memory as it stands at one moment: m rows.
         num_tokens: k.
         shortlist: K / k, at least 2: else no gate would have a gradient.
+
+    Returns:
+        l tensors.
     """
-    tokens = router.routing_token
-    assert tokens is not None
-    first = router.scores_by(memory, tokens, keep="first")
-    backend = pick_backend(router.use_triton, first.device)
-    there = None if memory.even else memory.mask[:, None]
+    first, there = scores_together(routers, layers, keep="first")
+    backend = pick_backend(routers[0].use_triton, first.device)
     count = min(math.ceil(num_tokens * shortlist), first.shape[-1])
-    return top_indices(first, count, there, backend=backend)
+    return torch.split(top_indices(first, count, there, backend=backend), layers[0].shape[0])
 
 
 def choose_of_shortlist(

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xlroute.attached import AttachedRows, AttachedSegment, MemoryRows, attach, still_attached
 from xlroute.beside import normed
-from xlroute.blocks import Block, MemoryBranch, RoutedRows, SegmentView, UnreadRows
+from xlroute.blocks import Block, MemoryBranch, RoutedRows, SegmentView, UnreadRows, open_branches
 from xlroute.causal_routing import QueryRouting, check_query_routing
 from xlroute.content_routing import FoundCandidates
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
@@ -74,13 +74,8 @@ class OpenMemory(NamedTuple):
     rows: MemoryRows
     newer: Tensor  # int64 [b], rows between those and the segment, which are in the XL window
     at_hand: RowsAtHand | None  # the rows by tensors alone, where blocks can read them by themselves
-    opened: dict[int, Any]  # of branches that have looked, what they know of the rows, whatever is being read
-
-    def known_to(self, j: int, branch: MemoryBranch, *, with_stats: bool) -> Any:
-        """What branch j of the block knows of the rows, whatever is being read."""
-        if j not in self.opened:
-            self.opened[j] = branch.open(self.rows, with_stats=with_stats)
-        return self.opened[j]
+    known: Mapping[MemoryBranch, Any]  # what branches know of their rows, whatever is being read
+    with_stats: bool  # whether what was routed is to be told
 
 
 class RoutedTransformerXL(nn.Module):
@@ -675,7 +670,7 @@ class RoutedTransformerXL(nn.Module):
         near = AttachedRows(attached if self.mems_grad else (), torch.zeros_like(lengths), most=self.mem_len)
         keeps = self.memory_grad_segments > 0 and torch.is_grad_enabled()
         entering, scores, report = [], [], []
-        memories = self.open_memories(state)
+        memories = self.open_memories(state, with_stats=return_routing)
         recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         # The host waits for the GPU here, after all that can be done before.
         check_tokens()
@@ -692,7 +687,7 @@ class RoutedTransformerXL(nn.Module):
                 if memory.at_hand is not None and not (return_routing or recomputes):
                     rows.append(UnreadRows(memory.at_hand, self.find(i, j, memory, x, window, mask)))
                     continue
-                routed, routing = self.route(i, j, memory, x, window, mask, with_report=return_routing)
+                routed, routing = self.route(i, j, memory, x, window, mask)
                 rows.append(routed)
                 if routing is not None:
                     report.append(routing)
@@ -803,20 +798,30 @@ class RoutedTransformerXL(nn.Module):
             dtype = torch.get_autocast_dtype(device)
         return SegmentView.of(mask, tokens, attention.q_bias.shape[-1], dtype)
 
-    def open_memories(self, state: TransformerXLState) -> list[OpenMemory | None]:
-        """What the memory of a state holds for each block; None for a block that reads no memory."""
+    def open_memories(
+        self, state: TransformerXLState, *, with_stats: bool = False
+    ) -> list[OpenMemory | None]:
+        """What the memory of a state holds for each block; None for a block that reads no memory.
+
+        Args:
+            state: nothing of it changes.
+            with_stats: `route` is to tell which rows it has chosen.
+        """
         opened: list[OpenMemory | None] = [None] * self.depth
-        if state.memory is not None:
-            behind, kept = AttachedRows(still_attached(state.attached), state.window_lengths), []
-            for layer, number in enumerate(self.memory_layers):
-                held, at_hand = state.memory.layer(layer), None
-                rows = behind.in_memory(held, number - 1)
-                if rows is held and held.device == state.window.device:
-                    at_hand = held.at_hand(state.window_lengths)
-                for branch in self.typed_blocks()[number - 1].memories():
-                    kept.append(branch.kept_scoring(held))
-                opened[number - 1] = OpenMemory(rows, state.window_lengths, at_hand, {})
-            compare_at_once([each for each in kept if each is not None])
+        if state.memory is None:
+            return opened
+        behind = AttachedRows(still_attached(state.attached), state.window_lengths)
+        held = {number - 1: state.memory.layer(layer) for layer, number in enumerate(self.memory_layers)}
+        rows = {i: behind.in_memory(layer, i) for i, layer in held.items()}
+        branches = [(branch, i) for i in held for branch in self.typed_blocks()[i].memories()]
+        kept = [branch.kept_scoring(held[i]) for branch, i in branches]
+        compare_at_once([each for each in kept if each is not None])
+        known = open_branches([(branch, rows[i]) for branch, i in branches], with_stats=with_stats)
+        for i, layer in held.items():
+            at_hand = None
+            if rows[i] is layer and layer.device == state.window.device:
+                at_hand = layer.at_hand(state.window_lengths)
+            opened[i] = OpenMemory(rows[i], state.window_lengths, at_hand, known, with_stats)
         return opened
 
     def find(
@@ -825,8 +830,7 @@ class RoutedTransformerXL(nn.Module):
         """What branch j of block i finds in its memory, see `route`; the block has to read it by itself."""
         branch = self.typed_blocks()[i].memories()[j]
         found: PickedRows | FoundCandidates
-        known = memory.known_to(j, branch, with_stats=False)
-        found = branch.find(memory.rows, known, x, before, before_mask, with_stats=False)
+        found = branch.find(memory.rows, memory.known[branch], x, before, before_mask, with_stats=False)
         return found
 
     def route(
@@ -837,10 +841,8 @@ class RoutedTransformerXL(nn.Module):
         x: Tensor,
         before: Tensor,
         before_mask: Tensor,
-        *,
-        with_report: bool = False,
     ) -> tuple[RoutedRows | TokenRows, Routing | None]:
-        """The rows that branch j of block i reads of its memory.
+        """The rows that branch j of block i reads of its memory, and which they are if that is to be told.
 
         Args:
             i: the block, counted from 0.
@@ -849,13 +851,11 @@ class RoutedTransformerXL(nn.Module):
             x: states [b, n, d] that enter the block for tokens of a segment, from the start of a chunk.
             before: states [b, t, d] of the tokens before them, of which the last are looked at.
             before_mask: which of them there are, bool [b, t].
-            with_report: tell which they are.
         """
-        rows, newer = memory.rows, memory.newer
+        rows, newer, with_stats = memory.rows, memory.newer, memory.with_stats
         branch = self.typed_blocks()[i].memories()[j]
-        known = memory.known_to(j, branch, with_stats=with_report)
-        found = branch.find(rows, known, x, before, before_mask, with_stats=with_report)
-        routed, stats = branch.choose(rows, found, x, with_stats=with_report)
+        found = branch.find(rows, memory.known[branch], x, before, before_mask, with_stats=with_stats)
+        routed, stats = branch.choose(rows, found, x, with_stats=with_stats)
         rows.count_routed(routed.indices)
         indices, report = routed.indices, None
         newer = to_device(newer, indices.device).view(-1, *[1] * (indices.ndim - 1))
