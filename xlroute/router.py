@@ -608,7 +608,7 @@ def scores_together(
 def pick_together(
     routers: Sequence[CoordinateDescentRouter], layers: Sequence[MemoryRows], *, num_tokens: int
 ) -> list[PickedRows]:
-    """What `CoordinateDescentRouter.pick` picks of each of l layers of a memory, bit for bit, chosen at once.
+    """What `CoordinateDescentRouter.pick` picks of each of l layers of a memory, chosen at once.
 
     Args:
         routers: l, with tokens of their own, of which `choose_alike` is True.

@@ -658,6 +658,7 @@ class RoutedTransformerXL(nn.Module):
 
         Raises:
             ValueError, TypeError: for arguments that do not fit, or a consumed state; nothing was read then.
+            If it was for tokens that do not exist, the memory may have scored rows, as the next call would.
             MemoryStoreError: if the memory cannot be read or written.
         """
         lengths, ends, check_tokens = self._check_segment(tokens, state, lengths, ends)
@@ -804,24 +805,26 @@ class RoutedTransformerXL(nn.Module):
         """What the memory of a state holds for each block; None for a block that reads no memory.
 
         Args:
-            state: nothing of it changes.
+            state: its memory keeps scores and keys of its rows for the next call; nothing else changes.
             with_stats: `route` is to tell which rows it has chosen.
         """
         opened: list[OpenMemory | None] = [None] * self.depth
         if state.memory is None:
             return opened
-        behind = AttachedRows(still_attached(state.attached), state.window_lengths)
+        newer = state.window_lengths
+        behind = AttachedRows(still_attached(state.attached), newer)
         held = {number - 1: state.memory.layer(layer) for layer, number in enumerate(self.memory_layers)}
         rows = {i: behind.in_memory(layer, i) for i, layer in held.items()}
+        at_hand = {
+            i: layer.at_hand(newer) if rows[i] is layer and layer.device == state.window.device else None
+            for i, layer in held.items()
+        }
         branches = [(branch, i) for i in held for branch in self.typed_blocks()[i].memories()]
         kept = [branch.kept_scoring(held[i]) for branch, i in branches]
         compare_at_once([each for each in kept if each is not None])
         known = open_branches([(branch, rows[i]) for branch, i in branches], with_stats=with_stats)
-        for i, layer in held.items():
-            at_hand = None
-            if rows[i] is layer and layer.device == state.window.device:
-                at_hand = layer.at_hand(state.window_lengths)
-            opened[i] = OpenMemory(rows[i], state.window_lengths, at_hand, known, with_stats)
+        for i in held:
+            opened[i] = OpenMemory(rows[i], newer, at_hand[i], known, with_stats)
         return opened
 
     def find(

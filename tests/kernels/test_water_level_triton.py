@@ -183,6 +183,27 @@ def test_bits_depend_on_the_row_alone(n: int) -> None:
     assert torch.equal(first[0][1], soft_topk(buffer[1:], k=15, backend="triton"))
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@lengths
+def test_rows_are_chosen_from_alike_whatever_stands_beside_them(n: int, masked: bool) -> None:
+    """Gates, indices and gradients, bit for bit."""
+    s = torch.randn(6, n, device=DEVICE)
+    mask = torch.rand(6, n, device=DEVICE) < 0.5 if masked else None
+    cotangent = torch.randn(6, 17, device=DEVICE)
+
+    def chosen(rows: slice) -> tuple[Tensor, ...]:
+        given = s[rows].clone().requires_grad_()
+        masks = None if mask is None else mask[rows]
+        budget = 19.1 if masks is None else masks.sum(-1, dtype=torch.float64).clamp(max=19.1)
+        gates, indices = top_gates(given, k=budget, num=17, mask=masks, backend="triton", largest=20)
+        return gates.detach(), indices, *torch.autograd.grad(gates, given, cotangent[rows])
+
+    together = chosen(slice(6))
+    for rows in (slice(0, 2), slice(2, 3), slice(3, 6)):
+        for ours, alone in zip(together, chosen(rows), strict=True):
+            assert torch.equal(ours[rows], alone)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_more_candidates_than_their_buffer_holds(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     n, whole = 5003, selection_triton.plan
