@@ -6,21 +6,21 @@ Shapes: b streams, m rows of the longest, d dim, r sets of values, e width of a 
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xlroute.kernels.arguments import compute_dtype
-from xlroute.memory.buffer import Rows
-from xlroute.memory.log import StreamLog
+from xlroute.memory.log import StreamLog, StreamLogs
 from xlroute.memory.scores import KeptScores, Scoring
-from xlroute.memory.side_by_side import SideBySide
+from xlroute.memory.side_by_side import Streams
 
 _ROOM = 4  # in a buffer, room for values to come: one for so many that there are
-_MOST_TOGETHER = 1 << 16  # new rows of all streams that are copied to be scored together
+_MOST_TOGETHER = 1 << 16  # new rows of all streams that are scored together
 
 
 class Columns(NamedTuple):
@@ -43,27 +43,32 @@ class Columns(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """Where the values of a stream's rows are.
+    """Where the values of each stream's rows are; a stream without any begins where it stops.
 
     Attributes:
-        shift: The column of a row's value, less the number of the row, see `StreamLog.oldest`.
-        begin: The column of the first value.
-        stop: The column behind the last.
-        ends: Where the stream ended, in numbers of rows, whenever some got their first values; ascending.
+        shifts: The column of a row's value, less the number of the row, see `StreamLog.oldest`.
+        begins: The column of the first value.
+        stops: The column behind the last.
     """
 
-    shift: int
-    begin: int
-    stop: int
-    ends: tuple[int, ...] = ()
+    shifts: list[int]
+    begins: list[int]
+    stops: list[int]
 
-    def has(self, log: StreamLog) -> bool:
-        """Whether the oldest of the rows that the stream holds at some time is among them."""
-        return self.begin <= log.oldest + self.shift < self.stop
+    @classmethod
+    def nothing(cls, streams: int) -> _Held:
+        """No values of any stream."""
+        return cls([0] * streams, [0] * streams, [0] * streams)
 
-    def lacks(self, log: StreamLog) -> int:
-        """How many of these rows, the newest, have no values yet."""
-        return max(0, log.end + self.shift - self.stop)
+    def firsts(self, logs: StreamLogs) -> list[int]:
+        """The column of the oldest of the rows that each stream holds at some time."""
+        spans = zip(logs.ends, logs.lengths, self.shifts, strict=True)
+        return [end - length + shift for end, length, shift in spans]
+
+    def lacking(self, logs: StreamLogs) -> list[int]:
+        """How many of these rows of each stream, the newest, have no values yet."""
+        spans = zip(logs.ends, self.shifts, self.stops, strict=True)
+        return [n if (n := end + shift - stop) > 0 else 0 for end, shift, stop in spans]
 
 
 class _Buffer:
@@ -76,6 +81,9 @@ class _Buffer:
             # As in `Block`: autograd may have saved values that were handed out.
             self.target = self.data.data
         self.used = [0] * shape[0]
+        # Where each stream stopped whenever some of its rows got their first values, ascending; columns that
+        # were used later are those of a fork.
+        self.ends: list[list[int]] = [[] for _ in range(shape[0])]
 
 
 class KeptValues:
@@ -96,7 +104,8 @@ class KeptValues:
             same tokens, and other ones begin anew.
 
     Attributes:
-        scoring: How the last call scored, with a copy of its tokens; None before the first.
+        scoring: How the last call scored, with a copy of its tokens; None before the first, and for first
+            values, where tokens are not compared.
     """
 
     def __init__(
@@ -105,8 +114,9 @@ class KeptValues:
         self._unit = unit
         self._first = first
         self.scoring: Scoring | None = None
+        self._options: dict[str, Any] | None = None  # how the last call scored
         self._source: tuple[int, int] | None = None  # where its tokens came from
-        self._held: list[_Held | None] = [None] * streams
+        self._held = _Held.nothing(streams)
         self._buffer = _Buffer(streams, 0, 0, 0, dtype=dtype, device=device)
 
     @property
@@ -120,14 +130,11 @@ class KeptValues:
 
     def forget(self, r: int = 0, e: int = 0) -> None:
         """Begins anew, for r values of width e of each row."""
-        self._held = [None] * len(self._held)
+        self._held = _Held.nothing(len(self._held.stops))
         self._buffer = self._room(r, 0, e)
 
-    @torch.no_grad()
-    def of(
-        self, streams: Sequence[Rows], logs: Sequence[StreamLog], scoring: Scoring, r: int
-    ) -> Columns | None:
-        """The values of rows, of which those that are new are scored.
+    def of(self, streams: Streams, logs: StreamLogs, scoring: Scoring, r: int) -> Columns | None:
+        """The values of rows, of which those that are new are scored; without gradient, by whoever asks.
 
         None while a CUDA graph is captured, in which nothing can be compared or kept, unless all values are
         there, and the tokens where they were; those do not matter for first values.
@@ -148,28 +155,32 @@ class KeptValues:
                 return None
             self.forget(r, len(tokens) // r)
         if not capturing:
-            self.scoring, self._source = scoring.copy(), scoring.source
+            self._options = scoring.options
+            if not self._first:
+                self.scoring, self._source = scoring.copy(), scoring.source
         held = self._find(logs)
-        if any(each.lacks(log) for each, log in zip(held, logs, strict=True)):
+        counts = held.lacking(logs)
+        if any(counts):
             if capturing:
                 return None
-            if not self._has_room(logs, held):
-                held = self._moved(logs, held)
-            held = self._extended(streams, logs, held, scoring)
-        self._held = [*held]
-        spans = [(log.oldest + each.shift, log.held) for each, log in zip(held, logs, strict=True)]
-        first = min((begin for begin, count in spans if count), default=0)
-        stop = max((begin + count for begin, count in spans if count), default=0)
-        begins = [begin - first if count else 0 for begin, count in spans]
-        return Columns(self._buffer.data[:, :, first:stop], begins, [count for _, count in spans])
+            if not self._has_room(held, counts):
+                held = self._moved(logs, held, counts)
+            held = self._extended(streams, held, counts, scoring)
+        self._held = held
+        firsts, lengths = held.firsts(logs), logs.lengths
+        spans = [(begin, begin + n) for begin, n in zip(firsts, lengths, strict=True) if n]
+        first = min(spans)[0] if spans else 0
+        stop = max([stop for _, stop in spans], default=0)
+        begins = [begin - first if n else 0 for begin, n in zip(firsts, lengths, strict=True)]
+        return Columns(self._buffer.data.narrow(2, first, stop - first), begins, lengths)
 
     def kept(self, stream: int, log: StreamLog) -> KeptScores | None:
         """The scores [r, n] that there are of the rows that a stream holds."""
-        held = self._held[stream]
-        if held is None or self.scoring is None or not held.has(log):
+        begin, stop = self._held.begins[stream], self._held.stops[stream]
+        first = log.oldest + self._held.shifts[stream]
+        if self.scoring is None or not begin <= first < stop:
             return None
-        first = log.oldest + held.shift
-        count = min(log.held, held.stop - first)
+        count = min(log.held, stop - first)
         if not count:
             return None
         return KeptScores(self.scoring.stamp, 0, self._buffer.data[stream, :, first : first + count, 0])
@@ -179,76 +190,83 @@ class KeptValues:
 
         A row got its own the first time that there were more than those before it.
         """
-        held = self._held[stream]
-        ends = () if held is None else held.ends
-        return [min(end, log.end) - log.oldest for end in ends if end > log.oldest]
+        begin, stop = self._held.begins[stream], self._held.stops[stream]
+        first, ends = log.oldest + self._held.shifts[stream], self._buffer.ends[stream]
+        following = ends[bisect_right(ends, max(first, begin)) : bisect_right(ends, stop)]
+        return [min(end - first, log.held) for end in following]
 
     def _known(self, scoring: Scoring, r: int, capturing: bool) -> bool:
         """Whether values stay: they are of the same tokens as far as that matters."""
-        known, (_, sets, _, e) = self.scoring, self._buffer.data.shape
-        if known is None or sets != r or len(scoring.tokens) != r * e or scoring.options != known.options:
+        _, sets, _, e = self._buffer.data.shape
+        if sets != r or len(scoring.tokens) != r * e or scoring.options != self._options:
             return False
         if self._first:
             return True
-        return scoring.source == self._source if capturing else scoring.equals(known)
+        if capturing:
+            return scoring.source == self._source
+        return self.scoring is not None and scoring.equals(self.scoring)
 
-    def _find(self, logs: Sequence[StreamLog]) -> list[_Held]:
+    def _find(self, logs: StreamLogs) -> _Held:
         """Where the values are of each stream that has some; of the others, none, where they are to begin."""
-        found = [
-            held if held is not None and held.has(log) else None
-            for held, log in zip(self._held, logs, strict=True)
+        held = self._held
+        there = [
+            begin <= first < stop
+            for first, begin, stop in zip(held.firsts(logs), held.begins, held.stops, strict=True)
         ]
-        stop = max(log.end + held.shift if held else log.held for held, log in zip(found, logs, strict=True))
-        result = []
-        for held, log, used in zip(found, logs, self._buffer.used, strict=True):
-            if held is None:
-                begin = max(used, stop - log.held)
-                held = _Held(begin - log.oldest, begin, begin)
-            result.append(held)
-        return result
+        if all(there):
+            return held
+        newest = max(
+            end + shift if found else length
+            for end, length, shift, found in zip(logs.ends, logs.lengths, held.shifts, there, strict=True)
+        )
+        shifts, begins, stops = [*held.shifts], [*held.begins], [*held.stops]
+        for i, (log, used) in enumerate(zip(logs, self._buffer.used, strict=True)):
+            if not there[i]:
+                begins[i] = stops[i] = max(used, newest - log.held)
+                shifts[i] = begins[i] - log.oldest
+        return _Held(shifts, begins, stops)
 
-    def _has_room(self, logs: Sequence[StreamLog], held: Sequence[_Held]) -> bool:
+    def _has_room(self, held: _Held, counts: Sequence[int]) -> bool:
         """Whether the values of new rows have their places, and no fork has taken them."""
         size = self._buffer.data.shape[2]
         return all(
-            log.end + each.shift <= size and used <= each.stop
-            for each, log, used in zip(held, logs, self._buffer.used, strict=True)
-            if each.lacks(log)
+            used <= stop <= size - count
+            for stop, used, count in zip(held.stops, self._buffer.used, counts, strict=True)
+            if count
         )
 
-    def _moved(self, logs: Sequence[StreamLog], held: Sequence[_Held]) -> list[_Held]:
+    def _moved(self, logs: StreamLogs, held: _Held, counts: Sequence[int]) -> _Held:
         """Where the values are after they went to a new buffer, all streams' newest to one column."""
-        longest = max(log.held for log in logs)
+        longest = max(logs.lengths)
         _, r, _, e = self._buffer.data.shape
         buffer = self._room(r, longest + -(-longest // _ROOM), e)
-        moved = []
-        for i, (each, log) in enumerate(zip(held, logs, strict=True)):
-            known = log.held - each.lacks(log)
-            begin, old = longest - log.held, log.oldest + each.shift
+        moved = _Held([longest - end for end in logs.ends], [], [])
+        for i, (old, length, count) in enumerate(zip(held.firsts(logs), logs.lengths, counts, strict=True)):
+            known, begin = length - count, longest - length
             buffer.target[i, :, begin : begin + known] = self._buffer.data[i, :, old : old + known]
-            buffer.used[i] = begin + known
-            ends = tuple(min(end, log.oldest + known) for end in each.ends if end > log.oldest)
-            moved.append(_Held(longest - log.end, begin, begin + known, ends))
-        self._buffer, self._held = buffer, [*moved]
+            moved.begins.append(begin)
+            moved.stops.append(begin + known)
+            ends = self._buffer.ends[i]
+            following = ends[bisect_right(ends, old) : bisect_right(ends, held.stops[i])]
+            buffer.ends[i] = [begin + min(end - old, known) for end in following]
+        buffer.used = [*moved.stops]
+        self._buffer, self._held = buffer, moved
         return moved
 
-    def _extended(
-        self, streams: Sequence[Rows], logs: Sequence[StreamLog], held: Sequence[_Held], scoring: Scoring
-    ) -> list[_Held]:
+    def _extended(self, streams: Streams, held: _Held, counts: list[int], scoring: Scoring) -> _Held:
         """Adds the values of the rows that have none; those of all streams at once where they are few."""
-        counts = [each.lacks(log) for each, log in zip(held, logs, strict=True)]
-        b, stops, many = len(held), {each.stop for each in held}, sum(counts) > _MOST_TOGETHER
-        together = SideBySide.of(streams)
-        newest = None if together is None or many or len(stops) > 1 else together.newest(counts)
+        buffer, stops, many = self._buffer, [*held.stops], sum(counts) > _MOST_TOGETHER
+        together = None if many or len({*stops}) > 1 else streams.side_by_side
+        newest = None if together is None else together.newest(counts)
         if newest is not None:
-            stop = max(stops) + counts[0]
-            values = self._values(newest.flatten(0, 1), scoring)
-            self._buffer.target[:, :, max(stops) : stop] = torch.unflatten(values, 1, (b, -1)).transpose(0, 1)
-            self._buffer.used = [stop] * b
-            return [
-                each._replace(stop=stop, ends=(*each.ends, log.end) if self._first else ())
-                for each, log in zip(held, logs, strict=True)
-            ]
+            values = self._values(newest, scoring)
+            buffer.target.narrow(2, stops[0], counts[0]).copy_(values)
+            stops = [stops[0] + counts[0]] * len(stops)
+            buffer.used = [*stops]
+            if self._first:
+                for ends in buffer.ends:
+                    ends.append(stops[0])
+            return held._replace(stops=stops)
         new = [rows.blocks(len(rows) - count, len(rows)) for rows, count in zip(streams, counts, strict=True)]
         found: Iterable[Iterable[Tensor]]
         if not many:
@@ -256,28 +274,25 @@ class KeptValues:
             found = ([part] for part in torch.split(values, counts, dim=1))
         else:
             found = ((self._values(block, scoring) for block in blocks) for blocks in new)
-        result = []
-        for i, (each, log, parts) in enumerate(zip(held, logs, found, strict=True)):
-            stop = each.stop
+        for i, parts in enumerate(found):
             for values in parts:
-                self._buffer.target[i, :, stop : stop + values.shape[1]] = values
-                stop += values.shape[1]
+                buffer.target[i, :, stops[i] : stops[i] + values.shape[1]] = values
+                stops[i] += values.shape[1]
             if counts[i]:
-                self._buffer.used[i] = stop
-                ends = (*each.ends, log.end) if self._first else ()
-                each = each._replace(stop=stop, ends=ends)
-            result.append(each)
-        return result
+                buffer.used[i] = stops[i]
+                if self._first:
+                    buffer.ends[i].append(stops[i])
+        return held._replace(stops=stops)
 
     def _values(self, rows: Tensor, scoring: Scoring) -> Tensor:
-        """Those of rows [n, d], [r, n, e]."""
+        """Those of rows [..., n, d], [..., r, n, e]."""
         _, r, _, e = self._buffer.data.shape
-        scores = scoring.of(rows).view(r, e, -1)
-        return (F.normalize(scores, dim=1) if self._unit else scores).mT
+        scores = torch.unflatten(scoring.of(rows), -2, (r, e))
+        return (F.normalize(scores, dim=-2) if self._unit else scores).mT
 
     def _room(self, r: int, size: int, e: int) -> _Buffer:
         data = self._buffer.data
-        return _Buffer(len(self._held), r, size, e, dtype=data.dtype, device=data.device)
+        return _Buffer(len(data), r, size, e, dtype=data.dtype, device=data.device)
 
 
 class KeptOfLayer(NamedTuple):

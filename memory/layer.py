@@ -16,11 +16,11 @@ from xlroute.memory.at_hand import RowsAtHand
 from xlroute.memory.buffer import Rows
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.kept_values import KeptOfLayer, KeptValues
-from xlroute.memory.log import StreamLog
+from xlroute.memory.log import StreamLog, StreamLogs
 from xlroute.memory.routing_keys import RoutingKeys
 from xlroute.memory.scores import LatestScores, Scoring
-from xlroute.memory.side_by_side import SideBySide
-from xlroute.memory.to_device import to_device
+from xlroute.memory.side_by_side import Streams
+from xlroute.memory.to_device import integers
 
 # Whether scores or keys are kept for the next call; "first" for those that each row got first.
 Keep = bool | Literal["first"]
@@ -56,9 +56,7 @@ def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
 
 def counts_of(logs: Sequence[StreamLog], device: torch.device) -> Tensor:
     """Rows that streams have appended since their reset, and rows that they hold: int64 [2, b]."""
-    # A tensor made in inference mode could not be saved for backward later.
-    with torch.inference_mode(False):
-        return to_device(torch.tensor([[log.appended for log in logs], [log.held for log in logs]]), device)
+    return integers([[log.appended for log in logs], [log.held for log in logs]], device)
 
 
 def positions_of(indices: Tensor, logs: Sequence[StreamLog], counts: Tensor) -> Tensor:
@@ -94,15 +92,14 @@ class MemoryLayer:
     store keeps on disk is checked against its checksums.
 
     Attributes:
-        lengths: Rows held by each stream, int64 [b] on the CPU.
         device: Where the rows and everything computed from them live.
         dtype: The type of the rows.
     """
 
     def __init__(
         self,
-        streams: Sequence[Rows],
-        logs: Sequence[StreamLog],
+        streams: Streams,
+        logs: StreamLogs,
         *,
         dim: int,
         dtype: torch.dtype,
@@ -111,19 +108,15 @@ class MemoryLayer:
         latest_scores: list[LatestScores] | None,
         count_routed: Callable[[Tensor], None] | None,
     ) -> None:
-        self._streams = tuple(streams)
-        self._logs = tuple(logs)
+        self._streams = streams
+        self._logs = logs
         self._dim = dim
         self._kept = kept
         # Where the store wants to know of each stream's scores, the highest of each row.
         self._latest_scores = latest_scores
         # Where the store wants to know which rows are routed.
         self._count_routed = count_routed
-        lengths = [*map(len, streams)]
-        self._longest = max(lengths)
-        # A tensor made in inference mode could not be saved for backward later.
-        with torch.inference_mode(False):
-            self.lengths = torch.tensor(lengths, dtype=torch.int64)
+        self._longest = max(logs.lengths)
         # By what they are known by, scorings that are compared with those of the values that are kept.
         self._compared: dict[Any, Scoring] = {}
         self.dtype = dtype
@@ -135,14 +128,19 @@ class MemoryLayer:
         return len(self._streams), self._longest, self._dim
 
     @cached_property
+    def lengths(self) -> Tensor:
+        """Rows held by each stream, int64 [b] on the CPU."""
+        return integers(self._logs.lengths)
+
+    @cached_property
     def even(self) -> bool:
         """Whether all streams hold equally many rows, and any at all: then `mask` is True everywhere."""
-        return min(map(len, self._streams)) == self._longest > 0
+        return min(self._logs.lengths) == self._longest > 0
 
     @cached_property
     def mask(self) -> Tensor:
         """Which rows exist, bool [b, m]."""
-        # As in __init__: whoever reads it first, it stays for all.
+        # As in `integers`: whoever reads it first, it stays for all.
         with torch.inference_mode(False):
             return torch.arange(self.shape[1], device=self.device) < self._counts[1, :, None]
 
@@ -150,11 +148,6 @@ class MemoryLayer:
     def _counts(self) -> Tensor:
         """See `counts_of`; on the device."""
         return counts_of(self._logs, self.device)
-
-    @cached_property
-    def _side_by_side(self) -> SideBySide | None:
-        """The rows of all streams, where they are in one block."""
-        return SideBySide.of(self._streams)
 
     def views(self) -> list[Tensor]:
         """The rows of each stream, b tensors [m_i, d], oldest first, without a copy: for reading only."""
@@ -170,9 +163,9 @@ class MemoryLayer:
             The rows; None where they are not all in memory and on one device, where some have positions of
             their own, or where the store counts what is routed.
         """
-        if self._count_routed is not None or any(log.surviving for log in self._logs):
+        if self._count_routed is not None or self._logs.surviving:
             return None
-        lengths, together = self.lengths.tolist(), self._side_by_side
+        lengths, together = self._logs.lengths, self._streams.side_by_side
         rows, begins = None, None
         if self.device.type == "cuda":
             if HAS_TRITON and not torch.cuda.is_current_stream_capturing():
@@ -183,14 +176,13 @@ class MemoryLayer:
             rows, begins = view[None], [0]
         if begins is None:
             return None
-        with torch.inference_mode(False):
-            table = to_device(torch.tensor([begins, lengths, newer.tolist()]), self.device)
+        table = integers([begins, lengths, newer.tolist()], self.device)
         return RowsAtHand(rows, table[0], table[1], table[2], self._dim, self.dtype, self.even)
 
     def _addresses(self) -> list[int]:
         """Where the oldest row of each stream is in memory; none if some are not on the device."""
-        if self._side_by_side is not None:
-            return self._side_by_side.addresses()
+        if self._streams.side_by_side is not None:
+            return self._streams.side_by_side.addresses()
         held = [rows for stream in self._streams if (rows := stream.at_hand()) is not None]
         return [rows.data_ptr() for rows in held] if len(held) == len(self._streams) else []
 
@@ -253,8 +245,8 @@ class MemoryLayer:
         Raises:
             CorruptionError: A row on disk is damaged.
         """
-        if self._side_by_side is not None:
-            found = self._side_by_side.take(indices.to(self.device))
+        if self._streams.side_by_side is not None:
+            found = self._streams.side_by_side.take(indices.to(self.device))
             if found is not None:
                 return found
         flat = indices.reshape(len(self._streams), -1)
@@ -312,7 +304,7 @@ class MemoryLayer:
         """
         newest = _along(self._counts[1].to(indices.device), indices) - 1
         following = torch.where((indices >= 0) & (indices < newest), indices + 1, -1)
-        if any(log.surviving for log in self._logs):
+        if self._logs.surviving:
             distance = self._positions(following) - self._positions(indices)
             following = torch.where(distance == 1, following, -1)
         return following
@@ -323,12 +315,15 @@ class MemoryLayer:
         Raises:
             ValueError: `tokens` has another shape.
         """
+        self._check_tokens(tokens)
+        return tokens.expand(len(self._streams), *tokens.shape[-2:])
+
+    def _check_tokens(self, tokens: Tensor) -> None:
         streams, _, dim = self.shape
         if tokens.ndim not in (2, 3) or tokens.shape[-1] != dim or tokens.shape[:-2] not in ((), (streams,)):
             raise ValueError(
                 f"tokens: expected shape [r, {dim}] or [{streams}, r, {dim}], got {list(tokens.shape)}"
             )
-        return tokens.expand(streams, *tokens.shape[-2:])
 
     def scores(
         self,
@@ -367,7 +362,7 @@ class MemoryLayer:
             ValueError: `tokens` has another shape.
             CorruptionError: A row on disk is damaged.
         """
-        per_stream = self.tokens_of_streams(tokens)
+        self._check_tokens(tokens)
         if keep == "first" and tokens.ndim == 3:
             raise ValueError(
                 f"tokens: expected shape [r, {self._dim}] for first scores, got {[*tokens.shape]}"
@@ -378,7 +373,7 @@ class MemoryLayer:
 
         alike = scoring(tokens)
         alike = self._compared.get(alike.key, alike)
-        side_by_side = self._side_by_side
+        side_by_side = self._streams.side_by_side
         if keep == "first":
             scores = self._kept_scores(self._kept.first_scores, alike)
         elif keep and self._kept.scores is not None and tokens.ndim == 2 and not alike.differentiated:
@@ -388,14 +383,14 @@ class MemoryLayer:
         elif tokens.ndim == 2 and not alike.differentiated:
             scores = self._in_columns([rows.scores(alike, keep) for rows in self._streams])
         else:
-            pairs = zip(self._streams, per_stream, strict=True)
+            pairs = zip(self._streams, self.tokens_of_streams(tokens), strict=True)
             scores = self._in_columns([rows.scores(scoring(each), keep) for rows, each in pairs])
         # What a CUDA graph computes is there only once it runs.
         capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         if keep and self._latest_scores is not None and not capturing:
             highest = scores.detach().amax(1)
             self._latest_scores[:] = [
-                each[:length] for each, length in zip(highest, self.lengths.tolist(), strict=True)
+                each[:length] for each, length in zip(highest, self._logs.lengths, strict=True)
             ]
         return scores
 
@@ -416,9 +411,9 @@ class MemoryLayer:
         if (
             scores.is_cuda and torch.cuda.is_current_stream_capturing()
         ):  # which could not learn of the columns
-            parts = zip(scores, begins, self.lengths.tolist(), strict=True)
+            parts = zip(scores, begins, self._logs.lengths, strict=True)
             return self._in_columns([each[:, begin : begin + length] for each, begin, length in parts])
-        columns = to_device(torch.tensor(begins), scores.device)[:, None, None]
+        columns = integers(begins, scores.device)[:, None, None]
         columns = (columns + torch.arange(m, device=scores.device)).clamp(max=scores.shape[2] - 1)
         there = scores.gather(-1, columns.expand(-1, scores.shape[1], -1))
         return there.masked_fill(~self.mask[:, None], 0.0)
@@ -433,9 +428,11 @@ class MemoryLayer:
             [F.pad(each, (0, n)) if n else each for each, n in zip(scores, lacking, strict=True)]
         )
 
-    def _read_whole(self) -> list[Rows]:
+    def _read_whole(self) -> Streams:
         """The rows of each stream; those on disk are read, and stay in memory."""
-        return [rows.span() if isinstance(rows, ColdRows) else rows for rows in self._streams]
+        if self._streams.side_by_side is not None:
+            return self._streams
+        return Streams(rows.span() if isinstance(rows, ColdRows) else rows for rows in self._streams)
 
     @torch.no_grad()
     def keys(self, projection: Tensor, *, keep: Keep) -> RoutingKeys:
@@ -461,18 +458,18 @@ class MemoryLayer:
             found = kept.of(streams, self._logs, scoring, r)
             if found is not None:
                 return RoutingKeys(*found)
-        if self._side_by_side is not None:
-            columns = self._side_by_side.columns
+        if self._streams.side_by_side is not None:
+            columns = self._streams.side_by_side.columns
             keys = torch.empty(b, r, columns.shape[1], e, dtype=self.dtype, device=self.device)
             unit_projections(columns, projection, keys)
-            return RoutingKeys(keys, self._side_by_side.begins, self.lengths.tolist())
+            return RoutingKeys(keys, self._streams.side_by_side.begins, self._logs.lengths)
         keys = torch.empty(b, r, m, e, dtype=self.dtype, device=self.device)
         for rows, out in zip(streams, keys[:, None], strict=True):
             held, start = rows.at_hand(), 0
             for read in rows.blocks(0, len(rows)) if held is None else (held,):
                 unit_projections(read[None], projection, out[:, :, start : start + len(read)])
                 start += len(read)
-        return RoutingKeys(keys, [0] * b, self.lengths.tolist())
+        return RoutingKeys(keys, [0] * b, self._logs.lengths)
 
     def kept_scoring(
         self, tokens: Tensor, *, normalize: Literal["rms", "l2"] | None, scale: float, backend: Backend | None
@@ -513,9 +510,9 @@ class MemoryLayer:
         times = 1 + max(map(len, ends))
         filled = [
             each + [length] * (times - len(each))
-            for each, length in zip(ends, self.lengths.tolist(), strict=True)
+            for each, length in zip(ends, self._logs.lengths, strict=True)
         ]
-        table = to_device(torch.tensor(filled), indices.device)  # [b, times], ascending
+        table = integers(filled, indices.device)  # [b, times], ascending
         flat = indices.reshape(len(ends), -1)
         ages = table[:, -1:] - table.gather(1, torch.searchsorted(table, flat, right=True))
         return ages.masked_fill(flat < 0, -1).view(indices.shape)

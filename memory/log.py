@@ -112,13 +112,15 @@ class StreamLog:
         stop = self.end + written
         extents = self.extents
         if written and extents and extents[-1].stop == self.end and extents[-1].writer == writer:
-            extents = (*extents[:-1], extents[-1]._replace(stop=stop))
+            extents = (*extents[:-1], Extent(extents[-1].start, stop, writer))
         elif written:
             extents = (*extents, Extent(self.end, stop, writer))
-        return replace(self, extents=extents, appended=self.appended + appended, end=stop)
+        return StreamLog(extents, self.appended + appended, stop, self.survivors)
 
     def dropped(self, count: int) -> StreamLog:
         """The log without the `count` oldest of the rows held."""
+        if not count and self.survivors is None:
+            return self
         extents = list(self.extents)
         while count:
             first = extents[0]
@@ -127,8 +129,8 @@ class StreamLog:
             if taken == first.stop - first.start:
                 del extents[0]
             else:
-                extents[0] = first._replace(start=first.start + taken)
-        log = replace(self, extents=tuple(extents))
+                extents[0] = Extent(first.start + taken, first.stop, first.writer)
+        log = StreamLog(tuple(extents), self.appended, self.end, self.survivors)
         return log if self.survivors is None or log.surviving else replace(log, survivors=None)
 
     def truncated(self, count: int) -> StreamLog:
@@ -156,6 +158,48 @@ class StreamLog:
     def reset(self) -> StreamLog:
         """The log of a stream that begins anew."""
         return StreamLog((), 0, self.end)
+
+
+class StreamLogs(tuple[StreamLog, ...]):
+    """What each of the streams holds, at one moment."""
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The number of rows that each holds."""
+        return [log.held for log in self]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The `end` of each."""
+        return [log.end for log in self]
+
+    @cached_property
+    def surviving(self) -> bool:
+        """Whether some of the rows held have positions of their own."""
+        return any(log.surviving for log in self)
+
+    def grown(self, counts: Sequence[int], excess: Sequence[int]) -> StreamLogs:
+        """The logs of streams in memory without some of their oldest rows, followed by new ones.
+
+        Args:
+            counts: How many rows each stream appends.
+            excess: How many of its oldest each drops; 0 where it appends none.
+        """
+        # Streams that have always grown alike have one log.
+        known: dict[tuple[int, int], StreamLog] = {}
+        logs = []
+        for log, count, left in zip(self, counts, excess, strict=True):
+            after = known.get((id(log), count))
+            if after is None:
+                after = log.dropped(left).extended(count, 0, appended=count) if count else log
+                known[id(log), count] = after
+            logs.append(after)
+        grown = StreamLogs(logs)
+        # What is known need not be counted again.
+        spans = zip(self.lengths, counts, excess, strict=True)
+        grown.lengths = [length + count - left for length, count, left in spans]
+        grown.ends = [end + count for end, count in zip(self.ends, counts, strict=True)]
+        return grown
 
 
 def survivors_of(logs: Iterable[StreamLog]) -> Iterator[tuple[int, Survivors]]:

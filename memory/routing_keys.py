@@ -17,7 +17,7 @@ from xlroute.kernels import Backend, search_topk
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.norm import norm_beside
 from xlroute.kernels.projections import SHORTEST, projections
-from xlroute.memory.to_device import to_device
+from xlroute.memory.to_device import integers
 
 
 def routing_keys(rows: Tensor, projection: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -100,9 +100,7 @@ class RoutingKeys:
     def _spans(self) -> Tensor:
         """The columns of each stream, from the first to behind the last, int64 [2, b], on the device."""
         stops = [begin + length for begin, length in zip(self._begins, self._lengths, strict=True)]
-        # As in `MemoryLayer`: a search in inference mode may not be the last one.
-        with torch.inference_mode(False):
-            return to_device(torch.tensor([self._begins, stops]), self.keys.device)
+        return integers([self._begins, stops], self.keys.device)
 
     @cached_property
     def _mask(self) -> Tensor | None:
@@ -110,6 +108,7 @@ class RoutingKeys:
         _, r, columns, _ = self.keys.shape
         if min(self._lengths) == columns:
             return None
+        # As in `integers`: a search in inference mode may not be the last one.
         with torch.inference_mode(False):
             column = torch.arange(columns, device=self.keys.device)
             first, stop = self._spans[..., None]

@@ -6,13 +6,14 @@ Shapes: b streams, d dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from xlroute.kernels import gather_rows
 from xlroute.memory.buffer import Block, Buffer, Rows, RowSpan
-from xlroute.memory.to_device import to_device
+from xlroute.memory.to_device import integers
 
 # Bytes of a block: for moments there are two of them, and streams by themselves move singly.
 _LARGEST = 4 << 30
@@ -22,15 +23,14 @@ class SideBySide:
     """The rows of all streams of a layer in one block.
 
     Args:
-        block: Theirs.
-        starts: The place of each stream's oldest row.
-        stops: The place behind its newest.
+        spans: Theirs, in the order of their places in the block.
     """
 
-    def __init__(self, block: Block, starts: list[int], stops: list[int]) -> None:
-        self._block = block
-        self._starts = starts
-        self._stops = stops
+    def __init__(self, spans: list[RowSpan]) -> None:
+        self.spans = spans
+        self._block = spans[0].buffer.block
+        self._starts = [each.start for each in spans]
+        self._stops = [each.stop for each in spans]
 
     @classmethod
     def of(cls, streams: Sequence[Rows]) -> SideBySide | None:
@@ -43,7 +43,7 @@ class SideBySide:
             each.buffer.block is not block or each.buffer.place != i for i, each in enumerate(spans)
         ):
             return None
-        return cls(block, [each.start for each in spans], [each.stop for each in spans])
+        return cls(spans)
 
     @property
     def columns(self) -> Tensor:
@@ -51,7 +51,8 @@ class SideBySide:
 
         In those where a stream has no row there is one that it had, or zeros.
         """
-        return self._block.data[:, min(self._starts) : max(self._stops)]
+        first = min(self._starts)
+        return self._block.data.narrow(1, first, max(self._stops) - first)
 
     @property
     def begins(self) -> list[int]:
@@ -69,7 +70,23 @@ class SideBySide:
         """The newest rows of all streams, [b, n, d], without a copy; None if they are not side by side."""
         if len({*self._stops}) > 1 or len({*counts}) > 1:
             return None
-        return self._block.data[:, self._stops[0] - counts[0] : self._stops[0]]
+        return self._block.data.narrow(1, self._stops[0] - counts[0], counts[0])
+
+    def next_place(self, n: int, counts: Sequence[int], excess: Sequence[int]) -> int | None:
+        """Where in the block the next n rows go, of streams that get some; None if there is no such place.
+
+        Args:
+            n: How many.
+            counts: How many each stream gets.
+            excess: How many of its oldest rows each stream drops before.
+        """
+        at = max(self._stops)
+        if at + n > self._block.data.shape[1]:
+            return None
+        for span, count, left in zip(self.spans, counts, excess, strict=True):
+            if count and (span.buffer.used > at or (span.stop != at and span.start + left != span.stop)):
+                return None
+        return at
 
     def take(self, indices: Tensor) -> Tensor | None:
         """Copies of the rows at indices [b, ...], each in [-1, m_i), [b, ..., d]; zeros where it is -1.
@@ -81,54 +98,72 @@ class SideBySide:
             return gather_rows(data[:, starts[0] :], indices)
         if indices.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        begins = to_device(torch.tensor(starts), indices.device).view(-1, *[1] * (indices.ndim - 1))
+        begins = integers(starts, indices.device).view(-1, *[1] * (indices.ndim - 1))
         return gather_rows(data, torch.where(indices < 0, indices, indices + begins))
 
 
-def grown(streams: Sequence[Rows], rows: Tensor, counts: Sequence[int]) -> list[Rows] | None:
-    """All streams of a layer, followed by the first of the rows [b, n, d], as many as `counts` says of each.
+class Streams(tuple[Rows, ...]):
+    """The rows of each stream of a layer, at one moment."""
+
+    @cached_property
+    def side_by_side(self) -> SideBySide | None:
+        """The rows of all streams, where they are in one block."""
+        return SideBySide.of(self)
+
+
+def grown(streams: Streams, rows: Tensor, counts: Sequence[int], excess: Sequence[int]) -> Streams | None:
+    """All streams of a layer without their oldest rows, followed by the first of the rows [b, n, d].
 
     They are in one block from when the first of them needs a new place on, each stream's newest in the same
     place. Streams that hold nothing go along with the others.
+
+    Args:
+        streams: They.
+        rows: What follows, without gradient.
+        counts: How many of these rows each stream gets.
+        excess: How many of its oldest rows each of them drops.
 
     Returns:
         The streams; None if they go on by themselves, since they are not in memory of their own, or not of
         like lengths, or large.
     """
-    spans = _spans(streams)
+    together, n = streams.side_by_side, max(counts)
+    spans = _spans(streams) if together is None else together.spans
     if spans is None or len(spans) == 1 or spans[0].buffer.block.pinned:
         return None
-    n = max(counts)
     if any(count not in (0, n) for count in counts):
         return None
-    rows = rows[:, :n]
-    at = _common_place(spans, n, counts)
+    at = None if together is None else together.next_place(n, counts, excess)
     if at is None:
+        spans = [span.dropped(left) if left else span for span, left in zip(spans, excess, strict=True)]
         if all(span.has_room(count) for span, count in zip(spans, counts, strict=True) if count):
             return None
         moved = _moved(spans, n, counts)
         if moved is None:
             return None
         spans, at = moved
-    block, going = spans[0].buffer.block, [i for i, count in enumerate(counts) if count]
-    with torch.no_grad():
-        if len(going) == len(spans):
-            block.target[:, at : at + n].copy_(rows)
-        else:
-            chosen = to_device(torch.tensor(going), rows.device)
-            block.target[chosen, at : at + n] = rows[chosen]
-    result: list[Rows] = []
-    for span, count in zip(spans, counts, strict=True):
-        buffer = span.buffer
-        if not len(span):
-            span = RowSpan(buffer, at, at)
+        excess = [0] * len(spans)
+    target = spans[0].buffer.block.target.narrow(1, at, n)
+    if n < rows.shape[1]:
+        rows = rows[:, :n]
+    if all(counts):
+        target.copy_(rows)
+    else:
+        chosen = integers([i for i, count in enumerate(counts) if count], rows.device)
+        target[chosen] = rows[chosen]
+    result = []
+    for span, count, left in zip(spans, counts, excess, strict=True):
+        buffer, start, stop = span.buffer, span.start + left, span.stop
+        if start == stop:
+            start = stop = at
         if count:
             end = buffer.number + at
             buffer.scores = buffer.scores.extended(end, end + count)
-            buffer.used = at + count
-            span = RowSpan(buffer, span.start, at + count)
-        result.append(span)
-    return result
+            buffer.used = stop = at + count
+        result.append(RowSpan(buffer, start, stop))
+    after = Streams(result)
+    after.side_by_side = SideBySide(result)
+    return after
 
 
 def bytes_left_behind(streams: Sequence[Rows]) -> int:
@@ -141,20 +176,6 @@ def bytes_left_behind(streams: Sequence[Rows]) -> int:
 def _spans(streams: Sequence[Rows]) -> list[RowSpan] | None:
     spans = [rows for rows in streams if isinstance(rows, RowSpan)]
     return spans if len(spans) == len(streams) else None
-
-
-def _common_place(spans: Sequence[RowSpan], n: int, counts: Sequence[int]) -> int | None:
-    """Where in their block the next n rows go, of streams that get some; None if there is no such place."""
-    if SideBySide.of(spans) is None:
-        return None
-    at = max(span.stop for span in spans)
-    if at + n > spans[0].buffer.block.data.shape[1]:
-        return None
-    for span, count in zip(spans, counts, strict=True):
-        follows = span.stop == at or not len(span)
-        if count and not (follows and span.buffer.used <= at):
-            return None
-    return at
 
 
 def _moved(spans: Sequence[RowSpan], n: int, counts: Sequence[int]) -> tuple[list[RowSpan], int] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,14 +26,14 @@ from xlroute.memory.info import MemoryInfo, describe_commits
 from xlroute.memory.kept_values import KeptOfLayer
 from xlroute.memory.layer import MemoryLayer, checked_indices, counts_of, positions_of
 from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Eviction, Layout, check_positive
-from xlroute.memory.log import StreamLog
+from xlroute.memory.log import StreamLog, StreamLogs
 from xlroute.memory.place import StorePath, store_path
 from xlroute.memory.repair import RepairReport, repair_store
 from xlroute.memory.routes import DocumentRoutes, RouteCounts
 from xlroute.memory.s3 import S3Path
 from xlroute.memory.scores import KeptScores, LatestScores, StoredScores
 from xlroute.memory.shards import DEFAULT_LEVEL, LEVELS
-from xlroute.memory.side_by_side import bytes_left_behind, grown
+from xlroute.memory.side_by_side import Streams, bytes_left_behind, grown
 from xlroute.memory.storage import chunk_bytes_at, copy_to, create_at, open_disk
 from xlroute.memory.survivors import Survivors
 from xlroute.memory.tiers import TieredRows, Tiers, rows_in_memory, rows_on_disk
@@ -90,8 +89,8 @@ class MemoryStore:
         self._disk = disk
         self._tiers = tiers
         self._closed = False
-        self._logs = list(logs)
-        self._rows = [list(streams) for streams in rows]
+        self._logs = StreamLogs(logs)
+        self._rows = [Streams(streams) for streams in rows]
         # Scores of rows on disk, and of those that others leave from between, are kept with each stream.
         with_scores = disk is None and tiers is None and layout.eviction == "oldest"
         self._kept = [
@@ -215,7 +214,7 @@ class MemoryStore:
             ]
             for _ in range(layers)
         ]
-        logs = [StreamLog() for _ in range(streams)]
+        logs = [StreamLog()] * streams
         return cls(layout, device=device, fingerprint=fingerprint, logs=logs, rows=rows, tiers=tiers)
 
     @classmethod
@@ -455,7 +454,7 @@ class MemoryStore:
     def lengths(self) -> Tensor:
         """Rows that each stream holds now, int64 [b] on the CPU."""
         self._check_open()
-        return torch.tensor([log.held for log in self._logs], dtype=torch.int64)
+        return torch.tensor(self._logs.lengths, dtype=torch.int64)
 
     @property
     def logs(self) -> tuple[StreamLog, ...]:
@@ -505,26 +504,27 @@ class MemoryStore:
                 streams[stream] = held
             for scores in latest or ():
                 scores[stream] = _of_staying(scores[stream], stays)
-        self._logs, self._rows, self._latest = logs, table, latest
+        self._logs, self._rows, self._latest = StreamLogs(logs), [*map(Streams, table)], latest
         self.version += 1
 
     def _append_side_by_side(self, states: Tensor, counts: Sequence[int]) -> bool:
         """Appends rows, a layer's in one operation; False, with nothing done, if streams go on singly."""
-        capacity = math.inf if self.capacity is None else self.capacity
-        if self._disk is not None or self.eviction != "oldest" or not 0 < max(counts) <= capacity:
+        capacity, most = self.capacity, max(counts)
+        if self._disk is not None or self.eviction != "oldest" or not most:
             return False
-        logs, excess = [], []
-        for log, count in zip(self._logs, counts, strict=True):
-            excess.append(int(max(0, log.held + count - capacity)))
-            logs.append(log.dropped(excess[-1]).extended(count, 0, appended=count) if count else log)
+        excess = [0] * len(counts)
+        if capacity is not None:
+            if most > capacity:
+                return False
+            spans = zip(self._logs.lengths, counts, strict=True)
+            excess = [max(0, held + count - capacity) for held, count in spans]
         table = []
         for streams, rows in zip(self._rows, states, strict=True):
-            left = [held.dropped(n) if n else held for held, n in zip(streams, excess, strict=True)]
-            together = grown(left, rows.to(self.device), counts)
+            together = grown(streams, rows.to(self.device), counts, excess)
             if together is None:
                 return False
             table.append(together)
-        self._logs, self._rows = logs, table
+        self._logs, self._rows = self._logs.grown(counts, excess), table
         self.version += 1
         return True
 
@@ -741,7 +741,7 @@ class MemoryStore:
                 rows[number] = rows[number].dropped(len(rows[number]))
             for scores in latest or ():
                 scores[number] = None
-        self._logs, self._rows, self._latest = logs, table, latest
+        self._logs, self._rows, self._latest = StreamLogs(logs), [*map(Streams, table)], latest
         if self._routes is not None:
             self._routes.reset(numbers)
         self.version += 1

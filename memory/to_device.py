@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,3 +17,12 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     """
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     return values.to(device, non_blocking=values.device.type == "cpu" and not capturing)
+
+
+def integers(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Tensor:
+    """Numbers, or rows of equally many, on a device: int64."""
+    # NumPy reads lists several times faster than PyTorch.
+    array = np.array(values, dtype=np.int64)
+    # A tensor made in inference mode could not be saved for backward later.
+    with torch.inference_mode(False):
+        return to_device(torch.from_numpy(array), torch.device(device))

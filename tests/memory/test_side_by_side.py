@@ -25,9 +25,8 @@ from torch import Tensor
 from xlroute.kernels import row_scores
 from xlroute.memory import MemoryLayer, MemoryStore, side_by_side
 from xlroute.memory import store as memory_store
-from xlroute.memory.buffer import Rows
 from xlroute.memory.routing_keys import routing_keys
-from xlroute.memory.side_by_side import SideBySide
+from xlroute.memory.side_by_side import SideBySide, Streams
 
 LAYERS, STREAMS, DIM = 2, 3, 4
 HOW: dict[str, Any] = {"normalize": "rms", "scale": 0.5}
@@ -341,7 +340,7 @@ def test_an_append_that_ends_between_layers_leaves_all_rows_right(
     store.layer(0).scores(tokens, **HOW)
     calls = []
 
-    def grown(*arguments: Any) -> list[Rows] | None:
+    def grown(*arguments: Any) -> Streams | None:
         calls.append(arguments)
         if len(calls) < 2:
             return side_by_side.grown(*arguments)
