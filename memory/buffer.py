@@ -102,10 +102,12 @@ class Block:
             # would raise the counter that all views of `data` share, and autograd would then refuse to run
             # backward over rows that it saved, although the write is beyond all of them.
             self.target = self.data.data
+        # Of each stream, the first so many places belong to some span and are never written again.
+        self.used = [0] * streams
 
 
 class Buffer:
-    """Room for rows, [size, d]; the first `used` of them belong to some span and are never written again."""
+    """Room for rows, [size, d]: the place of a stream in a block."""
 
     def __init__(self, block: Block, place: int, scores: StoredScores, number: int = 0) -> None:
         self.block = block
@@ -113,7 +115,6 @@ class Buffer:
         with torch.inference_mode(False):
             self.data = block.data[place]
             self.target = block.target[place]
-        self.used = 0
         self.scores = scores
         self.number = number  # of the first row, as the scores count
 
@@ -211,7 +212,8 @@ class RowSpan:
 
     def has_room(self, count: int) -> bool:
         """Whether as many rows fit in behind the span, and no fork has taken their place."""
-        return self.buffer.used <= self.stop <= len(self.buffer.data) - count
+        block, place = self.buffer.block, self.buffer.place
+        return block.used[place] <= self.stop <= block.data.shape[1] - count
 
     def appended(self, rows: Tensor) -> RowSpan:
         """The span followed by `rows` [n, d].
@@ -235,6 +237,6 @@ class RowSpan:
                 buffer.target[:live].copy_(old)
         with torch.no_grad():
             buffer.target[stop : stop + count].copy_(rows)
-        buffer.used = stop + count
+        buffer.block.used[buffer.place] = stop + count
         buffer.scores = stored
         return RowSpan(buffer, start, stop + count)

@@ -80,11 +80,13 @@ class SideBySide:
             counts: How many each stream gets.
             excess: How many of its oldest rows each stream drops before.
         """
-        at = max(self._stops)
+        at, used = max(self._stops), self._block.used
         if at + n > self._block.data.shape[1]:
             return None
-        for span, count, left in zip(self.spans, counts, excess, strict=True):
-            if count and (span.buffer.used > at or (span.stop != at and span.start + left != span.stop)):
+        if min(self._stops) == at and max(used) <= at:
+            return at
+        for i, (start, stop) in enumerate(zip(self._starts, self._stops, strict=True)):
+            if counts[i] and (used[i] > at or (stop != at and start + excess[i] != stop)):
                 return None
         return at
 
@@ -131,7 +133,7 @@ def grown(streams: Streams, rows: Tensor, counts: Sequence[int], excess: Sequenc
     spans = _spans(streams) if together is None else together.spans
     if spans is None or len(spans) == 1 or spans[0].buffer.block.pinned:
         return None
-    if any(count not in (0, n) for count in counts):
+    if not {*counts} <= {0, n}:
         return None
     at = None if together is None else together.next_place(n, counts, excess)
     if at is None:
@@ -143,7 +145,8 @@ def grown(streams: Streams, rows: Tensor, counts: Sequence[int], excess: Sequenc
             return None
         spans, at = moved
         excess = [0] * len(spans)
-    target = spans[0].buffer.block.target.narrow(1, at, n)
+    block = spans[0].buffer.block
+    target = block.target.narrow(1, at, n)
     if n < rows.shape[1]:
         rows = rows[:, :n]
     if all(counts):
@@ -159,7 +162,8 @@ def grown(streams: Streams, rows: Tensor, counts: Sequence[int], excess: Sequenc
         if count:
             end = buffer.number + at
             buffer.scores = buffer.scores.extended(end, end + count)
-            buffer.used = stop = at + count
+            stop = at + count
+            block.used[buffer.place] = stop
         result.append(RowSpan(buffer, start, stop))
     after = Streams(result)
     after.side_by_side = SideBySide(result)
@@ -196,6 +200,6 @@ def _moved(spans: Sequence[RowSpan], n: int, counts: Sequence[int]) -> tuple[lis
             number = span.buffer.number + span.stop - live
             buffer = Buffer(block, i, span.buffer.scores, number)
             buffer.target[start:live].copy_(span.view())
-            buffer.used = live
+            block.used[i] = live
             result.append(RowSpan(buffer, start, live))
     return result, live
