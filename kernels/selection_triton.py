@@ -866,6 +866,11 @@ def prepare_rows(s: Tensor, mask: Tensor | None) -> Rows:
     return Rows(flat, mask, (flat.stride(0), mask.shape[1], *mask.stride()), True, dtype)
 
 
+def _cut(sizes: list[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Memory for tensors of these sizes, in one allocation."""
+    return torch.split_with_sizes(torch.empty(sum(sizes), dtype=dtype, device=device), sizes)
+
+
 def select(
     rows: Rows,
     largest: int,
@@ -895,18 +900,20 @@ def select(
     count, n = s.shape
     cut = plan(n, largest)
     parts = min(cut.blocks, triton.cdiv(COLLECT_PROGRAMS, count))
-    size = count * cut.folds * cut.chunks
     key_type = torch.int64 if dtype == tl.float64 else torch.int32
-    chunk_keys = torch.empty(size, dtype=key_type, device=s.device)
-    chunk_ids = torch.empty(size, dtype=torch.int32, device=s.device)
-    size = count * cut.capacity
-    keys = torch.empty(size, dtype=key_type, device=s.device)
-    ids = torch.empty(size, dtype=torch.int32, device=s.device)
-    ranked = torch.empty(size, dtype=compute_dtype(s.dtype), device=s.device)
-    counters = torch.empty(count * COUNTERS, dtype=torch.int32, device=s.device)
-    thresholds = torch.empty(count, dtype=key_type, device=s.device)
-    sums = torch.empty(0 if levels is None else count * 3 * parts, dtype=torch.int64, device=s.device)
+    # Cut from as few allocations as there are types, each part at a multiple of 16 bytes.
+    candidates = count * cut.capacity
+    sizes = [4 * count, count * cut.folds * cut.chunks, triton.cdiv(candidates, 4) * 4]
+    if key_type == torch.int32:
+        parts_of_rows = _cut(2 * sizes, key_type, s.device)
+    else:
+        parts_of_rows = _cut(sizes, key_type, s.device) + _cut(sizes, torch.int32, s.device)
+    thresholds, chunk_keys, keys, counters, chunk_ids, ids = parts_of_rows
+    ranked = torch.empty(candidates, dtype=compute_dtype(s.dtype), device=s.device)
     indices = torch.empty((count, num), dtype=torch.int64, device=s.device)
+    sums = indices  # which nobody reads as sums
+    if levels is not None:
+        sums = torch.empty(count * 3 * parts, dtype=torch.int64, device=s.device)
     scale = math.log2(math.e) / eps
 
     with torch.cuda.device_of(s):  # type: ignore[no-untyped-call]
