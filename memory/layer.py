@@ -16,7 +16,7 @@ from xlroute.memory.at_hand import RowsAtHand
 from xlroute.memory.buffer import Rows
 from xlroute.memory.cold import ColdRows
 from xlroute.memory.kept_values import KeptOfLayer, KeptValues
-from xlroute.memory.log import StreamLog, StreamLogs
+from xlroute.memory.log import StreamLogs
 from xlroute.memory.routing_keys import RoutingKeys
 from xlroute.memory.scores import LatestScores, Scoring
 from xlroute.memory.side_by_side import Streams
@@ -54,23 +54,18 @@ def checked_indices(indices: Tensor, lengths: Tensor) -> Tensor:
     return indices
 
 
-def counts_of(logs: Sequence[StreamLog], device: torch.device) -> Tensor:
-    """Rows that streams have appended since their reset, and rows that they hold: int64 [2, b]."""
-    return integers([[log.appended for log in logs], [log.held for log in logs]], device)
-
-
-def positions_of(indices: Tensor, logs: Sequence[StreamLog], counts: Tensor) -> Tensor:
+def positions_of(indices: Tensor, logs: StreamLogs) -> Tensor:
     """Positions of the rows at `indices` [b, ...], int64 of the same shape; -1 where the index is -1.
 
     Args:
         indices: Rows, 0 the oldest held; -1 for no row. All exist.
         logs: What each stream holds, [b].
-        counts: Theirs, see `counts_of`, on the device of the indices.
 
     Raises:
         CorruptionError: The positions of rows on disk are damaged.
     """
-    positions = torch.where(indices < 0, indices, indices + _along(counts[0] - counts[1], indices))
+    appended, held = logs.counts(indices.device)
+    positions = torch.where(indices < 0, indices, indices + _along(appended - held, indices))
     for stream, log in enumerate(logs):
         if log.surviving:
             index, own = indices[stream], log.own_positions(indices.device)
@@ -142,12 +137,9 @@ class MemoryLayer:
         """Which rows exist, bool [b, m]."""
         # As in `integers`: whoever reads it first, it stays for all.
         with torch.inference_mode(False):
-            return torch.arange(self.shape[1], device=self.device) < self._counts[1, :, None]
-
-    @cached_property
-    def _counts(self) -> Tensor:
-        """See `counts_of`; on the device."""
-        return counts_of(self._logs, self.device)
+            return (
+                torch.arange(self.shape[1], device=self.device) < self._logs.counts(self.device)[1, :, None]
+            )
 
     def views(self) -> list[Tensor]:
         """The rows of each stream, b tensors [m_i, d], oldest first, without a copy: for reading only."""
@@ -280,7 +272,7 @@ class MemoryLayer:
         return self._positions(checked_indices(indices, self.lengths))
 
     def _positions(self, indices: Tensor) -> Tensor:
-        return positions_of(indices, self._logs, self._counts.to(indices.device))
+        return positions_of(indices, self._logs)
 
     def ages(self, indices: Tensor) -> Tensor:
         """How many rows the stream has appended from each of these on: 1 for the newest.
@@ -291,7 +283,7 @@ class MemoryLayer:
         Returns:
             Ages, int64 of the same shape; for no row, more than those of all rows.
         """
-        return _along(self._counts[0].to(indices.device), indices) - self._positions(indices)
+        return _along(self._logs.counts(indices.device)[0], indices) - self._positions(indices)
 
     def followers(self, indices: Tensor) -> Tensor:
         """Which rows were appended right after some others.
@@ -302,7 +294,7 @@ class MemoryLayer:
         Returns:
             Indices, int64 of the same shape; -1 where there is no such row, or where it has left.
         """
-        newest = _along(self._counts[1].to(indices.device), indices) - 1
+        newest = _along(self._logs.counts(indices.device)[1], indices) - 1
         following = torch.where((indices >= 0) & (indices < newest), indices + 1, -1)
         if self._logs.surviving:
             distance = self._positions(following) - self._positions(indices)

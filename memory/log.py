@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xlroute.memory.survivors import Survivors
+from xlroute.memory.to_device import integers
 
 
 class Extent(NamedTuple):
@@ -178,6 +179,17 @@ class StreamLogs(tuple[StreamLog, ...]):
         """Whether some of the rows held have positions of their own."""
         return any(log.surviving for log in self)
 
+    def counts(self, device: torch.device) -> Tensor:
+        """Rows that each has appended since its reset, and rows that it holds: int64 [2, b]."""
+        found = self._counts.get(device)
+        if found is None:
+            found = self._counts[device] = integers([[log.appended for log in self], self.lengths], device)
+        return found
+
+    @cached_property
+    def _counts(self) -> dict[torch.device, Tensor]:
+        return {}
+
     def grown(self, counts: Sequence[int], excess: Sequence[int]) -> StreamLogs:
         """The logs of streams in memory without some of their oldest rows, followed by new ones.
 
@@ -199,6 +211,8 @@ class StreamLogs(tuple[StreamLog, ...]):
         spans = zip(self.lengths, counts, excess, strict=True)
         grown.lengths = [length + count - left for length, count, left in spans]
         grown.ends = [end + count for end, count in zip(self.ends, counts, strict=True)]
+        if not self.surviving:
+            grown.surviving = False
         return grown
 
 

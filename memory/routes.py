@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xlroute.memory.commits import CommittedRoutes
-from xlroute.memory.layer import counts_of, positions_of
-from xlroute.memory.log import StreamLog
+from xlroute.memory.layer import positions_of
+from xlroute.memory.log import StreamLogs
 
 _MOST_WAITING = 8 * 2**20  # bytes of what is not added up yet
 _CALL_BYTES = 1024  # that a call takes up besides its indices
@@ -107,7 +107,7 @@ class _Routing(NamedTuple):
     """The indices [b, ...] that a router has fetched of a layer, on the CPU or on their way there."""
 
     layer: int
-    logs: tuple[StreamLog, ...]
+    logs: StreamLogs
     documents: tuple[DocumentRoutes, ...]
     indices: Tensor
     there: torch.cuda.Event | None
@@ -179,7 +179,7 @@ class RouteCounts:
         self._add_up(0)
         return self._documents
 
-    def counter(self, layer: int, logs: Sequence[StreamLog]) -> Callable[[Tensor], None] | None:
+    def counter(self, layer: int, logs: StreamLogs) -> Callable[[Tensor], None] | None:
         """What counts the indices [b, ...] of rows that are fetched of a layer whose streams hold `logs`.
 
         It goes on counting for the documents of this moment, whatever is reset later. None if nothing is
@@ -187,7 +187,7 @@ class RouteCounts:
         """
         if not self.recording:
             return None
-        return partial(self._note, layer, tuple(logs), self._documents)
+        return partial(self._note, layer, logs, self._documents)
 
     def reset(self, streams: set[int]) -> None:
         """Begins anew for some streams."""
@@ -205,7 +205,7 @@ class RouteCounts:
     def _note(
         self,
         layer: int,
-        logs: tuple[StreamLog, ...],
+        logs: StreamLogs,
         documents: tuple[DocumentRoutes, ...],
         indices: Tensor,
     ) -> None:
@@ -232,8 +232,7 @@ class RouteCounts:
             self._waiting_bytes -= indices.nbytes + _CALL_BYTES
             if there is not None:
                 there.synchronize()
-            counts = counts_of(logs, indices.device)
-            positions = positions_of(indices.reshape(len(logs), -1), logs, counts)
+            positions = positions_of(indices.reshape(len(logs), -1), logs)
             for document, own in zip(documents, positions, strict=True):
                 found.setdefault((document, layer), []).append(own[own >= 0].numpy())
         for (document, layer), parts in found.items():

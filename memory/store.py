@@ -24,7 +24,7 @@ from xlroute.memory.errors import NoPathError, ReadOnlyError, StoreClosedError
 from xlroute.memory.eviction import by_scores, every_nth, rows_left
 from xlroute.memory.info import MemoryInfo, describe_commits
 from xlroute.memory.kept_values import KeptOfLayer
-from xlroute.memory.layer import MemoryLayer, checked_indices, counts_of, positions_of
+from xlroute.memory.layer import MemoryLayer, checked_indices, positions_of
 from xlroute.memory.layout import DTYPE_NAMES, DTYPES, Eviction, Layout, check_positive
 from xlroute.memory.log import StreamLog, StreamLogs
 from xlroute.memory.place import StorePath, store_path
@@ -706,7 +706,7 @@ class MemoryStore:
             IndexError: There is no such row.
         """
         indices = checked_indices(indices, self.lengths)
-        return positions_of(indices, self._logs, counts_of(self._logs, indices.device))
+        return positions_of(indices, self._logs)
 
     def reset(self, streams: Tensor | Sequence[int] | Sequence[bool]) -> None:
         """Lets go of all rows of some streams, which begin anew: their documents have ended.
