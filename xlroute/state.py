@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +36,10 @@ from xlroute.memory.commits import record_path
 from xlroute.memory.place import StorePath, store_path
 
 if TYPE_CHECKING:
+    from xlroute.blocks import SegmentView
     from xlroute.transformer_xl import RoutedTransformerXL
+
+WindowView = tuple[Tensor, "SegmentView | None"]  # see `RoutedTransformerXL.window_view`
 
 STATE_FILE = "state.safetensors"
 COPY_PREFIX = "memory-"
@@ -70,6 +74,8 @@ class TransformerXLState:
     memory: MemoryStore | None
     model: RoutedTransformerXL = field(repr=False)
     attached: tuple[AttachedSegment, ...] = field(default=(), repr=False)
+    # What a segment of some length and type sees of a full window, which stays until the window is not full.
+    _full_window: tuple[Any, WindowView] | None = field(default=None, init=False, repr=False)
     _consumed: bool = field(default=False, init=False, repr=False)
     _memory_version: int = field(default=0, init=False, repr=False)
 
@@ -184,7 +190,7 @@ class TransformerXLState:
 
     def _with(self, memory: MemoryStore | None) -> TransformerXLState:
         """A state of the same content with that memory."""
-        return TransformerXLState(
+        state = TransformerXLState(
             self.window,
             self.window_lengths,
             self.positions,
@@ -194,6 +200,23 @@ class TransformerXLState:
             self.model,
             self.attached,
         )
+        state._full_window = self._full_window
+        return state
+
+    def window_view(self, key: Any, made: Callable[[], WindowView]) -> WindowView:
+        """What is made of the window for a segment: what was made last, where the window is and was full.
+
+        Args:
+            key: all that it depends on but the window.
+            made: makes it, without gradient.
+        """
+        if self.window.shape[2] and not (self.window_lengths == self.window.shape[2]).all():
+            return made()
+        if self._full_window is None or self._full_window[0] != key:
+            # A tensor made in inference mode could not be saved for backward later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._full_window = key, made()
+        return self._full_window[1]
 
     def note_memory(self) -> None:
         """Remember how the memory stands, so that a change by someone else is seen."""

@@ -665,8 +665,7 @@ class RoutedTransformerXL(nn.Module):
         if state.open.shape[2]:
             check_tokens()  # a call that is refused does not end it
             self.end_open_segment(state)
-        mask = self.window_mask(state)
-        view = self.segment_view(mask, tokens.shape[1])
+        mask, view = self.window_view(state, tokens.shape[1])
         attached, states = still_attached(state.attached), {}
         near = AttachedRows(attached if self.mems_grad else (), torch.zeros_like(lengths), most=self.mem_len)
         keeps = self.memory_grad_segments > 0 and torch.is_grad_enabled()
@@ -791,13 +790,25 @@ class RoutedTransformerXL(nn.Module):
 
     def segment_view(self, mask: Tensor, tokens: int) -> SegmentView | None:
         """How all blocks see tokens behind rows of a mask [b, w]; None if they see those nearby alone."""
-        attention, device = self.typed_blocks()[0].attention, mask.device.type
+        attention = self.typed_blocks()[0].attention
         if attention.window_size is not None:
             return None
-        dtype = attention.to_q.weight.dtype
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which it leaves as it is
-            dtype = torch.get_autocast_dtype(device)
-        return SegmentView.of(mask, tokens, attention.q_bias.shape[-1], dtype)
+        return SegmentView.of(mask, tokens, attention.q_bias.shape[-1], self._logits_dtype(mask.device))
+
+    def window_view(self, state: TransformerXLState, tokens: int) -> tuple[Tensor, SegmentView | None]:
+        """The `window_mask` of a state, and the `segment_view` of tokens behind it."""
+
+        def made() -> tuple[Tensor, SegmentView | None]:
+            mask = self.window_mask(state)
+            return mask, self.segment_view(mask, tokens)
+
+        return state.window_view((tokens, self._logits_dtype(state.window.device)), made)
+
+    def _logits_dtype(self, device: torch.device) -> torch.dtype:
+        dtype = self.typed_blocks()[0].attention.to_q.weight.dtype
+        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # which it leaves as it is
+            return torch.get_autocast_dtype(device.type)
+        return dtype
 
     def open_memories(
         self, state: TransformerXLState, *, with_stats: bool = False
