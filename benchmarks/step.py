@@ -132,6 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="G",
         help="memory_grad_segments, each beside 0; default: 1 4",
     )
+    parser.add_argument(
+        "--together", action="store_true", help="compile blocks together, which takes several times as long"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     options = parser.parse_args(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -155,11 +158,12 @@ def main(arguments: list[str] | None = None) -> int:
     with on_one_stream(device), compiling:
         machine = describe(device, Sizes(copy_bytes=1 << 20) if tiny else Sizes())
         rates = measured_rates(device, machine, 64 if tiny else PRODUCT_SIZE)
+        machine.facts["blocks"] = "compiled together" if options.together else "compiled one by one"
         for size in (SIZES[name] for name in options.sizes):
             chosen = [rows for rows, _ in size.memories if options.rows is None or rows in options.rows]
             for mode in options.modes:
                 with progress.step(f"{size.name}, {mode}"):
-                    for result in steps(size, mode, chosen, options.parts, device, rates):
+                    for result in steps(size, mode, chosen, options.parts, device, rates, options.together):
                         progress(f"{result.rows:,} rows, {result.kind}: {_cell(result)} ms")
                         results.append(result)
                 torch._dynamo.reset()
@@ -190,12 +194,18 @@ def measured_rates(device: torch.device, machine: Machine, size: int) -> Rates:
 
 
 def steps(
-    size: Size, mode: str, rows: Sequence[int], parts: Sequence[str], device: torch.device, rates: Rates
+    size: Size,
+    mode: str,
+    rows: Sequence[int],
+    parts: Sequence[str],
+    device: torch.device,
+    rates: Rates,
+    together: bool,
 ) -> Iterator[Result]:
     """A mode at each number of rows; one without a memory, at each number of streams."""
     model = build_model(size, mode, device)
     reference = build_model(size, mode, device, use_triton=False)
-    compile_blocks(model)
+    compile_blocks(model, together=together)
     remembers = bool(model.memory_layers)
     streams = [(m, size.streams(m)) for m in rows]
 
@@ -264,11 +274,11 @@ def measured(
     )
 
 
-def compile_blocks(model: RoutedTransformerXL) -> None:
-    """On a GPU, compile each block in place, as CUDA graphs but where rows carry gradient, which stay."""
+def compile_blocks(model: RoutedTransformerXL, *, together: bool = False) -> None:
+    """On a GPU, compile the blocks in place, as CUDA graphs but where rows carry gradient, which stay."""
     if model.embedding.weight.is_cuda:
-        for block in model.blocks:
-            block.compile(mode="default" if model.memory_grad_segments else "reduce-overhead")
+        mode = "default" if model.memory_grad_segments else "reduce-overhead"
+        model.compile_blocks(together=together, mode=mode)
 
 
 def tables(results: Sequence[Result]) -> Iterator[str]:

@@ -98,8 +98,7 @@ def compile_blocks(model: RoutedTransformerXL, settings: Settings) -> None:
         # blocks are one function, and a memory is empty, grows, is full, as long in all streams or not.
         torch.compiler.reset()
         torch._dynamo.config.recompile_limit = 64
-        for block in model.blocks:
-            block.compile(mode="default" if model.memory_grad_segments else "reduce-overhead")
+        model.compile_blocks(mode="default" if model.memory_grad_segments else "reduce-overhead")
 
 
 def begin_step() -> None:

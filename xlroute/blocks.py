@@ -87,6 +87,10 @@ class MemoryBranch(Protocol):
     to_out: nn.Linear
 
     @property
+    def by_text(self) -> bool:
+        """Whether rows are chosen by what is being read."""
+
+    @property
     def looks_back(self) -> bool:
         """Whether rows are chosen by the tokens before a chunk."""
 
@@ -334,19 +338,23 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
             self.content_routing = ChunkRouting(dim, sets=self.sets, chunk=routing_chunk)
 
     @property
-    def looks_back(self) -> bool:
+    def by_text(self) -> bool:
         """See `MemoryBranch`."""
         return self.content_routing is not None
 
+    @property
+    def looks_back(self) -> bool:
+        """See `MemoryBranch`."""
+        return self.by_text
+
     def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, Scoring] | None:
         """See `MemoryBranch`, as for what follows."""
-        by_content = self.content_routing is not None
-        return None if by_content or torch.is_grad_enabled() else self.kv_router.kept_scoring(memory)
+        return None if self.by_text or torch.is_grad_enabled() else self.kv_router.kept_scoring(memory)
 
     @property
     def by_learned_tokens(self) -> bool:
         """Whether rows are chosen whatever is being read, and not by chance."""
-        return self.content_routing is None and not self.random_route
+        return not (self.by_text or self.random_route)
 
     def open(self, memory: MemoryRows, *, with_stats: bool) -> PickedRows | None:
         """What learned routing tokens find; None without them."""
@@ -676,3 +684,41 @@ class Block(nn.Module):
         ]
         x, after = self.read(x, self.context(window, window_mask, x[:, :0], there, scores), view)
         return x, after.scores[:, -x.shape[1] :]
+
+
+class BlockRun(nn.Module):
+    """Reads a segment through blocks that follow each other. Without weights, to be compiled as one."""
+
+    def forward(
+        self,
+        blocks: Sequence[Block],
+        x: Tensor,
+        windows: Tensor,
+        window_mask: Tensor,
+        view: SegmentView | None,
+        rows: Sequence[Sequence[UnreadRows]],
+        scores: Tensor,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Read a whole segment.
+
+        Args:
+            blocks: l.
+            x: [b, n, d].
+            windows: states of the XL window that enter each block, [l, b, w, d].
+            window_mask: bool [b, w].
+            view: see `SegmentView`.
+            rows: what each block reads of the memory, one of each branch; none without a memory.
+            scores: by which tokens before were routed in each block, [l, b, s, 2], or empty.
+
+        Returns:
+            The output [b, n, d]; the states that enter each block but the first, without gradient; and the
+            scores of the tokens by each block.
+        """
+        entering: list[Tensor] = []
+        found: list[Tensor] = []
+        for block, window, of_block, before in zip(blocks, windows, rows, scores, strict=True):
+            if found:
+                entering.append(x.detach())
+            x, new = block(x, window, window_mask, view, of_block, before)
+            found.append(new)
+        return x, entering, found

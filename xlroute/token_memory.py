@@ -72,6 +72,7 @@ class TokenMemoryAttention(nn.Module):
         ValueError: for heads that are no multiple of r, or options of the router that are decided here.
     """
 
+    by_text = True
     looks_back = False  # by itself, not by what was before it
 
     def __init__(

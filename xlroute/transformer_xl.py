@@ -13,6 +13,7 @@ routed, L = depth blocks, l memory layers, v tokens in a routing window.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,15 @@ from torch.utils.checkpoint import checkpoint
 
 from xlroute.attached import AttachedRows, AttachedSegment, MemoryRows, attach, still_attached
 from xlroute.beside import normed
-from xlroute.blocks import Block, MemoryBranch, RoutedRows, SegmentView, UnreadRows, open_branches
+from xlroute.blocks import (
+    Block,
+    BlockRun,
+    MemoryBranch,
+    RoutedRows,
+    SegmentView,
+    UnreadRows,
+    open_branches,
+)
 from xlroute.causal_routing import QueryRouting, check_query_routing
 from xlroute.content_routing import FoundCandidates
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
@@ -384,6 +393,8 @@ class RoutedTransformerXL(nn.Module):
             )
             for number in range(1, depth + 1)
         )
+        self.block_run = BlockRun()
+        self.compiled_together = False
         self.norm = nn.RMSNorm(dim)
         self.to_logits = nn.Linear(dim, vocab_size, bias=False)
         if tie_embeddings:
@@ -675,23 +686,33 @@ class RoutedTransformerXL(nn.Module):
         # The host waits for the GPU here, after all that can be done before.
         check_tokens()
         x = self.dropout(self.embedding(tokens))
-        for i, (block, memory) in enumerate(zip(self.typed_blocks(), memories, strict=True)):
+        # Where blocks are recomputed, rows may have moved by then.
+        unread = not (recomputes or return_routing)
+        together = unread and not keeps and self.compiled_together
+        for run in self._runs(memories) if together else [range(i, i + 1) for i in range(self.depth)]:
+            i, memory = run.start, memories[run.start]
             if keeps and (memory is not None or self.mems_grad):
                 x = states[i] = attach(x)
             entering.append(x.detach())
             window = near.in_window(state.window[i], i)
-            rows: list[RoutedRows | TokenRows | UnreadRows] = []
-            for j in range(0 if memory is None else len(block.memories())):
-                assert memory is not None
-                # Where blocks are recomputed, rows may have moved by then.
-                if memory.at_hand is not None and not (return_routing or recomputes):
-                    rows.append(UnreadRows(memory.at_hand, self.find(i, j, memory, x, window, mask)))
+            if memory is not None and (memory.at_hand is None or not unread):
+                routed = [
+                    self.route(i, j, memory, x, window, mask)
+                    for j in range(len(self.typed_blocks()[i].memories()))
+                ]
+                rows: list[list[Any]] = [[each for each, _ in routed]]
+                report += [routing for _, routing in routed if routing is not None]
+            else:
+                # In a run, only branches of its first block look at what they are given.
+                rows = [self._unread(number, memories[number], x, window, mask) for number in run]
+                if together:
+                    blocks, windows = self.typed_blocks()[i : run.stop], state.window[i : run.stop]
+                    before = state.scores[i : run.stop]
+                    x, others, new = self.block_run(blocks, x, windows, mask, view, rows, before)
+                    entering += others
+                    scores += new
                     continue
-                routed, routing = self.route(i, j, memory, x, window, mask)
-                rows.append(routed)
-                if routing is not None:
-                    report.append(routing)
-            inputs = (x, window, mask, view, rows, state.scores[i])
+            block, inputs = self.typed_blocks()[i], (x, window, mask, view, rows[0], state.scores[i])
             if recomputes:
                 x, block_scores = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -773,6 +794,23 @@ class RoutedTransformerXL(nn.Module):
                 module.training = True
         return torch.cat(new, dim=1), state.detach()
 
+    def compile_blocks(self, *, together: bool = False, **options: Any) -> None:
+        """Compile the blocks in place, each as one, or several.
+
+        Blocks that are compiled together take the host less time for each segment: those that follow each
+        other, up to the next that chooses rows of the memory by what is being read. It takes longer to
+        compile, as often as there are blocks, not kinds of blocks. With `return_routing`,
+        `memory_grad_segments` in training, gradient checkpointing, or a memory on disk, blocks are read one
+        by one, and then they are not compiled.
+
+        Args:
+            together: several as one.
+            **options: of `torch.compile`.
+        """
+        self.compiled_together = together
+        for module in [self.block_run] if together else self.blocks:
+            module.compile(**options)
+
     def typed_blocks(self) -> list[Block]:
         """The blocks, with their type."""
         return list(self.blocks)  # type: ignore[arg-type]
@@ -838,6 +876,31 @@ class RoutedTransformerXL(nn.Module):
             opened[i] = OpenMemory(rows[i], newer, at_hand[i], known, with_stats)
         return opened
 
+    def _runs(self, memories: Sequence[OpenMemory | None]) -> list[range]:
+        """Blocks that can be read as one: up to the next that has to see what enters it.
+
+        Those that do not read the memory by themselves are alone.
+        """
+        begins = {0, self.depth}
+        for i, (block, memory) in enumerate(zip(self.typed_blocks(), memories, strict=True)):
+            if memory is None:
+                continue
+            if memory.at_hand is None:
+                begins |= {i, i + 1}
+            elif any(branch.by_text for branch in block.memories()):
+                begins.add(i)
+        return [range(*each) for each in itertools.pairwise(sorted(begins))]
+
+    def _unread(
+        self, i: int, memory: OpenMemory | None, x: Tensor, before: Tensor, before_mask: Tensor
+    ) -> list[UnreadRows]:
+        """What the branches of block i have found, see `find`; none without a memory."""
+        if memory is None:
+            return []
+        assert memory.at_hand is not None
+        branches = range(len(self.typed_blocks()[i].memories()))
+        return [UnreadRows(memory.at_hand, self.find(i, j, memory, x, before, before_mask)) for j in branches]
+
     def find(
         self, i: int, j: int, memory: OpenMemory, x: Tensor, before: Tensor, before_mask: Tensor
     ) -> PickedRows | FoundCandidates:
@@ -902,14 +965,12 @@ class RoutedTransformerXL(nn.Module):
         if state.memory is not None:
             leaving = (used - kept).masked_fill(ends, 0)
             if leaving.any():
-                layers = [number - 1 for number in self.memory_layers]
-                # A list as an index would have the host wait for a GPU.
-                windows = torch.stack([state.window[i] for i in layers])
+                windows = self._of_memory_layers(state.window)
                 first, count = self.mem_len - state.window_lengths, int(leaving.max())
                 if (first == first[0]).all() and first[0] + count <= self.mem_len:
                     rows = windows[:, :, int(first[0]) : int(first[0]) + count]
                 else:
-                    both = torch.cat((windows, torch.stack([states[i] for i in layers])), dim=2)
+                    both = torch.cat((windows, self._of_memory_layers(states)), dim=2)
                     rows = _slices(both, first, count)
                 state.memory.append(rows, lengths=leaving)
             if ends.any():
@@ -923,6 +984,15 @@ class RoutedTransformerXL(nn.Module):
         state.window_lengths = kept
         if (kept < self.mem_len).any():
             state.window = state.window.masked_fill(~self.window_mask(state)[:, :, None], 0)
+
+    def _of_memory_layers(self, states: Tensor) -> Tensor:
+        """Those of states [L, ...] that enter blocks with a memory, [l, ...]; a view if evenly spaced."""
+        blocks = [number - 1 for number in self.memory_layers]
+        step = blocks[1] - blocks[0] if len(blocks) > 1 else 1
+        if [*range(blocks[0], blocks[-1] + 1, step)] == blocks:
+            return states[blocks[0] : blocks[-1] + 1 : step]
+        # A list as an index would have the host wait for a GPU.
+        return torch.stack([states[i] for i in blocks])
 
     # ---- Checks ----
 

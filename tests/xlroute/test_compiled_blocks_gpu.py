@@ -106,14 +106,14 @@ def test_in_training_the_host_waits_for_the_tokens_alone(mode: str) -> None:
     model(tokens, state)
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
 @pytest.mark.parametrize("mode", MODES)
-def test_blocks_as_cuda_graphs_read_the_memory_that_moves(mode: str, uneven: bool) -> None:
+def test_blocks_as_cuda_graphs_read_the_memory_that_moves(mode: str, uneven: bool, together: bool) -> None:
     """While it grows and moves, and the next rows are appended before a backward."""
     model, other = build(MODES[mode]), build(MODES[mode])
     other.load_state_dict(model.state_dict())
-    for block in other.blocks:
-        block.compile(mode="reduce-overhead")
+    other.compile_blocks(together=together, mode="reduce-overhead")
     state, theirs, moved = start(model), start(other), set()
     for i in range(14):
         drawn = segment(i, uneven)
