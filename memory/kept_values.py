@@ -287,8 +287,9 @@ class KeptValues:
     def _values(self, rows: Tensor, scoring: Scoring) -> Tensor:
         """Those of rows [..., n, d], [..., r, n, e]."""
         _, r, _, e = self._buffer.data.shape
-        scores = torch.unflatten(scoring.of(rows), -2, (r, e))
-        return (F.normalize(scores, dim=-2) if self._unit else scores).mT
+        values = torch.unflatten(scoring.of(rows), -2, (r, e)).mT
+        # PyTorch sums the numbers of a value in one order, whatever n is, only where they are side by side.
+        return F.normalize(values.contiguous(), dim=-1) if self._unit else values
 
     def _room(self, r: int, size: int, e: int) -> _Buffer:
         data = self._buffer.data

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xlroute.kernels import unit_projections
 from xlroute.memory import MemoryStore, kept_values
+from xlroute.memory.layer import Keep
 from xlroute.memory.routing_keys import RoutingKeys, routing_keys
 
 DIM, SETS, WIDTH = 16, 2, 8
@@ -58,6 +59,23 @@ def test_rows_that_come_leave_and_begin_again(together: int, monkeypatch: pytest
         if step == 7:
             append(store, 0, 0, 40)  # all of its rows are new
         check(store, projection)
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_a_row_has_the_same_key_however_many_come_with_it(streams: int) -> None:
+    """A few rows, or a single one, are summed in the order in which many are."""
+    projection = torch.randn(SETS, 64, DIM)
+    keeps: tuple[Keep, ...] = (True, "first")
+    for keep in keeps:
+        rows = torch.randn(1, streams, 40, DIM)
+        at_once, by_and_by = (MemoryStore.create(layers=1, streams=streams, dim=DIM) for _ in range(2))
+        at_once.append(rows)
+        for part in torch.split(rows, [1] * 20 + [2, 3] * 4, dim=2):
+            by_and_by.append(part)
+            keys = by_and_by.layer(0).keys(projection, keep=keep)
+        expected = at_once.layer(0).keys(projection, keep=keep)
+        for stream in range(streams):
+            assert torch.equal(keys.of_stream(stream), expected.of_stream(stream))
 
 
 def test_what_was_handed_out_does_not_change() -> None:
