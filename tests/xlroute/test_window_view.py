@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,24 @@ def test_a_view_of_another_type_is_another(build_model: BuildModel, made: list[i
         with torch.autocast("cpu", torch.bfloat16):
             _, state = model(segment(), state)
         assert made == [N, N, N]
+
+
+@pytest.mark.parametrize("options", [{"dim_head": 6}, {"routed_self_attention": True}], ids=str)
+@pytest.mark.parametrize("kept_by_other", [True, False])
+def test_a_model_of_other_heads_makes_its_own(
+    build_model: BuildModel, options: dict[str, Any], kept_by_other: bool
+) -> None:
+    """Whichever of the two has read the text before."""
+    models = [build_model(mem_len=N).eval(), build_model(mem_len=N, **options).eval()]
+    first, then = models if kept_by_other else models[::-1]
+    state = first.initial_state(streams=2)
+    with torch.no_grad():
+        for _ in range(2):
+            _, state = first(segment(), state)
+        assert state._full_window is not None
+        fresh, text = state.fork(), segment()
+        fresh._full_window = None
+        assert torch.equal(then(text, state)[0], then(text, fresh)[0])
 
 
 def test_a_view_of_inference_serves_training(build_model: BuildModel) -> None:
