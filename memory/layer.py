@@ -412,9 +412,8 @@ class MemoryLayer:
 
     def _in_columns(self, scores: list[Tensor]) -> Tensor:
         """Those of each stream [r, m_i] in one tensor [b, r, m], 0 for no row."""
-        if len(scores) == 1:
-            return scores[0][None]
-        # Padding by nothing copies.
+        # A copy even of one: what is kept stays as it is, whatever becomes of the result. Padding by nothing
+        # would copy once more.
         lacking = [self.shape[1] - each.shape[-1] for each in scores]
         return torch.stack(
             [F.pad(each, (0, n)) if n else each for each, n in zip(scores, lacking, strict=True)]

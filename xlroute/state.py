@@ -203,11 +203,11 @@ class TransformerXLState:
         state._full_window = self._full_window
         return state
 
-    def window_view(self, key: Any, made: Callable[[], WindowView]) -> WindowView:
-        """What is made of the window for a segment: what was made last, where the window is and was full.
+    def kept_view(self, key: Any, made: Callable[[], WindowView]) -> WindowView:
+        """What a model makes of the window for a segment; what was made last, as long as the window is full.
 
         Args:
-            key: all that it depends on but the window.
+            key: all that it depends on but the window: the state may be read on from by another model.
             made: makes it, without gradient.
         """
         if self.window.shape[2] and not (self.window_lengths == self.window.shape[2]).all():

@@ -843,7 +843,7 @@ class RoutedTransformerXL(nn.Module):
         # A model of other heads may read on from a state.
         attention = self.typed_blocks()[0].attention
         near, dim_head = attention.window_size is not None, attention.q_bias.shape[-1]
-        return state.window_view((tokens, near, dim_head, self._logits_dtype(state.window.device)), made)
+        return state.kept_view((tokens, near, dim_head, self._logits_dtype(state.window.device)), made)
 
     def _logits_dtype(self, device: torch.device) -> torch.dtype:
         dtype = self.typed_blocks()[0].attention.to_q.weight.dtype

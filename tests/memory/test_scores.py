@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,24 @@ def test_full_streams_and_forks_score_only_new_rows(scored: list[int]) -> None:
         each.append(torch.randn(1, 1, 4, 8))
         check(each, tokens)
     assert scored == [3] * 30 + [4] * 2
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("place", ["memory", "tiers", "disk"])
+def test_who_writes_into_scores_changes_none_that_are_kept(place: str, streams: int, tmp_path: Path) -> None:
+    store = MemoryStore.create(
+        tmp_path / "store" if place == "disk" else None,
+        layers=1,
+        streams=streams,
+        dim=8,
+        device_bytes=1024 if place == "tiers" else None,
+    )
+    tokens = torch.randn(2, 8)
+    for _ in range(2):
+        store.append(torch.randn(1, streams, 5, 8))
+        check(store, tokens)
+        store.layer(0).scores(tokens, **HOW).zero_()
+        check(store, tokens)
 
 
 def change_in_place(tokens: Tensor) -> Tensor:
