@@ -312,7 +312,7 @@ def test_window_routing_warns_once_in_training() -> None:
 
 def test_random_routes_differ_and_have_no_gradient() -> None:
     layer = build()
-    x = torch.randn(2, 40, 12)
+    x = torch.randn(16, 40, 12)  # the last windows of a stream are alike by chance in one of about 18
     first, second = (layer(x, random_route=True) for _ in range(2))
     assert not torch.equal(first, second)
     assert not torch.equal(first[:, -W:], second[:, -W:])
