@@ -22,7 +22,7 @@ recall: .venv/installed
 	$(BIN)/python examples/recall.py --jobs 2 $(ARGS)
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

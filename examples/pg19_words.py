@@ -19,9 +19,10 @@ def kinds_of_tokens(text: bytes, starts: Tokens, *, segment_len: int, mem_len: i
     """Of which kind each token of a book is, int64 [t], an index into `KINDS`.
 
     All tokens of a word are of one kind: "in sight" if the first token of its last occurrence is seen when
-    the first token of the word is predicted, "beyond" if that occurrence lies further back, "new" if there is
-    none. A token that has letters of several words counts for the first of them, and one that has other
-    characters besides, as the space before a word, counts whole. Tokens without a letter are "rest".
+    the first token of the word is predicted, or is that token; "beyond" if that occurrence lies further back;
+    "new" if there is none. A token that has letters of several words counts for the first of them, and one
+    that has other characters besides, as the space before a word, counts whole. Tokens without a letter are
+    "rest".
 
     Args:
         text: of the book, UTF-8.

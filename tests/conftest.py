@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
 
 from xlroute import RoutedTransformerXL
 
-SEED = int(os.environ.get("XLROUTE_TEST_SEED", random.SystemRandom().randrange(10**6)))
+# In the environment, for the processes that pytest-xdist starts.
+SEED = int(os.environ.setdefault("XLROUTE_TEST_SEED", str(random.SystemRandom().randrange(10**6))))
 
 
 def pytest_report_header() -> str:

@@ -50,8 +50,9 @@ def searched(text: str, starts: list[int], segment_len: int, mem_len: int) -> li
         word = text[slice(*span)]
         mine = tokens_of(span)
         segment = next(s for s in range(0, len(starts), segment_len) if s <= mine[0] < s + segment_len)
-        # The place t of what is read holds token t - 1, and looks at all places from the window's first on.
-        looked_at = set(range(segment - mem_len, mine[0] + 1))
+        # The place t of what is read holds token t - 1, and looks at all places from the window's first on. A
+        # token that ends one occurrence and begins the next is the last that is known of either.
+        looked_at = set(range(segment - mem_len, mine[0] + 2))
         before = [tokens_of(other)[0] + 1 for other in spans[:number] if text[slice(*other)] == word]
         kind = "in sight" if looked_at & set(before) else "beyond" if before else "new"
         for token in mine:
