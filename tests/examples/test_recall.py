@@ -154,7 +154,7 @@ def test_answers_count_when_all_their_symbols_are_right(load: Load) -> None:
 
 def test_the_memory_recalls_what_the_window_cannot(load: Load) -> None:
     recall, training = load("recall"), load("recall_train")
-    settings = training.Settings(seed=seed() % 1000, steps=40, training_len=256, learning_rate=2e-3)
+    settings = training.Settings(seed=seed() % 1000, steps=60, training_len=256, learning_rate=2e-3)
     test = recall.Test((512,), pairs=8, questions=8, streams=8, passkeys=1, longest={})
     share = {}
     for mode in ("xl", "content1"):
