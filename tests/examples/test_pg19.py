@@ -174,8 +174,9 @@ def test_a_stopped_and_a_killed_run_resume_exactly(
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
     assert f"--resume --out {out}" in stderr
-    assert [path.name for path in (out / "none" / "checkpoints").iterdir()] == [
-        f"step-{len(metrics(out)):08d}"
+    last = metrics(out)[-1]
+    assert [path.name for path in (out / last["mode"] / "checkpoints").iterdir()] == [
+        f"step-{last['step']:08d}"
     ]
 
     process = launch(books, out, "--resume")
