@@ -398,8 +398,9 @@ def test_nothing_beyond_the_lengths_is_read(build_model: BuildModel, routed: dic
     model = build_model(**routed)
     lengths = torch.tensor([[7, 2, 7, 0, 5, 7], [1, 7, 3, 7, 4, 7]])
     state, alone = fresh(model), [fresh(model, 1) for _ in range(2)]
-    for of_streams in lengths.T:
-        tokens = torch.randint(50, (2, 7))
+    # Of equal tokens at the start, rounding says which is routed.
+    text = torch.stack([torch.randperm(50) for _ in range(2)])
+    for tokens, of_streams in zip(text.split(7, dim=1), lengths.T, strict=False):
         logits, state = model(tokens, state, lengths=of_streams)
         for i, length in enumerate(of_streams.tolist()):
             if length:
