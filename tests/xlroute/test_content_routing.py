@@ -299,7 +299,7 @@ def test_reading_goes_on_from_a_saved_state_bit_for_bit(
 
 def test_each_stream_reads_as_if_alone(build_model: BuildModel, content: dict[str, Any]) -> None:
     model = grown(build_model, content)
-    tokens, lengths = draw(3, 4, 8), torch.tensor([8, 5, 1])
+    tokens, lengths = draw(3, 32).unflatten(1, (4, 8)), torch.tensor([8, 5, 1])
     ends = torch.tensor([[False, False, False, False], [False, True, False, False], [False] * 4])
 
     def logits(streams: list[int]) -> list[list[Tensor]]:
