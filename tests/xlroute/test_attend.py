@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 import xlroute.attend as attention
 from xlroute.attend import attend
@@ -30,6 +32,67 @@ def test_backends_agree_with_the_formula(masked: bool, biased: bool) -> None:
         torch.testing.assert_close(out, expected)
         for got, wanted in zip(torch.autograd.grad(out, (q, k, v), cotangent), gradients, strict=True):
             torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("width", [5, 8, 15])
+def test_a_bias_inside_the_products_is_one_beside_them(
+    masked: bool, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (torch.randn(2, 3, n, width, dtype=torch.float64, requires_grad=True) for n in (5, 11, 11))
+    bias = torch.randn(2, 3, 1, 11, dtype=torch.float64, requires_grad=True)
+    mask = (torch.rand(2, 1, 1, 11) < 0.7) | (torch.arange(11) == 0) if masked else None
+    expected = attend(q, k, v, mask=mask, bias=bias, backend="math")
+    widths = []
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: float) -> Tensor:
+        widths.extend(t.shape[-1] for t in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, **options)
+
+    monkeypatch.setattr(attention, "_belongs_in_the_products", lambda q, mask, bias: True)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", sdpa)
+    out = attend(q, k, v, mask=mask, bias=bias)
+    assert widths == [{5: 8, 8: 16, 15: 16}[width]] * 3
+    torch.testing.assert_close(out, expected)
+    cotangent = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(way, (q, k, v, bias), cotangent) for way in (out, expected))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_with_gradient_is_as_exact_on_a_gpu(masked: bool, dtype: torch.dtype) -> None:
+    exact = [torch.randn(2, 4, n, 64, device="cuda", dtype=dtype).double() for n in (64, 129, 129)]
+    exact += [torch.randn(2, 4, 1, 129, device="cuda", dtype=dtype).double()]
+    mask = torch.arange(129, device="cuda") < torch.tensor([129, 70], device="cuda").view(2, 1, 1, 1)
+    cotangent = torch.randn(2, 4, 64, 64, device="cuda", dtype=dtype).double()
+    results = []
+    for kind in (torch.float64, dtype):
+        q, k, v, bias = inputs = [t.to(kind).requires_grad_() for t in exact]
+        out = attend(q, k, v, mask=mask if masked else None, bias=bias)
+        results.append([out, *torch.autograd.grad(out, inputs, cotangent.to(kind))])
+    for wanted, got in zip(*results, strict=True):
+        assert (got.double() - wanted).norm() < 2e-2 * wanted.norm()
+    if masked:
+        _, _, keys, values, bias = results[1]
+        assert not any(gradient[1, :, 70:].any() for gradient in (keys, values, bias.mT))
+
+
+@pytest.mark.parametrize(
+    "lack", ["GPU", "half precision", "gradient", "one bias for all queries", "one mask"]
+)
+def test_a_bias_stays_beside_the_products_where_that_is_as_fast(lack: str) -> None:
+    dtype = torch.float32 if lack == "half precision" else torch.bfloat16
+    q: Any = types.SimpleNamespace(is_cuda=lack != "GPU", dtype=dtype)
+    n = 5 if lack == "one bias for all queries" else 1
+    bias = torch.randn(2, 3, n, 11, requires_grad=lack != "gradient")
+    mask = torch.ones(2, 1, 5 if lack == "one mask" else 1, 11, dtype=torch.bool)
+    assert not attention._belongs_in_the_products(q, mask, bias)
+    q = types.SimpleNamespace(is_cuda=True, dtype=torch.float16)
+    bias = torch.ones(1, 1, 11, requires_grad=True)
+    assert attention._belongs_in_the_products(q, mask[:, :, :1], bias)
+    assert attention._belongs_in_the_products(q, None, bias)
 
 
 def test_half_precision_keeps_its_type() -> None:
