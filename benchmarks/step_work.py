@@ -221,7 +221,7 @@ class Reader:
             begin_step()
             with torch.set_grad_enabled(training), autocast(device):
                 mask = model.window_mask(state)
-                memories = model.open_memories(state)
+                memories, as_assumed = model.begin_to_open(state)
                 for i, x in zip(numbers, entering, strict=True):
                     memory = memories[i]
                     assert memory is not None
@@ -234,6 +234,7 @@ class Reader:
                     x.grad = None  # which a CUDA graph has written, and will write anew
                 self.optimizer.zero_grad()
                 torch.autograd.backward(found, [torch.ones_like(out) for out in found])
+            assert as_assumed()
             state.memory.append(leaving)
             state.note_memory()
             return torch.stack(found).detach()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from xlroute.kernels.arguments import compute_dtype
 from xlroute.memory.log import StreamLog, StreamLogs
 from xlroute.memory.scores import KeptScores, Scoring
 from xlroute.memory.side_by_side import Streams
+from xlroute.memory.to_device import begin_to_host
 
 _ROOM = 4  # in a buffer, room for values to come: one for so many that there are
 _MOST_TOGETHER = 1 << 16  # new rows of all streams that are scored together
@@ -130,6 +131,7 @@ class KeptValues:
 
     def forget(self, r: int = 0, e: int = 0) -> None:
         """Begins anew, for r values of width e of each row."""
+        self.scoring = None
         self._held = _Held.nothing(len(self._held.stops))
         self._buffer = self._room(r, 0, e)
 
@@ -294,6 +296,50 @@ class KeptValues:
     def _room(self, r: int, size: int, e: int) -> _Buffer:
         data = self._buffer.data
         return _Buffer(len(data), r, size, e, dtype=data.dtype, device=data.device)
+
+
+def begin_comparison(pairs: Sequence[tuple[Scoring, KeptValues]]) -> Callable[[], bool]:
+    """Tell scorings that they are those that values were kept of, before it is known.
+
+    So the host goes on without waiting for a GPU. On a CPU, and where something else than numbers of tokens
+    differs, nothing has to be assumed.
+
+    Args:
+        pairs: Each with the values that it is to give.
+
+    Returns:
+        What waits, and tells whether all was as assumed. If not, what was computed meanwhile is wrong, the
+        values are forgotten, and the scorings are not to be used any more. It has to be called, whatever
+        happens meanwhile: values of both tokens may stand side by side until then.
+    """
+    assumed: list[tuple[Scoring, KeptValues, Scoring]] = []
+    for ours, kept in pairs:
+        theirs = kept.scoring
+        if theirs is not None and ours.comparable(theirs):
+            if assumes(ours.tokens.device):
+                assumed.append((ours, kept, theirs))
+            else:
+                ours.equals(theirs)
+    if not assumed:
+        return lambda: True
+    differences = [(ours.tokens != theirs.tokens).any() for ours, _, theirs in assumed]
+    differ = begin_to_host(torch.stack(differences))
+    for ours, _, theirs in assumed:
+        ours.settle(theirs, True)
+
+    def as_assumed() -> bool:
+        wrong = differ()
+        for (_, kept, _), each in zip(assumed, wrong.tolist(), strict=True):
+            if each:
+                kept.forget()
+        return not wrong.any()
+
+    return as_assumed
+
+
+def assumes(device: torch.device) -> bool:
+    """Whether the host would have to wait for what a device knows."""
+    return device.type != "cpu"
 
 
 class KeptOfLayer(NamedTuple):

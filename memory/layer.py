@@ -464,23 +464,23 @@ class MemoryLayer:
 
     def kept_scoring(
         self, tokens: Tensor, *, normalize: Literal["rms", "l2"] | None, scale: float, backend: Backend | None
-    ) -> tuple[Scoring, Scoring] | None:
-        """How `scores` would score, and how the scores that are kept were; None if it compares nothing."""
+    ) -> tuple[Scoring, KeptValues] | None:
+        """How `scores` would score, and the scores that are kept; None if it compares nothing."""
         return self._beside(
             self._kept.scores, Scoring(tokens, normalize=normalize, scale=scale, backend=backend)
         )
 
-    def kept_key_scoring(self, projection: Tensor) -> tuple[Scoring, Scoring] | None:
+    def kept_key_scoring(self, projection: Tensor) -> tuple[Scoring, KeptValues] | None:
         """As `kept_scoring`, for `keys`."""
         return self._beside(self._kept.keys, self._key_scoring(projection))
 
-    def _beside(self, kept: KeptValues | None, scoring: Scoring) -> tuple[Scoring, Scoring] | None:
+    def _beside(self, kept: KeptValues | None, scoring: Scoring) -> tuple[Scoring, KeptValues] | None:
         tokens = scoring.tokens
         capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         if kept is None or kept.scoring is None or tokens.ndim != 2 or scoring.differentiated or capturing:
             return None
         self._compared[scoring.key] = scoring
-        return scoring, kept.scoring
+        return scoring, kept
 
     @staticmethod
     def _key_scoring(projection: Tensor) -> Scoring:

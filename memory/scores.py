@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -107,25 +107,6 @@ class Scoring:
             self._other = copy
         elif self._copy is None:
             self._copy = copy
-
-
-def compare_at_once(pairs: Sequence[tuple[Scoring, Scoring]]) -> None:
-    """Tells scorings whether they are what others were, so that the host waits for a GPU once, and not later.
-
-    Args:
-        pairs: Each with the copy of an earlier one.
-    """
-    alike = [(ours, theirs) for ours, theirs in pairs if ours.comparable(theirs)]
-    together = {(ours.tokens.dtype, ours.tokens.device) for ours, _ in alike}
-    if len(together) == 1 and torch.equal(
-        torch.cat([ours.tokens.flatten() for ours, _ in alike]),
-        torch.cat([theirs.tokens.flatten() for _, theirs in alike]),
-    ):
-        for ours, theirs in alike:
-            ours.settle(theirs, True)
-    else:
-        for ours, theirs in alike:
-            ours.equals(theirs)
 
 
 class KeptScores(NamedTuple):

@@ -1,8 +1,8 @@
-"""Copies of what the host knows, to the device where it is needed."""
+"""Copies of what the host knows, to the device where it is needed, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,3 +26,22 @@ def integers(values: Sequence[int] | Sequence[Sequence[int]], device: torch.devi
     # A tensor made in inference mode could not be saved for backward later.
     with torch.inference_mode(False):
         return to_device(torch.from_numpy(array), torch.device(device))
+
+
+def begin_to_host(values: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy values to the CPU.
+
+    Returns:
+        What gives the copy. Of values on a GPU, the host waits for them there, and not before.
+    """
+    # The copy goes to pinned memory, for which CUDA does not wait. Other devices' copies would be read early.
+    copy = values.to("cpu", non_blocking=values.is_cuda)
+    if not values.is_cuda:
+        return lambda: copy
+    there = torch.cuda.current_stream(values.device).record_event()
+
+    def wait() -> Tensor:
+        there.synchronize()
+        return copy
+
+    return wait

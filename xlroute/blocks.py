@@ -28,6 +28,7 @@ from xlroute.cross_attention import ConditionalRoutedCrossAttention, RoutedKeysV
 from xlroute.feedforward import ConditionalRoutedFeedForward, FeedForward
 from xlroute.memory import MemoryLayer
 from xlroute.memory.at_hand import RowsAtHand
+from xlroute.memory.kept_values import KeptValues
 from xlroute.memory.scores import Scoring
 from xlroute.position import AGES, age_bias, age_place, rotary_table, rotate
 from xlroute.router import (
@@ -97,8 +98,8 @@ class MemoryBranch(Protocol):
     def begin_of_chunk(self, t: int) -> int:
         """The first token of the chunk that token t of a segment is in: they share their rows."""
 
-    def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, Scoring] | None:
-        """How `open` would score rows, and how they were scored before; None if it compares nothing."""
+    def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, KeptValues] | None:
+        """How `open` would score rows, and what is kept of them; None if it compares nothing."""
 
     def open(self, memory: MemoryRows, *, with_stats: bool) -> Any:
         """What `find` needs to know of all rows, whatever is being read."""
@@ -347,7 +348,7 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
         """See `MemoryBranch`."""
         return self.by_text
 
-    def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, Scoring] | None:
+    def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, KeptValues] | None:
         """See `MemoryBranch`, as for what follows."""
         return None if self.by_text or torch.is_grad_enabled() else self.kv_router.kept_scoring(memory)
 

@@ -28,6 +28,7 @@ from xlroute.kernels import (
     top_gates,
     top_indices,
 )
+from xlroute.memory.kept_values import KeptValues
 from xlroute.memory.layer import Keep, MemoryLayer
 from xlroute.memory.scores import Scoring
 
@@ -404,8 +405,8 @@ class CoordinateDescentRouter(nn.Module):
             return x.scores(tokens, **how, keep=keep)
         return row_scores(x, tokens, **how)
 
-    def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, Scoring] | None:
-        """How the router's own tokens score a memory, and how the scores were made that it keeps.
+    def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, KeptValues] | None:
+        """How the router's own tokens score a memory, and the scores that it keeps.
 
         None where they are computed, or copied to where the memory is, whenever they score.
         """

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from xlroute.memory.to_device import begin_to_host
+
 
 def begin_check(tokens: Tensor, vocab_size: int) -> Callable[[], None]:
     """Begin to look whether tokens are in the vocabulary.
@@ -18,14 +20,10 @@ def begin_check(tokens: Tensor, vocab_size: int) -> Callable[[], None]:
     Returns:
         What raises ValueError if some are not. For tokens on a GPU, the host waits there, and not before.
     """
-    # The copy goes to pinned memory, for which CUDA does not wait. Other devices' copies would be read early.
-    bounds = torch.stack(tokens.aminmax()).to("cpu", non_blocking=tokens.is_cuda)
-    there = torch.cuda.current_stream(tokens.device).record_event() if tokens.is_cuda else None
+    bounds = begin_to_host(torch.stack(tokens.aminmax()))
 
     def check() -> None:
-        if there is not None:
-            there.synchronize()
-        low, high = bounds.tolist()
+        low, high = bounds().tolist()
         if low < 0 or high >= vocab_size:
             raise ValueError(f"tokens: expected 0 to {vocab_size - 1}, got {low} to {high}")
 

@@ -23,6 +23,7 @@ from xlroute.kernels import gathered_sums
 from xlroute.kernels.arguments import compute_dtype
 from xlroute.kernels.scoring import RMS_EPS
 from xlroute.memory import MemoryLayer
+from xlroute.memory.kept_values import KeptValues
 from xlroute.memory.routing_keys import RoutingKeys
 from xlroute.memory.scores import Scoring
 from xlroute.position import AGES, age_bias
@@ -107,7 +108,7 @@ class TokenMemoryAttention(nn.Module):
         self.memory_gate = nn.Parameter(torch.zeros(()))
         self.dropout = nn.Dropout(dropout)
 
-    def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, Scoring] | None:
+    def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, KeptValues] | None:
         """See `MemoryBranch`, as for what follows."""
         projection = self.content_routing.projection.detach()
         if torch.is_grad_enabled() or projection.device != memory.device:

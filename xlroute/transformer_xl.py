@@ -43,7 +43,7 @@ from xlroute.content_routing import FoundCandidates
 from xlroute.cross_attention import ConditionalRoutedCrossAttention
 from xlroute.memory import Eviction, FingerprintError, MemoryStore, ReadOnlyError, S3Path
 from xlroute.memory.at_hand import RowsAtHand
-from xlroute.memory.scores import compare_at_once
+from xlroute.memory.kept_values import begin_comparison
 from xlroute.memory.to_device import to_device
 from xlroute.open_segment import OpenSegment
 from xlroute.position import age_place
@@ -85,6 +85,16 @@ class OpenMemory(NamedTuple):
     at_hand: RowsAtHand | None  # the rows by tensors alone, where blocks can read them by themselves
     known: Mapping[MemoryBranch, Any]  # what branches know of their rows, whatever is being read
     with_stats: bool  # whether what was routed is to be told
+
+
+class SegmentRead(NamedTuple):
+    """What blocks make of a segment."""
+
+    logits: Tensor  # [b, n, vocab_size]
+    entering: Tensor  # states that enter each block, [L, b, n, d], without gradient
+    attached: dict[int, Tensor]  # by block, those that keep their graph, [b, n, d]
+    scores: Tensor  # by which tokens were routed, [L, b, n, 2], or empty
+    routings: tuple[Routing, ...]  # which rows were chosen, if that is to be told
 
 
 class RoutedTransformerXL(nn.Module):
@@ -676,23 +686,76 @@ class RoutedTransformerXL(nn.Module):
         if state.open.shape[2]:
             check_tokens()  # a call that is refused does not end it
             self.end_open_segment(state)
+        memories, as_assumed = self.begin_to_open(state, with_stats=return_routing)
+        if return_routing or not self._blocks_read(memories):
+            if not as_assumed():
+                memories = self.open_memories(state, with_stats=return_routing)
+            check_tokens()
+            read = self._read(tokens, state, memories, report=return_routing)
+        else:
+            # Nothing changes while blocks read by themselves, so that the host waits for the GPU behind them.
+            there = tokens.clamp(0, self.vocab_size - 1)
+            try:
+                read = self._read(there, state, memories)
+                check_tokens()
+            finally:
+                holds = as_assumed()
+            if not holds:
+                read = self._read(there, state, self.open_memories(state))
+        logits, entering, attached, scores, routings = read
+        still = still_attached(state.attached)
+        self._shift(state, entering, lengths, ends)
+        state.scores = _slices(
+            torch.cat((state.scores, scores), dim=2), lengths, state.scores.shape[2]
+        ).masked_fill(to_device(ends, logits.device)[:, None, None], -math.inf)
+        state.positions = torch.where(ends, 0, state.positions + lengths)
+        state.attached = ()
+        if attached:
+            segment = AttachedSegment(attached, lengths.clone())  # which may be the caller's
+            state.attached = (*still, segment)[-self.memory_grad_segments :]
+        state = state.hand_over()
+        return (logits, state, routings) if return_routing else (logits, state)
+
+    def _blocks_read(self, memories: Sequence[OpenMemory | None]) -> bool:
+        """Whether all blocks read the memory by themselves."""
+        return not self._recomputes and all(each is None or each.at_hand is not None for each in memories)
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether blocks are computed anew for backward; rows may have moved by then."""
+        return self.gradient_checkpointing and torch.is_grad_enabled()
+
+    def _read(
+        self,
+        tokens: Tensor,
+        state: TransformerXLState,
+        memories: Sequence[OpenMemory | None],
+        *,
+        report: bool = False,
+    ) -> SegmentRead:
+        """What all blocks make of tokens [b, n], which exist; the state stays as it is.
+
+        Args:
+            tokens: of a segment.
+            state: what was read before.
+            memories: what `open_memories` gives for it.
+            report: which rows were chosen.
+        """
         mask, view = self.window_view(state, tokens.shape[1])
-        attached, states = still_attached(state.attached), {}
-        near = AttachedRows(attached if self.mems_grad else (), torch.zeros_like(lengths), most=self.mem_len)
+        nothing = torch.zeros(len(tokens), dtype=torch.int64, device="cpu")
+        near = AttachedRows(
+            still_attached(state.attached) if self.mems_grad else (), nothing, most=self.mem_len
+        )
         keeps = self.memory_grad_segments > 0 and torch.is_grad_enabled()
-        entering, scores, report = [], [], []
-        memories = self.open_memories(state, with_stats=return_routing)
-        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
-        # The host waits for the GPU here, after all that can be done before.
-        check_tokens()
-        x = self.dropout(self.embedding(tokens))
-        # Where blocks are recomputed, rows may have moved by then.
-        unread = not (recomputes or return_routing)
+        unread = not (self._recomputes or report)
         together = unread and not keeps and self.compiled_together
+        attached: dict[int, Tensor] = {}
+        entering, scores, routings = [], [], []
+        x = self.dropout(self.embedding(tokens))
         for run in self._runs(memories) if together else [range(i, i + 1) for i in range(self.depth)]:
             i, memory = run.start, memories[run.start]
             if keeps and (memory is not None or self.mems_grad):
-                x = states[i] = attach(x)
+                x = attached[i] = attach(x)
             entering.append(x.detach())
             window = near.in_window(state.window[i], i)
             if memory is not None and (memory.at_hand is None or not unread):
@@ -701,7 +764,7 @@ class RoutedTransformerXL(nn.Module):
                     for j in range(len(self.typed_blocks()[i].memories()))
                 ]
                 rows: list[list[Any]] = [[each for each, _ in routed]]
-                report += [routing for _, routing in routed if routing is not None]
+                routings += [routing for _, routing in routed if routing is not None]
             else:
                 # In a run, only branches of its first block look at what they are given.
                 rows = [self._unread(number, memories[number], x, window, mask) for number in run]
@@ -713,23 +776,13 @@ class RoutedTransformerXL(nn.Module):
                     scores += new
                     continue
             block, inputs = self.typed_blocks()[i], (x, window, mask, view, rows[0], state.scores[i])
-            if recomputes:
+            if self._recomputes:
                 x, block_scores = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, block_scores = block(*inputs)
             scores.append(block_scores)
         logits = self.to_logits(normed(self.norm, x))
-        self._shift(state, torch.stack(entering), lengths, ends)
-        state.scores = _slices(
-            torch.cat((state.scores, torch.stack(scores)), dim=2), lengths, state.scores.shape[2]
-        ).masked_fill(to_device(ends, x.device)[:, None, None], -math.inf)
-        state.positions = torch.where(ends, 0, state.positions + lengths)
-        state.attached = ()
-        if states:
-            segment = AttachedSegment(states, lengths.clone())  # which may be the caller's
-            state.attached = (*attached, segment)[-self.memory_grad_segments :]
-        state = state.hand_over()
-        return (logits, state, tuple(report)) if return_routing else (logits, state)
+        return SegmentRead(logits, torch.stack(entering), attached, torch.stack(scores), tuple(routings))
 
     @torch.no_grad()
     def generate(
@@ -860,9 +913,22 @@ class RoutedTransformerXL(nn.Module):
             state: its memory keeps scores and keys of its rows for the next call; nothing else changes.
             with_stats: `route` is to tell which rows it has chosen.
         """
+        memories, as_assumed = self.begin_to_open(state, with_stats=with_stats)
+        # What is kept is forgotten where it was wrong, so that nothing is assumed then.
+        return memories if as_assumed() else self.begin_to_open(state, with_stats=with_stats)[0]
+
+    def begin_to_open(
+        self, state: TransformerXLState, *, with_stats: bool = False
+    ) -> tuple[list[OpenMemory | None], Callable[[], bool]]:
+        """As `open_memories`, without waiting for a GPU to learn whether kept scores are of these weights.
+
+        Returns:
+            What the memory holds if they are; and what waits, and tells whether they are, see
+            `begin_comparison`, which has to be called.
+        """
         opened: list[OpenMemory | None] = [None] * self.depth
         if state.memory is None:
-            return opened
+            return opened, lambda: True
         newer = state.window_lengths
         behind = AttachedRows(still_attached(state.attached), newer)
         held = {number - 1: state.memory.layer(layer) for layer, number in enumerate(self.memory_layers)}
@@ -873,11 +939,15 @@ class RoutedTransformerXL(nn.Module):
         }
         branches = [(branch, i) for i in held for branch in self.typed_blocks()[i].memories()]
         kept = [branch.kept_scoring(held[i]) for branch, i in branches]
-        compare_at_once([each for each in kept if each is not None])
-        known = open_branches([(branch, rows[i]) for branch, i in branches], with_stats=with_stats)
+        as_assumed = begin_comparison([each for each in kept if each is not None])
+        try:
+            known = open_branches([(branch, rows[i]) for branch, i in branches], with_stats=with_stats)
+        except BaseException:
+            as_assumed()
+            raise
         for i in held:
             opened[i] = OpenMemory(rows[i], newer, at_hand[i], known, with_stats)
-        return opened
+        return opened, as_assumed
 
     def _runs(self, memories: Sequence[OpenMemory | None]) -> list[range]:
         """Blocks that can be read as one: up to the next that has to see what enters it.

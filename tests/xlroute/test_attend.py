@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import sys
 import types
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import xlroute.attend as attention
+from xlroute import RoutedTransformerXL
 from xlroute.attend import attend
 
 
@@ -82,17 +83,76 @@ def test_a_bias_with_gradient_is_as_exact_on_a_gpu(masked: bool, dtype: torch.dt
 @pytest.mark.parametrize(
     "lack", ["GPU", "half precision", "gradient", "one bias for all queries", "one mask"]
 )
-def test_a_bias_stays_beside_the_products_where_that_is_as_fast(lack: str) -> None:
-    dtype = torch.float32 if lack == "half precision" else torch.bfloat16
-    q: Any = types.SimpleNamespace(is_cuda=lack != "GPU", dtype=dtype)
-    n = 5 if lack == "one bias for all queries" else 1
-    bias = torch.randn(2, 3, n, 11, requires_grad=lack != "gradient")
-    mask = torch.ones(2, 1, 5 if lack == "one mask" else 1, 11, dtype=torch.bool)
-    assert not attention._belongs_in_the_products(q, mask, bias)
-    q = types.SimpleNamespace(is_cuda=True, dtype=torch.float16)
-    bias = torch.ones(1, 1, 11, requires_grad=True)
-    assert attention._belongs_in_the_products(q, mask[:, :, :1], bias)
-    assert attention._belongs_in_the_products(q, None, bias)
+def test_a_bias_stays_beside_the_products_where_that_is_as_fast(
+    lack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "prefers_no_bias", lambda device: True)
+    q = torch.randn(2, 3, 5, 8, dtype=torch.bfloat16)
+    bias = torch.randn(2, 3, 5, 11, requires_grad=True)
+    mask = torch.ones(2, 1, 5, 11, dtype=torch.bool)
+    assert attention._belongs_in_the_products(q, mask[:, :, :1], bias[:, :, :1])
+    assert attention._belongs_in_the_products(q.half(), None, bias[0, 0, :1])
+    for exact in (q.float(), q.double()):
+        assert not attention._belongs_in_the_products(exact, None, bias[:, :, :1])
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = attention._belongs_in_the_products(exact, None, bias[:, :, :1])
+        assert autocast is (exact.dtype == torch.float32)
+    if lack == "GPU":
+        monkeypatch.undo()
+    assert not attention._belongs_in_the_products(
+        q.float() if lack == "half precision" else q,
+        mask if lack == "one mask" else mask[:, :, :1],
+        bias[:, :, : 5 if lack == "one bias for all queries" else 1]
+        .detach()
+        .requires_grad_(lack != "gradient"),
+    )
+
+
+@pytest.mark.parametrize("routing", ["learned", "content"])
+def test_a_memory_reads_the_same_with_its_bias_inside(
+    build_model: Callable[..., RoutedTransformerXL], routing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where products are of half precision by autocast, and the bias has a gradient."""
+    options = {
+        "memory_routing": routing,
+        "routing_chunk": 3,
+        "num_content_tokens_kv": 3,
+        "routing_key_dim": 8,
+    }
+    model = build_model(**options)
+    segments, calls, inside = [torch.randint(50, (2, 5)) for _ in range(4)], [], attention._with_bias_inside
+
+    def noted(*given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append(given[0].dtype)
+        return inside(*given)
+
+    def read() -> Tensor:
+        state = model.initial_state(streams=2, memory=model.create_memory(streams=2))
+        for tokens in segments:
+            logits, state = model(tokens, state)
+        return logits
+
+    def gradients() -> list[Tensor]:
+        loss = read().square().sum()
+        return [loss, *torch.autograd.grad(loss, [*model.parameters()], materialize_grads=True)]
+
+    expected = gradients()
+    monkeypatch.setattr(attention, "_with_bias_inside", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_belongs_in_the_products", lambda q, mask, bias: bias.shape[-2] == 1)
+        torch.testing.assert_close(gradients(), expected)
+    assert len(calls) == 2 * len(segments)
+    calls.clear()
+    monkeypatch.setattr(attention, "prefers_no_bias", lambda device: True)
+    read()
+    assert not calls
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            read()
+        assert not calls
+        read()
+    assert len(calls) == 2 * len(segments)
 
 
 def test_half_precision_keeps_its_type() -> None:

@@ -49,9 +49,11 @@ def test_tokens_out_of_range_are_told(device: str, dtype: torch.dtype) -> None:
                 check()
 
 
-def read(model: RoutedTransformerXL, state: TransformerXLState, steps: int) -> TransformerXLState:
+def read(
+    model: RoutedTransformerXL, state: TransformerXLState, steps: int, *, uneven: bool
+) -> TransformerXLState:
     for _ in range(steps):
-        state = model(torch.randint(VOCAB, (2, 5)), state, torch.tensor([5, 4]))[1]
+        state = model(torch.randint(VOCAB, (2, 5)), state, torch.tensor([5, 4]) if uneven else None)[1]
     return state
 
 
@@ -76,8 +78,15 @@ def refuse(model: RoutedTransformerXL, state: TransformerXLState, tokens: Tensor
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize("left_open", [False, True], ids=["closed", "open"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
 def test_a_refused_call_is_as_none(
-    build_model: BuildModel, kind: dict[str, Any], training: bool, left_open: bool, place: str, tmp_path: Path
+    build_model: BuildModel,
+    kind: dict[str, Any],
+    uneven: bool,
+    training: bool,
+    left_open: bool,
+    place: str,
+    tmp_path: Path,
 ) -> None:
     model = build_model(**kind).train(training)
     ours, theirs = (
@@ -98,7 +107,7 @@ def test_a_refused_call_is_as_none(
     seed, begun = torch.seed(), []
     for state in (ours, theirs):
         torch.manual_seed(seed)
-        state = read(model, state, 3)
+        state = read(model, state, 3, uneven=uneven)
         if left_open:
             state = model.generate(torch.randint(VOCAB, (2, 2)), 2, state)[1]
             assert state.open.shape[2] == 3
@@ -124,12 +133,15 @@ def test_a_refused_call_is_as_none(
 
 
 @pytest.mark.parametrize("left_open", [False, True], ids=["closed", "open"])
-def test_the_memory_is_opened_before_the_host_waits(
-    build_model: BuildModel, monkeypatch: pytest.MonkeyPatch, left_open: bool
+@pytest.mark.parametrize("given", [False, True], ids=["blocks read", "blocks are given rows"])
+def test_the_host_waits_behind_all_that_changes_nothing(
+    build_model: BuildModel, monkeypatch: pytest.MonkeyPatch, left_open: bool, given: bool
 ) -> None:
-    """Unless a segment is open."""
-    model, events = build_model(), []
-    state = read(model, model.initial_state(streams=2, memory=model.create_memory(streams=2)), 2)
+    """A segment that is open would be ended, and rows that blocks are given might be counted."""
+    model, events = build_model(gradient_checkpointing=given), []
+    state = model.initial_state(streams=2, memory=model.create_memory(streams=2))
+    for _ in range(2):  # as many tokens of both streams, so that on a CPU blocks can read, too
+        state = model(torch.randint(VOCAB, (2, 5)), state)[1]
     if left_open:
         state = model.generate(torch.randint(VOCAB, (2, 2)), 2, state)[1]
 
@@ -146,7 +158,8 @@ def test_the_memory_is_opened_before_the_host_waits(
 
     monkeypatch.setattr(transformer_xl, "begin_check", begin)
     monkeypatch.setattr(model, "end_open_segment", noting("end", model.end_open_segment))
-    monkeypatch.setattr(model, "open_memories", noting("open", model.open_memories))
+    monkeypatch.setattr(model, "begin_to_open", noting("open", model.begin_to_open))
     model.embedding.register_forward_pre_hook(lambda *_: events.append("embed"))
     model(torch.randint(VOCAB, (2, 5)), state)
-    assert events == ["begin", *(["wait", "end"] if left_open else []), "open", "wait", "embed"]
+    last = ["wait", "embed"] if given else ["embed", "wait"]
+    assert events == ["begin", *(["wait", "end"] if left_open else []), "open", *last]
