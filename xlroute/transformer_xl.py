@@ -693,7 +693,7 @@ class RoutedTransformerXL(nn.Module):
             check_tokens()
             read = self._read(tokens, state, memories, report=return_routing)
         else:
-            # Nothing changes while blocks read by themselves, so that the host waits for the GPU behind them.
+            # Nothing changes while blocks read by themselves, so that the host waits for the GPU only then.
             there = tokens.clamp(0, self.vocab_size - 1)
             try:
                 read = self._read(there, state, memories)
@@ -913,9 +913,10 @@ class RoutedTransformerXL(nn.Module):
             state: its memory keeps scores and keys of its rows for the next call; nothing else changes.
             with_stats: `route` is to tell which rows it has chosen.
         """
-        memories, as_assumed = self.begin_to_open(state, with_stats=with_stats)
-        # What is kept is forgotten where it was wrong, so that nothing is assumed then.
-        return memories if as_assumed() else self.begin_to_open(state, with_stats=with_stats)[0]
+        while True:  # twice at most: what is kept is forgotten where it is of other weights
+            memories, as_assumed = self.begin_to_open(state, with_stats=with_stats)
+            if as_assumed():
+                return memories
 
     def begin_to_open(
         self, state: TransformerXLState, *, with_stats: bool = False
