@@ -41,7 +41,7 @@ Milliseconds, medians; every result was checked before it was timed. Blocks are 
 products are bfloat16 by autocast, and so are the rows. Memories are full of random rows, of the scale of the
 states that enter the block: with them, routing has nothing to find, which takes as long.
 +: to xl. peak: the most GPU memory held in the step, all included.
-waits: how often the host waits for the GPU in the step, its first check of the tokens included.
+waits: how often the host waits for the GPU in the step, before it looks behind the blocks whether tokens exist.
 memory: what the model does with it in a segment, alone: opening, routing, taking rows, attention, appending;
 in training forward and backward. Chosen rows are read with those that followed them.
 floor: bytes that must be read over the copy rate, read plus written, and products over the product rate. Rows
@@ -133,7 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="memory_grad_segments, each beside 0; default: 1 4",
     )
     parser.add_argument(
-        "--together", action="store_true", help="compile blocks together, which takes several times as long"
+        "--together",
+        action="store_true",
+        help="compile blocks together, which takes two to three times as long",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     options = parser.parse_args(arguments)
