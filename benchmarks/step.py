@@ -26,7 +26,7 @@ from routing import Progress, describe
 from routing_report import Machine
 from routing_settings import Sizes
 from step_work import BASELINE, MODES, SIZES, Floor, Reader, Size, build_model, memory_floor
-from timing import host_waits, on_one_stream, product_rate
+from timing import busy_time, host_waits, on_one_stream, product_rate
 from torch import Tensor
 
 from xlroute import RoutedTransformerXL
@@ -41,14 +41,15 @@ Milliseconds, medians; every result was checked before it was timed. Blocks are 
 products are bfloat16 by autocast, and so are the rows. Memories are full of random rows, of the scale of the
 states that enter the block: with them, routing has nothing to find, which takes as long.
 +: to xl. peak: the most GPU memory held in the step, all included.
-waits: how often the host waits for the GPU in the step, before it looks behind the blocks whether tokens exist.
+waits: of the host for the GPU in a step, but for the one behind the blocks, where it checks the tokens.
 memory: what the model does with it in a segment, alone: opening, routing, taking rows, attention, appending;
 in training forward and backward. Chosen rows are read with those that followed them.
 floor: bytes that must be read over the copy rate, read plus written, and products over the product rate. Rows
 are read where they are scored anew, once more for the gradient of routing tokens; else their scores or keys.
 shortlist: training chooses out of twice as many rows as are read, found by the scores or keys that they got
 when they came.
-gradient: the share of chosen rows that carry gradient to the router, before training."""
+gradient: the share of chosen rows that carry gradient to the router, before training.
+GPU busy: milliseconds of it, by a profiler: what is left where the host is far enough ahead."""
 
 Kind = Literal["training", "evaluation", "memory, training", "memory, evaluation"]
 STEPS: tuple[Kind, ...] = ("training", "evaluation")
@@ -58,6 +59,11 @@ COLUMNS = (
     *("training", "+", "evaluation", "+"),
     *("memory, training", "floor", "x floor", "memory, evaluation", "floor", "x floor"),
     *("peak, training", "waits, training", "waits, evaluation", "gradient"),
+)
+BUSY_COLUMNS = (
+    "GPU busy: model, mode, streams",
+    *("training", "+", "evaluation", "+"),
+    *("memory, training", "x floor", "memory, evaluation", "x floor"),
 )
 
 
@@ -71,6 +77,7 @@ class Result:
         segments: that it reads; the measurement is of all of them.
         peak_bytes: the most GPU memory held meanwhile; None on a CPU.
         waits: how often the host waits for the device; None on a CPU.
+        busy_ms: for which the device is at work, of all segments; None on a CPU.
         floor: of a memory's part, in milliseconds.
         gradient_share: of the chosen rows.
     """
@@ -86,6 +93,7 @@ class Result:
     grad_segments: int = 0
     peak_bytes: int | None = None
     waits: int | None = None
+    busy_ms: float | None = None
     floor: float | None = None
     gradient_share: float | None = None
 
@@ -94,6 +102,11 @@ class Result:
         """Of one segment; None where a check was red."""
         timing = self.measurement.timing
         return None if timing is None else timing.median / self.segments
+
+    @property
+    def busy(self) -> float | None:
+        """Milliseconds for which the device is at work, of one segment; None where that was not measured."""
+        return None if self.busy_ms is None else self.busy_ms / self.segments
 
 
 @dataclass(frozen=True)
@@ -271,6 +284,7 @@ def measured(
         grad_segments=model.memory_grad_segments,
         peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
         waits=host_waits(call, device) if measurement.failure is None else None,
+        busy_ms=busy_time(call, device) if measurement.failure is None else None,
         floor=floor,
         gradient_share=gradient_share,
     )
@@ -287,6 +301,7 @@ def tables(results: Sequence[Result]) -> Iterator[str]:
     """Steps and memories, a line for each mode and number of rows; then steps whose rows carry gradient."""
     plain = [each for each in results if each.segments == 1]
     lines: list[tuple[str, ...]] = [COLUMNS]
+    busy: list[tuple[str, ...]] = [BUSY_COLUMNS]
     for case in dict.fromkeys(map(Case.of, plain)):
         of_case = {each.kind: each for each in plain if Case.of(each) == case}
         baseline = {
@@ -294,17 +309,24 @@ def tables(results: Sequence[Result]) -> Iterator[str]:
             for each in plain
             if (each.size, each.mode, each.streams) == (case.size, BASELINE, case.streams)
         }
-        cells = [str(case)]
+        cells, at_work = [str(case)], [str(case)]
         for kind in STEPS:
-            cells += [_cell(of_case.get(kind)), _more(of_case.get(kind), baseline.get(kind))]
+            result, than = of_case.get(kind), baseline.get(kind)
+            cells += [_cell(result), _more(result, than)]
+            at_work += [_busy(result), _more(result, than, busy=True)]
         for kind in MEMORIES:
-            cells += [_cell(of_case.get(kind)), *_beside_floor(of_case.get(kind))]
+            result = of_case.get(kind)
+            cells += [_cell(result), _floor(result), _times_floor(result)]
+            at_work += [_busy(result), _times_floor(result, busy=True)]
         first = next(iter(of_case.values()))
         training = of_case.get("training")
         cells += [_gibibytes(training), *(_waits(of_case.get(kind)) for kind in STEPS)]
         lines.append((*cells, "-" if first.gradient_share is None else f"{first.gradient_share:.0%}"))
+        busy.append(tuple(at_work))
     if plain:
         yield _aligned(lines)
+    if any(each.busy is not None for each in plain):
+        yield _aligned(busy)
     lines = [("memory_grad_segments", "segments a step", "ms a segment", "+", "peak")]
     several = [each for each in results if each.segments > 1]
     for detached, attached in zip(several[::2], several[1::2], strict=True):
@@ -341,24 +363,39 @@ def _cell(result: Result | None) -> str:
     if result.milliseconds is None:
         red = [check for check in result.measurement.checks if not check.passed]
         return f"error {red[0].error:.1e}" if red else "failed"
-    return f"{result.milliseconds:#.3g}".rstrip(".")
+    return _digits(result.milliseconds)
 
 
-def _more(result: Result | None, than: Result | None) -> str:
+def _busy(result: Result | None) -> str:
+    return "-" if result is None or result.busy is None else _digits(result.busy)
+
+
+def _digits(milliseconds: float) -> str:
+    return f"{milliseconds:#.3g}".rstrip(".")
+
+
+def _time(result: Result | None, *, busy: bool) -> float | None:
+    """What it takes, or for how much of that the device is at work."""
+    if result is None:
+        return None
+    return result.busy if busy else result.milliseconds
+
+
+def _more(result: Result | None, than: Result | None, *, busy: bool = False) -> str:
     """How much more time that takes."""
-    if result is None or than is None or result is than:
+    ours, theirs = _time(result, busy=busy), _time(than, busy=busy)
+    if ours is None or theirs is None or result is than:
         return "-"
-    if result.milliseconds is None or than.milliseconds is None:
-        return "-"
-    more = result.milliseconds - than.milliseconds
-    return f"{more:+.2f} ({more / than.milliseconds:+.1%})"
+    return f"{ours - theirs:+.2f} ({ours / theirs - 1:+.1%})"
 
 
-def _beside_floor(result: Result | None) -> tuple[str, str]:
-    if result is None or result.floor is None:
-        return "-", "-"
-    times = "-" if result.milliseconds is None else f"{result.milliseconds / result.floor:.2f}"
-    return f"{result.floor:#.3g}".rstrip("."), times
+def _floor(result: Result | None) -> str:
+    return "-" if result is None or result.floor is None else _digits(result.floor)
+
+
+def _times_floor(result: Result | None, *, busy: bool = False) -> str:
+    took = _time(result, busy=busy)
+    return "-" if result is None or result.floor is None or took is None else f"{took / result.floor:.2f}"
 
 
 def _gibibytes(result: Result | None) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch._C._autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
 
@@ -17,6 +21,7 @@ GRAPH_MS = 2.0  # a CUDA graph holds as many calls in a row as take about this l
 TOTAL_MS = 200.0  # what one timing may take, warm-up aside
 MOST_CALLS = 100  # in one graph
 REPEATS = (5, 50)  # fewest and most
+BUSY_CALLS = 5
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,36 @@ def host_waits(call: Call, device: torch.device) -> int | None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("called a synchronizing CUDA operation" in str(each.message) for each in caught)
+
+
+def busy_time(call: Call, device: torch.device) -> float | None:
+    """Milliseconds for which the device is at work in a call that has run before, the mean of a few.
+
+    All that it computes and copies counts, by PyTorch's profiler, and what goes on at the same time counts
+    once. So the host's part is left out, which limits a call that is not one CUDA graph. None on a CPU.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(BUSY_CALLS):
+            call()
+        torch.cuda.synchronize(device)
+    return busy_of(trace.events()) / BUSY_CALLS
+
+
+def busy_of(events: Iterable[FunctionEvent]) -> float:
+    """Milliseconds for which a GPU is at work, of what a profiler saw."""
+    spans = sorted(
+        (each.time_range.start, each.time_range.end)
+        for each in events
+        if each.device_type == DeviceType.CUDA and not each.is_user_annotation
+    )
+    busy, until = 0.0, -math.inf
+    for start, end in spans:
+        busy += max(end - max(start, until), 0)
+        until = max(until, end)
+    return busy / 1e3  # of microseconds
 
 
 def _time_on_cpu(call: Call, total_ms: float) -> Timing:

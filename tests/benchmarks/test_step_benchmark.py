@@ -3,12 +3,13 @@
 import csv
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 Load = Callable[[str], ModuleType]
@@ -99,6 +100,49 @@ def test_a_red_check_prints_the_error_instead_of_a_speed(
     for row in rows_of(tmp_path / "step.csv"):
         assert bool(row["failure"]) is (row["kind"] in kinds)
         assert bool(row["median_ms"]) is not bool(row["failure"])
+
+
+def test_the_table_of_what_a_gpu_is_busy_for(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the step of xl, 2 ms; of others, 3. The floor of the memory's part is said to be 1.25 ms."""
+    step = load("step")
+    busy = iter([2.0, 2.0, 3.0, 3.0, 2.5, 5.0])
+    monkeypatch.setattr(step, "busy_time", lambda call, device: next(busy))
+    monkeypatch.setattr(step.Rates, "milliseconds", lambda rates, floor: 1.25)
+    assert run(load, tmp_path, "--modes", "xl", "learned", "--rows", "32", "--parts", "step", "memory") == 0
+    lines = capsys.readouterr().out.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("GPU busy: model"))
+    xl, learned = (line.split("  ") for line in lines[begin + 2 : begin + 4])
+    assert [each.strip() for each in xl if each][1:] == ["2.00", "-", "2.00", *"-----"]
+    assert [each.strip() for each in learned if each][1:] == [
+        *("3.00", "+1.00 (+50.0%)", "3.00", "+1.00 (+50.0%)", "2.50", "2.00", "5.00", "4.00")
+    ]
+    assert [float(row["busy_ms"]) for row in rows_of(tmp_path / "step.csv")] == [2, 2, 3, 3, 2.5, 5]
+
+
+def test_what_a_gpu_is_busy_for(load: Load) -> None:
+    """Kernels one after the other, at the same time, and inside of another; not the host, and no notes."""
+
+    def event(start: float, end: float, device: DeviceType = DeviceType.CUDA, note: bool = False) -> Any:
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(time_range=span, device_type=device, is_user_annotation=note)
+
+    busy_of = load("timing").busy_of
+    assert busy_of([]) == 0
+    kernels = [event(500, 600), event(0, 100), event(50, 150), event(60, 70), event(150, 200)]
+    others = [event(0, 10_000, note=True), event(0, 10_000, DeviceType.CPU)]
+    assert busy_of(kernels + others) == 0.3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_busy_for_as_long_as_a_graph_takes(load: Load) -> None:
+    timing, device = load("timing"), torch.device("cuda")
+    x = torch.randn(4096, 4096, device=device)
+    with timing.on_one_stream(device):
+        took = timing.time_call(lambda: x @ x, device, graph=True).median
+        busy = timing.busy_time(lambda: x @ x, device)
+    assert 0.7 * took < busy < 1.3 * took
 
 
 @pytest.mark.parametrize("mode", ["learned", "content-1"])
