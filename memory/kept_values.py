@@ -105,8 +105,8 @@ class KeptValues:
             same tokens, and other ones begin anew.
 
     Attributes:
-        scoring: How the last call scored, with a copy of its tokens; None before the first, and for first
-            values, where tokens are not compared.
+        scoring: How the last call scored, with a copy of its tokens; None if there are no values, while it is
+            not known whether they are of these tokens, and for first values, where tokens are not compared.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class KeptValues:
         self._unit = unit
         self._first = first
         self.scoring: Scoring | None = None
+        self._assumed: Scoring | None = None
         self._options: dict[str, Any] | None = None  # how the last call scored
         self._source: tuple[int, int] | None = None  # where its tokens came from
         self._held = _Held.nothing(streams)
@@ -131,9 +132,28 @@ class KeptValues:
 
     def forget(self, r: int = 0, e: int = 0) -> None:
         """Begins anew, for r values of width e of each row."""
-        self.scoring = None
+        self.scoring = self._assumed = None
         self._held = _Held.nothing(len(self._held.stops))
         self._buffer = self._room(r, 0, e)
+
+    def assume(self, scoring: Scoring) -> None:
+        """Takes a scoring for that of its values, until it is told by `settle`; values are lost if it is not.
+
+        Args:
+            scoring: One that is comparable to that of the values.
+        """
+        assert self.scoring is not None
+        scoring.settle(self.scoring, True)
+        self._assumed, self.scoring = scoring, None
+
+    def settle(self, scoring: Scoring, equal: bool) -> None:
+        """Learns whether the scoring that it assumes, if it still does, was that of its values."""
+        if scoring is not self._assumed:
+            return
+        if equal:
+            self.scoring, self._source, self._assumed = scoring.copy(), scoring.source, None
+        else:
+            self.forget()
 
     def of(self, streams: Streams, logs: StreamLogs, scoring: Scoring, r: int) -> Columns | None:
         """The values of rows, of which those that are new are scored; without gradient, by whoever asks.
@@ -158,7 +178,7 @@ class KeptValues:
             self.forget(r, len(tokens) // r)
         if not capturing:
             self._options = scoring.options
-            if not self._first:
+            if not self._first and scoring is not self._assumed:
                 self.scoring, self._source = scoring.copy(), scoring.source
         held = self._find(logs)
         counts = held.lacking(logs)
@@ -206,7 +226,7 @@ class KeptValues:
             return True
         if capturing:
             return scoring.source == self._source
-        return self.scoring is not None and scoring.equals(self.scoring)
+        return scoring is self._assumed or (self.scoring is not None and scoring.equals(self.scoring))
 
     def _find(self, logs: StreamLogs) -> _Held:
         """Where the values are of each stream that has some; of the others, none, where they are to begin."""
@@ -309,30 +329,30 @@ def begin_comparison(pairs: Sequence[tuple[Scoring, KeptValues]]) -> Callable[[]
 
     Returns:
         What waits, and tells whether all was as assumed. If not, what was computed meanwhile is wrong, the
-        values are forgotten, and the scorings are not to be used any more. It has to be called, whatever
-        happens meanwhile: values of both tokens may stand side by side until then.
+        values are forgotten, and the scorings are not to be used any more. As long as it was not called, the
+        values are lost for any other scoring: those of both tokens may stand side by side.
     """
-    assumed: list[tuple[Scoring, KeptValues, Scoring]] = []
+    assumed: list[tuple[Scoring, KeptValues]] = []
+    differences = []
     for ours, kept in pairs:
         theirs = kept.scoring
         if theirs is not None and ours.comparable(theirs):
             if assumes(ours.tokens.device):
-                assumed.append((ours, kept, theirs))
+                differences.append((ours.tokens != theirs.tokens).any())
+                assumed.append((ours, kept))
             else:
                 ours.equals(theirs)
     if not assumed:
         return lambda: True
-    differences = [(ours.tokens != theirs.tokens).any() for ours, _, theirs in assumed]
     differ = begin_to_host(torch.stack(differences))
-    for ours, _, theirs in assumed:
-        ours.settle(theirs, True)
+    for ours, kept in assumed:
+        kept.assume(ours)
 
     def as_assumed() -> bool:
-        wrong = differ()
-        for (_, kept, _), each in zip(assumed, wrong.tolist(), strict=True):
-            if each:
-                kept.forget()
-        return not wrong.any()
+        wrong = differ().tolist()
+        for (ours, kept), each in zip(assumed, wrong, strict=True):
+            kept.settle(ours, not each)
+        return not any(wrong)
 
     return as_assumed
 

@@ -29,7 +29,7 @@ class Scoring:
     """Routing tokens, and how they score.
 
     One serves all streams that the same tokens score: they are compared with those of an earlier call once,
-    for which the host waits for a GPU, and copied once.
+    for which the host waits for a GPU if it was not told how that ends, and copied once.
 
     Args:
         tokens: [r, d].

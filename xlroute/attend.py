@@ -77,7 +77,7 @@ def _belongs_in_the_products(q: Tensor, mask: Tensor | None, bias: Tensor) -> bo
     """
     if not (bias.requires_grad and prefers_no_bias(q.device)):
         return False
-    alike = bias.shape[-2] == 1 and (mask is None or mask.shape[-2] == 1)
+    alike = all(each is None or (each.ndim > 1 and each.shape[-2] == 1) for each in (bias, mask))
     return alike and _dtype_of_products(q) in (torch.float16, torch.bfloat16)
 
 

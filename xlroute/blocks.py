@@ -350,7 +350,8 @@ class RoutedMemoryAttention(ConditionalRoutedCrossAttention):
 
     def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, KeptValues] | None:
         """See `MemoryBranch`, as for what follows."""
-        return None if self.by_text or torch.is_grad_enabled() else self.kv_router.kept_scoring(memory)
+        compares = self.by_learned_tokens and not torch.is_grad_enabled()
+        return self.kv_router.kept_scoring(memory) if compares else None
 
     @property
     def by_learned_tokens(self) -> bool:

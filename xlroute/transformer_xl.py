@@ -679,7 +679,8 @@ class RoutedTransformerXL(nn.Module):
 
         Raises:
             ValueError, TypeError: for arguments that do not fit, or a consumed state; nothing was read then.
-            If it was for tokens that do not exist, the memory may have scored rows, as the next call would.
+            If it was for tokens that do not exist, the memory may have scored rows, as the next call would,
+            and random numbers were drawn, where there is dropout or rows are chosen at random.
             MemoryStoreError: if the memory cannot be read or written.
         """
         lengths, ends, check_tokens = self._check_segment(tokens, state, lengths, ends)
@@ -695,11 +696,9 @@ class RoutedTransformerXL(nn.Module):
         else:
             # Nothing changes while blocks read by themselves, so that the host waits for the GPU only then.
             there = tokens.clamp(0, self.vocab_size - 1)
-            try:
-                read = self._read(there, state, memories)
-                check_tokens()
-            finally:
-                holds = as_assumed()
+            read = self._read(there, state, memories)
+            holds = as_assumed()
+            check_tokens()
             if not holds:
                 read = self._read(there, state, self.open_memories(state))
         logits, entering, attached, scores, routings = read
@@ -925,7 +924,7 @@ class RoutedTransformerXL(nn.Module):
 
         Returns:
             What the memory holds if they are; and what waits, and tells whether they are, see
-            `begin_comparison`, which has to be called.
+            `begin_comparison`. If that is not called, the next call computes them anew.
         """
         opened: list[OpenMemory | None] = [None] * self.depth
         if state.memory is None:
@@ -941,11 +940,7 @@ class RoutedTransformerXL(nn.Module):
         branches = [(branch, i) for i in held for branch in self.typed_blocks()[i].memories()]
         kept = [branch.kept_scoring(held[i]) for branch, i in branches]
         as_assumed = begin_comparison([each for each in kept if each is not None])
-        try:
-            known = open_branches([(branch, rows[i]) for branch, i in branches], with_stats=with_stats)
-        except BaseException:
-            as_assumed()
-            raise
+        known = open_branches([(branch, rows[i]) for branch, i in branches], with_stats=with_stats)
         for i in held:
             opened[i] = OpenMemory(rows[i], newer, at_hand[i], known, with_stats)
         return opened, as_assumed

@@ -97,25 +97,51 @@ def test_changed_weights_are_noticed_behind_the_blocks(pair: list[Reader]) -> No
         assert (reads, once) == (2 if factor else 1, 1)
 
 
-def test_a_call_that_fails_leaves_nothing_of_other_weights(pair: list[Reader]) -> None:
+@pytest.mark.parametrize("failure", ["in a block", "while it waits", "tokens"])
+def test_a_call_that_fails_leaves_nothing_of_other_weights(
+    pair: list[Reader], failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights change, a call fails, and weights are as before: rows are not scored by both."""
     ours, theirs = pair
 
     def fail(*_: Any) -> None:
-        raise MemoryError("no room")
+        raise KeyboardInterrupt
 
-    for tokens, error in ((draw(), MemoryError), (torch.full((B, 5), VOCAB), ValueError)):
-        handle = ours.model.norm.register_forward_pre_hook(fail) if error is MemoryError else None
-        kept = [ours.model.state_dict(), {k: v.clone() for k, v in ours.model.state_dict().items()}]
+    for _ in range(2):
+        kept = {name: each.clone() for name, each in ours.model.state_dict().items()}
         ours.change(3.0)
-        with pytest.raises(error):
-            ours(tokens)
-        ours.model.load_state_dict(kept[1])
-        if handle is not None:
-            handle.remove()
+        with monkeypatch.context() as patch:
+            if failure == "in a block":
+                patch.setattr(ours.model.typed_blocks()[-1], "forward", fail)
+            elif failure == "while it waits":
+                patch.setattr(kept_values, "begin_to_host", lambda values: fail)
+            with pytest.raises(ValueError if failure == "tokens" else KeyboardInterrupt):
+                ours(torch.full((B, 5), VOCAB) if failure == "tokens" else draw())
+        ours.model.load_state_dict(kept)
         for _ in range(2):
             tokens = draw()
             assert torch.equal(ours(tokens)[0], theirs(tokens)[0])
+
+
+def test_a_refused_call_keeps_what_is_kept(pair: list[Reader], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row is scored once more for it."""
+    ours, theirs = pair
+    with pytest.raises(ValueError, match="tokens: expected 0 to 49"):
+        ours(torch.full((B, 5), VOCAB))
+    rows: list[int] = []
+    values = kept_values.KeptValues._values
+
+    def noted(self: Any, new: Tensor, scoring: Any) -> Tensor:
+        rows.append(new.shape[-2])
+        return values(self, new, scoring)
+
+    monkeypatch.setattr(kept_values.KeptValues, "_values", noted)
+    tokens = draw()
+    ours(tokens)
+    once = [*rows]
+    rows.clear()
+    theirs(tokens)
+    assert sum(once) <= sum(rows)
 
 
 def test_a_memory_is_opened_by_present_weights(pair: list[Reader]) -> None:

@@ -92,6 +92,8 @@ def test_a_bias_stays_beside_the_products_where_that_is_as_fast(
     mask = torch.ones(2, 1, 5, 11, dtype=torch.bool)
     assert attention._belongs_in_the_products(q, mask[:, :, :1], bias[:, :, :1])
     assert attention._belongs_in_the_products(q.half(), None, bias[0, 0, :1])
+    assert not attention._belongs_in_the_products(q, None, bias[0, 0, 0])
+    assert not attention._belongs_in_the_products(q, mask[0, 0, 0], bias[:, :, :1])
     for exact in (q.float(), q.double()):
         assert not attention._belongs_in_the_products(exact, None, bias[:, :, :1])
         with torch.autocast("cpu", torch.bfloat16):
