@@ -137,7 +137,7 @@ def busy_time(call: Call, device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
         for _ in range(BUSY_CALLS):
             call()
         torch.cuda.synchronize(device)

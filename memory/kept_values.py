@@ -263,9 +263,14 @@ class KeptValues:
         _, r, _, e = self._buffer.data.shape
         buffer = self._room(r, longest + -(-longest // _ROOM), e)
         moved = _Held([longest - end for end in logs.ends], [], [])
-        for i, (old, length, count) in enumerate(zip(held.firsts(logs), logs.lengths, counts, strict=True)):
+        firsts = held.firsts(logs)
+        alike = all(len({*each}) == 1 for each in (firsts, logs.lengths, counts))
+        for i, (old, length, count) in enumerate(zip(firsts, logs.lengths, counts, strict=True)):
             known, begin = length - count, longest - length
-            buffer.target[i, :, begin : begin + known] = self._buffer.data[i, :, old : old + known]
+            if not alike:
+                buffer.target[i, :, begin : begin + known] = self._buffer.data[i, :, old : old + known]
+            elif not i:
+                buffer.target[:, :, begin : begin + known] = self._buffer.data[:, :, old : old + known]
             moved.begins.append(begin)
             moved.stops.append(begin + known)
             ends = self._buffer.ends[i]

@@ -325,6 +325,7 @@ class MemoryLayer:
         scale: float,
         backend: Backend | None = None,
         keep: Keep = True,
+        copy: bool = True,
     ) -> Tensor:
         """Scores every row against routing tokens: `scale * <normalize(row), token>`.
 
@@ -345,6 +346,8 @@ class MemoryLayer:
             keep: Keep the scores for the next call; False for tokens that will not come again, beside which
                 those that are kept stay; "first" for the scores that rows got first, without gradient, by
                 tokens [r, d].
+            copy: The scores are the caller's own; False where they are only read, right away, and so may be
+                those that are kept.
 
         Returns:
             Scores, [b, r, m], float32 (float64 for float64 rows), differentiable in `tokens`; columns beyond
@@ -367,9 +370,9 @@ class MemoryLayer:
         alike = self._compared.get(alike.key, alike)
         side_by_side = self._streams.side_by_side
         if keep == "first":
-            scores = self._kept_scores(self._kept.first_scores, alike)
+            scores = self._kept_scores(self._kept.first_scores, alike, copy)
         elif keep and self._kept.scores is not None and tokens.ndim == 2 and not alike.differentiated:
-            scores = self._kept_scores(self._kept.scores, alike)
+            scores = self._kept_scores(self._kept.scores, alike, copy)
         elif side_by_side is not None and (not keep or alike.differentiated):
             scores = self._to_the_left(alike.of(side_by_side.columns), side_by_side.begins)
         elif tokens.ndim == 2 and not alike.differentiated:
@@ -387,13 +390,13 @@ class MemoryLayer:
         return scores
 
     @torch.no_grad()
-    def _kept_scores(self, kept: KeptValues, scoring: Scoring) -> Tensor:
-        """The scores [b, r, m] of all rows, those that are kept and new ones."""
+    def _kept_scores(self, kept: KeptValues, scoring: Scoring, copy: bool) -> Tensor:
+        """The scores [b, r, m] of all rows, those that are kept and new ones; or a view of what is kept."""
         found = kept.of(self._read_whole(), self._logs, scoring, len(scoring.tokens))
         if found is None:
             return self._in_columns([rows.scores(scoring, keep=False) for rows in self._streams])
-        # A copy: what is kept stays as it is, whatever becomes of the result.
-        return self._to_the_left(found.values[..., 0].clone(), found.begins)
+        values = found.values[..., 0]
+        return self._to_the_left(values.clone() if copy else values, found.begins)
 
     def _to_the_left(self, scores: Tensor, begins: Sequence[int]) -> Tensor:
         """Scores [b, r, c] of which those of a stream begin at some column, as [b, r, m], 0 for no row."""

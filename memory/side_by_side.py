@@ -121,7 +121,7 @@ def grown(streams: Streams, rows: Tensor, counts: Sequence[int], excess: Sequenc
 
     Args:
         streams: They.
-        rows: What follows, without gradient.
+        rows: What follows, without gradient, in any type.
         counts: How many of these rows each stream gets.
         excess: How many of its oldest rows each of them drops.
 
@@ -153,7 +153,7 @@ def grown(streams: Streams, rows: Tensor, counts: Sequence[int], excess: Sequenc
         target.copy_(rows)
     else:
         chosen = integers([i for i, count in enumerate(counts) if count], rows.device)
-        target[chosen] = rows[chosen]
+        target[chosen] = rows[chosen].to(target.dtype)
     result = []
     for span, count, left in zip(spans, counts, excess, strict=True):
         buffer, start, stop = span.buffer, span.start + left, span.stop

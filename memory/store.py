@@ -482,9 +482,10 @@ class MemoryStore:
         """
         self._check_writable()
         counts = self._checked_counts(states, lengths)
-        states = states.detach().to(self.dtype)
+        states = states.detach()
         if self._append_side_by_side(states, counts):
             return
+        states = states.to(self.dtype)
         logs = list(self._logs)
         table = [list(rows) for rows in self._rows]
         latest = None if self._latest is None else [list(streams) for streams in self._latest]
@@ -520,7 +521,9 @@ class MemoryStore:
             excess = [max(0, held + count - capacity) for held, count in spans]
         table = []
         for streams, rows in zip(self._rows, states, strict=True):
-            together = grown(streams, rows.to(self.device), counts, excess)
+            if rows.device != self.device:
+                rows = rows.to(self.device, self.dtype)
+            together = grown(streams, rows, counts, excess)
             if together is None:
                 return False
             table.append(together)

@@ -168,9 +168,12 @@ class AttachedLayer:
         scale: float,
         backend: Backend | None = None,
         keep: Keep = True,
+        copy: bool = True,
     ) -> Tensor:
         """See `MemoryLayer`; differentiable in the rows that have a graph too, but for their first scores."""
-        scores = self._layer.scores(tokens, normalize=normalize, scale=scale, backend=backend, keep=keep)
+        scores = self._layer.scores(
+            tokens, normalize=normalize, scale=scale, backend=backend, keep=keep, copy=copy
+        )
         if keep == "first":
             return scores
         m, a = self.shape[1], self._rows.shape[1]

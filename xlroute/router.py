@@ -388,21 +388,23 @@ class CoordinateDescentRouter(nn.Module):
         _require(routing_tokens.shape == shape, "routing_tokens", str(shape), tuple(routing_tokens.shape))
         return routing_tokens
 
-    def scores_by(self, x: Tensor | MemoryRows, tokens: Tensor, *, keep: Keep = True) -> Tensor:
+    def scores_by(
+        self, x: Tensor | MemoryRows, tokens: Tensor, *, keep: Keep = True, copy: bool = True
+    ) -> Tensor:
         """Scores of rows by any routing tokens.
 
         Args:
             x: rows [b, m, d], or the layer of a memory.
             tokens: [r, d] or [b, r, d].
-            keep: whether a memory keeps the scores for the next call, or gives those that its rows got first,
-                see `MemoryLayer.scores`.
+            keep: whether a memory keeps the scores for the next call, or gives those that its rows got first.
+            copy: whether these are copies; see `MemoryLayer.scores` for both.
 
         Returns:
             [b, r, m], float32 unless the rows are float64.
         """
         tokens, how = self._scoring(tokens, x)
         if isinstance(x, MemoryRows):
-            return x.scores(tokens, **how, keep=keep)
+            return x.scores(tokens, **how, keep=keep, copy=copy)
         return row_scores(x, tokens, **how)
 
     def kept_scoring(self, memory: MemoryLayer) -> tuple[Scoring, KeptValues] | None:
@@ -597,11 +599,12 @@ def scores_together(
         keep: see `CoordinateDescentRouter.scores_by`.
 
     Returns:
-        [l b, r, m], and bool [l b, 1, m]; or None if there are all.
+        [l b, r, m], for reading only, and bool [l b, 1, m]; or None if there are all.
     """
     first, scores = layers[0], []
     for router, layer in zip(routers, layers, strict=True):
-        scores.append(router.scores_by(layer, router._tokens(None, layer.shape[0]), keep=keep))
+        tokens = router._tokens(None, layer.shape[0])
+        scores.append(router.scores_by(layer, tokens, keep=keep, copy=False))
     mask = None if first.even else first.mask.repeat(len(layers), 1)[:, None]
     return scores[0] if len(scores) == 1 else torch.cat(scores), mask
 

@@ -80,6 +80,30 @@ def test_a_bias_with_gradient_is_as_exact_on_a_gpu(masked: bool, dtype: torch.dt
         assert not any(gradient[1, :, 70:].any() for gradient in (keys, values, bias.mT))
 
 
+@pytest.mark.parametrize("m", [1, 8, 11])
+def test_rows_of_a_bias_begin_where_they_are_read_fastest(m: int) -> None:
+    bias = torch.randn(2, 3, 1, m, requires_grad=True)
+    aligned = attention._aligned(bias)
+    assert all(stride % 8 == 0 for stride in aligned.stride()[:-1])
+    assert torch.equal(aligned, bias)
+    [gradient] = torch.autograd.grad(aligned.sum(), bias)
+    assert torch.equal(gradient, torch.ones_like(bias))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("m", [7, 64, 129])
+def test_a_bias_without_gradient_is_as_exact_on_a_gpu(masked: bool, dtype: torch.dtype, m: int) -> None:
+    q, k, v = (torch.randn(2, 4, n, 64, device="cuda", dtype=dtype) for n in (64, m, m))
+    bias = torch.randn(2, 4, 1, m, device="cuda", dtype=dtype)
+    lengths = torch.tensor([m, m // 2], device="cuda").view(2, 1, 1, 1)
+    mask = torch.arange(m, device="cuda") < lengths if masked else None
+    wanted = attend(q.double(), k.double(), v.double(), mask=mask, bias=bias.double(), backend="math")
+    got = attend(q, k, v, mask=mask, bias=bias)
+    assert (got.double() - wanted).norm() < (2e-2 if dtype == torch.bfloat16 else 1e-3) * wanted.norm()
+
+
 @pytest.mark.parametrize(
     "lack", ["GPU", "half precision", "gradient", "one bias for all queries", "one mask"]
 )
