@@ -62,8 +62,9 @@ def attend(
         if mask is not None:
             attn_mask = attn_mask.masked_fill(~mask, -math.inf)
     if backend == "sdpa":
-        if bias is not None and attn_mask is not None and q.is_cuda:
-            attn_mask = _aligned(attn_mask.to(_dtype_of_products(q)))  # a cast later would lay it out anew
+        # For one query that takes what it saves. A cast that comes after it would lay it out anew.
+        if bias is not None and attn_mask is not None and q.is_cuda and q.shape[-2] > 1:
+            attn_mask = _aligned(attn_mask.to(_dtype_of_products(q)))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
     logits = q @ k.mT * q.shape[-1] ** -0.5
     if attn_mask is not None:
